@@ -1,0 +1,197 @@
+"""Configuration of GRIN-MoE: the fields of the released `config.json`, checked when they are read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import RopeParameters
+
+from .routing_grinmoe import ROUTER_ESTIMATORS
+
+
+class VisibleWindowConfig:
+    """A config as transformers' masks and caches read it: their `sliding_window` counts a query's own key too.
+
+    The released `sliding_window` W lets a query see itself and the W keys before it (FlashAttention's
+    `window_size=(W, ·)`), so W + 1 keys in all; transformers 5 means W keys, the query's own included.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+    @property
+    def sliding_window(self) -> int | None:
+        window = self._config.sliding_window
+        return None if window is None else window + 1
+
+
+@strict
+class GrinMoeConfig(PreTrainedConfig):
+    r"""Configuration of a GRIN mixture-of-experts model; the defaults are `microsoft/GRIN-MoE` (16x3.8B, top-2).
+
+    Field names are those of the released `config.json`; `router_estimator`, `expert_dropout` and `head_dim` are new.
+
+    Args:
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size:
+            the usual sizes; `intermediate_size` is that of one expert.
+        head_dim: size of an attention head; `hidden_size // num_attention_heads` by default.
+        num_local_experts: experts per layer (also `num_experts`).
+        num_experts_per_tok: experts a token is sent to, top-k.
+        rms_norm_eps: epsilon of the norms, which are LayerNorms whatever the name says.
+        rope_parameters: RoPE settings; `rope_theta` of older files is read into it.
+        sliding_window: W as released: a query sees itself and W keys before it, W + 1 in all. None: all of them.
+        attention_bias, lm_head_bias: whether the attention projections and the head have biases.
+        attention_dropout: dropout of the attention probabilities.
+        expert_dropout: dropout of the experts' intermediate activations (section 4.1, after Switch Transformer).
+        hidden_dropout: part of the released file; only 0 exists.
+        router_jitter_noise: r of Equation 2, width of the keep set of MaskedSoftmax. Part of inference too.
+        input_jitter_noise: in training, the MoE input is multiplied by U(1 - e, 1 + e).
+        router_estimator: how the router's gradient is estimated, a key of `routing_grinmoe.ROUTER_ESTIMATORS`.
+        router_aux_loss_coef: alpha of the load-balance loss (section 3.3), added to the training loss.
+        output_router_logits: whether forward passes return `router_logits` and `aux_loss`.
+
+    Raises:
+        ValueError: impossible sizes or values (heads not divisible, top-k above the number of experts, unknown
+            estimator, negative jitter, ...), named with field and value; or a file of another model type.
+    """
+
+    model_type = "grinmoe"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_experts": "num_local_experts"}
+    default_theta = 10000.0
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.block_sparse_moe.experts.gate_up_proj": "packed_colwise",
+        "layers.*.block_sparse_moe.experts.down_proj": "rowwise",
+        "layers.*.block_sparse_moe.experts": "moe_tp_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32064
+    hidden_size: int = 4096
+    intermediate_size: int = 6400
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 32000
+    pad_token_id: int | None = 32000
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    sliding_window: int | None = 2047
+    attention_bias: bool = True
+    lm_head_bias: bool = True
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    expert_dropout: float | int = 0.0
+    num_local_experts: int = 16
+    num_experts_per_tok: int = 2
+    router_jitter_noise: float | int = 0.01
+    input_jitter_noise: float | int = 0.01
+    router_estimator: str = "sparsemixer_v2"
+    router_aux_loss_coef: float | int = 0.0
+    output_router_logits: bool = False
+
+    def __post_init__(self, **kwargs):
+        if not self.is_remote_code():
+            # The release's remote code no longer imports; this class stands in for it, also when it is saved again.
+            kwargs.pop("auto_map", None)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self._check_values()
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        if self.rope_parameters["rope_type"] == "longrope":
+            raise ValueError(
+                f"rope_parameters={self.rope_parameters}: LongRoPE with the scaling of Phi-3.5-MoE is not supported; "
+                "use a checkpoint with default RoPE"
+            )
+
+    def _check_values(self) -> None:
+        """Raise ValueError for the first field whose value no model can be built from."""
+
+        def require(condition: bool, field: str, reason: str) -> None:
+            if not condition:
+                raise ValueError(f"{type(self).__name__}: {field}={getattr(self, field)!r} {reason}")
+
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "num_local_experts",
+            "num_experts_per_tok",
+            "max_position_embeddings",
+        ):
+            require(getattr(self, field) >= 1, field, "must be at least 1")
+        heads = self.num_attention_heads
+        if self.head_dim is None:
+            require(self.hidden_size % heads == 0, "hidden_size", f"must be divisible by num_attention_heads={heads}")
+            require(self.hidden_size // heads % 2 == 0, "hidden_size", f"/ {heads} heads must be even for RoPE")
+        else:
+            require(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "must be even, for RoPE")
+        require(
+            heads % self.num_key_value_heads == 0,
+            "num_attention_heads",
+            f"must be divisible by num_key_value_heads={self.num_key_value_heads}",
+        )
+        require(
+            self.num_experts_per_tok <= self.num_local_experts,
+            "num_experts_per_tok",
+            f"must not exceed num_local_experts={self.num_local_experts}",
+        )
+        require(self.hidden_act in ACT2FN, "hidden_act", f"is unknown; use one of {sorted(ACT2FN)}")
+        require(self.sliding_window is None or self.sliding_window >= 1, "sliding_window", "must be at least 1 or None")
+        require(
+            self.router_estimator in ROUTER_ESTIMATORS,
+            "router_estimator",
+            f"is unknown; use one of {sorted(ROUTER_ESTIMATORS)}",
+        )
+        require(self.router_jitter_noise >= 0, "router_jitter_noise", "must not be negative")
+        require(self.router_aux_loss_coef >= 0, "router_aux_loss_coef", "must not be negative")
+        for field in ("input_jitter_noise", "attention_dropout", "expert_dropout"):
+            require(0 <= getattr(self, field) < 1, field, "must be in [0, 1)")
+        require(self.hidden_dropout == 0, "hidden_dropout", "is not part of the released model; only 0 is supported")
+
+    @property
+    def per_layer_config(self) -> Sequence[VisibleWindowConfig]:
+        """Each layer's config as transformers' caches ask for it; the layers are alike, and this cannot be set."""
+        return [VisibleWindowConfig(self)] * self.num_hidden_layers
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers, but a config of another model type is an error instead of a warning.
+
+        `phimoe`, the sibling releases' type, has the same architecture and fields.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type not in (cls.model_type, "phimoe"):
+            raise ValueError(
+                f"This checkpoint's config says model_type={model_type!r}; {cls.__name__} reads 'grinmoe' and 'phimoe'. "
+                "Load it with the Auto classes or with its own model class."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+
+__all__ = ["GrinMoeConfig"]

@@ -1,0 +1,418 @@
+"""GRIN-MoE on transformers' own machinery; what is special, the routing, is in `routing_grinmoe.py`.
+
+Module and parameter names follow the release, so only the experts are stored differently in memory (fused, one 3-D
+parameter per projection) than in a checkpoint (one matrix per expert): `EXPERT_WEIGHTS` says how.
+Shapes: T tokens, H hidden_size, F intermediate_size, E num_local_experts, K num_experts_per_tok.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.hub import cached_file
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .balance_grinmoe import load_balancing_loss
+from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
+from .routing_grinmoe import jitter_input, route
+
+
+# Fused parameter of GrinMoeExperts -> the released matrices of each expert that it holds, in this order.
+EXPERT_WEIGHTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+
+END_OF_TEXT_ID, END_OF_TURN_ID = 32000, 32007  # <|endoftext|> and <|end|> of the released tokenizer
+
+
+class GrinMoeAttention(LlamaAttention):
+    """Grouped-query attention with RoPE, optional biases and the released sliding window."""
+
+    def forward(self, *args, **kwargs):
+        # The masks carry the window for every implementation but FlashAttention's, which takes it as an argument.
+        return super().forward(*args, sliding_window=VisibleWindowConfig(self.config).sliding_window, **kwargs)
+
+
+@use_experts_implementation
+class GrinMoeExperts(nn.Module):
+    """All experts of a layer, SwiGLU networks `w2(act(w1 x) * (w3 x))`, as two 3-D parameters."""
+
+    def __init__(self, config: GrinMoeConfig):
+        super().__init__()
+        self.num_experts = config.num_local_experts
+        self.gate_up_proj = nn.Parameter(  # [E, 2F, H]: w1 above w3
+            torch.empty(self.num_experts, 2 * config.intermediate_size, config.hidden_size)
+        )
+        self.down_proj = nn.Parameter(  # [E, H, F]: w2
+            torch.empty(self.num_experts, config.hidden_size, config.intermediate_size)
+        )
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.expert_dropout)
+        self.register_load_state_dict_pre_hook(fuse_expert_weights)
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """`[tokens, 2F] -> [tokens, F]`; every experts implementation of transformers calls this."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.dropout(self.act_fn(gate) * up)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The eager implementation, expert by expert: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`."""
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            token, slot = torch.where(top_k_index == expert)
+            gate_up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert])
+            expert_output = nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
+            output.index_add_(0, token, expert_output * top_k_weights[token, slot, None])
+        return output
+
+
+def fuse_expert_weights(
+    experts: GrinMoeExperts, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+) -> None:
+    """`load_state_dict` hook: accept the released layout, `{prefix}{expert}.w1.weight` and so on, whole or in part.
+
+    Trainer resumes by giving a checkpoint's tensors, shard by shard, to `load_state_dict(strict=False)`, where names
+    that match nothing would leave the experts as they are with no more than a warning.
+    """
+    for name, parts in EXPERT_WEIGHTS.items():
+        fused = getattr(experts, name).detach().clone()
+        matrices = fused.unflatten(1, (len(parts), -1))  # [E, parts, rows, columns]
+        targets = {
+            f"{prefix}{expert}.{part}.weight": matrices[expert, i]
+            for expert in range(experts.num_experts)
+            for i, part in enumerate(parts)
+        }
+        found = [key for key in targets if key in state_dict]
+        for key in found:
+            tensor = state_dict.pop(key)
+            if tensor.shape == targets[key].shape:
+                targets[key].copy_(tensor)
+            else:
+                error_msgs.append(
+                    f"size mismatch for {key}: {tuple(tensor.shape)} in the checkpoint, "
+                    f"{tuple(targets[key].shape)} in the model."
+                )
+        if found:
+            state_dict[f"{prefix}{name}"] = fused
+            missing_keys.extend(key for key in targets if key not in found)
+
+
+class GrinMoeSparseMoeBlock(nn.Module):
+    """Router and experts: every token goes to the K experts the router chooses, none is dropped."""
+
+    def __init__(self, config: GrinMoeConfig):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.experts = GrinMoeExperts(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[batch, sequence, H]` -> output of the same shape, router logits `[T, E]`, selected experts `[T, K]`."""
+        config = self.config
+        if self.training and config.input_jitter_noise > 0:
+            hidden_states = jitter_input(hidden_states, config.input_jitter_noise)
+        tokens = hidden_states.reshape(-1, config.hidden_size)
+        router_logits = self.gate(tokens)
+        routing = route(
+            router_logits,
+            config.num_experts_per_tok,
+            config.router_jitter_noise,
+            estimator=config.router_estimator,
+            training=self.training,
+        )
+        output = self.experts(tokens, routing.experts, routing.weights.to(tokens.dtype))
+        return output.reshape(hidden_states.shape), router_logits, routing.experts
+
+
+class GrinMoeDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and mixture-of-experts, each with a residual connection; the norms are LayerNorms."""
+
+    def __init__(self, config: GrinMoeConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = GrinMoeAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.block_sparse_moe = GrinMoeSparseMoeBlock(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attention_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attention_output
+        moe_output, _, _ = self.block_sparse_moe(self.post_attention_layernorm(hidden_states))
+        return hidden_states + moe_output
+
+
+class GrinMoePreTrainedModel(PreTrainedModel):
+    """Loading, saving and capabilities that all GRIN-MoE models share."""
+
+    config_class = GrinMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GrinMoeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": GrinMoeDecoderLayer,
+        "attentions": GrinMoeAttention,
+        "router_logits": OutputRecorder(GrinMoeSparseMoeBlock, index=1),
+        "selected_experts": OutputRecorder(GrinMoeSparseMoeBlock, index=2),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GrinMoeExperts):
+            for name in EXPERT_WEIGHTS:
+                init.normal_(getattr(module, name), std=self.config.initializer_range)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """`PreTrainedModel.from_pretrained`, safetensors only, that loads every tensor or raises.
+
+        Raises:
+            ValueError: the checkpoint lacks a tensor that the model needs (a new task head may be missing), or has it
+                in another shape; or one of its files is damaged. Tensors and files are named.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        with_loading_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            damaged = find_damaged_shards(pretrained_model_name_or_path, **kwargs)
+            raise ValueError(
+                f"Damaged checkpoint file: {', '.join(damaged)} ({error}). Download or copy it again."
+            ) from error
+        missing = sorted(key for key in info["missing_keys"] if key != "score.weight")
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} tensor(s) of {cls.__name__}: {', '.join(missing)}."
+            )
+        # The released layout is written whatever layout was read: forget which conversions this checkpoint needed.
+        if not getattr(model, "is_quantized", False):
+            model._weight_conversions = None
+        return (model, info) if with_loading_info else model
+
+
+def find_damaged_shards(pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> list[str]:
+    """The safetensors files beside the checkpoint's config.json that cannot be opened."""
+    hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
+    folder = Path(cached_file(pretrained_model_name_or_path, "config.json", local_files_only=True, **hub_kwargs)).parent
+    damaged = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            damaged.append(str(path))
+    return damaged
+
+
+def create_mask(config: GrinMoeConfig, **kwargs) -> Any:
+    """The causal mask with the released window, in the form the config's attention implementation takes."""
+    visible = VisibleWindowConfig(config)
+    create = create_causal_mask if visible.sliding_window is None else create_sliding_window_causal_mask
+    return create(config=visible, **kwargs)
+
+
+class GrinMoeModel(GrinMoePreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: GrinMoeConfig):
+        super().__init__(config)
+        # No padding_idx: the padding token is <|endoftext|>, a real token that has to be learnt.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(GrinMoeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """
+        Args:
+            input_ids: `[batch, sequence]`, or `inputs_embeds` `[batch, sequence, H]` instead.
+            attention_mask: `[batch, past + sequence]`, 0 for padding; or a prepared 4-D mask.
+            position_ids: `[batch, sequence]`; positions that start again at 0 mark packed sequences.
+            kwargs: `output_router_logits`, `output_hidden_states`, ... and what the attention implementation takes.
+
+        Returns:
+            `last_hidden_state` `[batch, sequence, H]`; on request, per layer: `router_logits` `[T, E]` and
+            `selected_experts` `[T, K]` (`output_selected_experts=True`).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+
+        mask = create_mask(
+            self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
+    """GRIN-MoE as a language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: GrinMoeConfig):
+        super().__init__(config)
+        self.model = GrinMoeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """
+        Args:
+            labels: `[batch, sequence]`, -100 where no prediction is asked; shifted inside.
+            output_router_logits: return `router_logits` and `aux_loss`.
+            logits_to_keep: compute the logits of the last so many positions only (0: all), or of these positions.
+            Others as in `GrinMoeModel.forward`.
+
+        Returns:
+            `logits` `[batch, sequence, vocab_size]`; with labels, `loss`: the cross-entropy and, in training,
+            `router_aux_loss_coef` times the load-balance loss, which `aux_loss` (1.0: balanced) reports by itself.
+        """
+        config = self.config
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
+        balance = self.training and labels is not None and config.router_aux_loss_coef > 0
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits or balance,
+            output_selected_experts=output_router_logits or balance,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, config.vocab_size, **kwargs)
+        if output_router_logits or balance:
+            aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)
+        if balance:
+            loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs):
+        """`generate` prepares the masks of compiled caches by itself; they need the released window, too."""
+        return create_mask(
+            config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        """Read the generation config; where it stops at <|endoftext|> alone, stop at the end of a chat turn as well."""
+        super().adjust_generation_fn(*args, **kwargs)
+        if self.generation_config.eos_token_id in (END_OF_TEXT_ID, [END_OF_TEXT_ID]):
+            self.generation_config.eos_token_id = [END_OF_TEXT_ID, END_OF_TURN_ID]
+
+
+class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoePreTrainedModel):
+    """GRIN-MoE with a linear classifier on the last token that is not padding."""
+
+
+def register_grinmoe() -> None:
+    """Tell transformers how the released layout maps to the fused experts, and which model an `AutoModel` is.
+
+    Done here and not in the package's `__init__`, because these lines travel to the Hub with a checkpoint's code.
+    """
+    mapping = [
+        WeightConverter(
+            source_patterns=[f".experts.*.{part}.weight" for part in parts],
+            target_patterns=f".experts.{name}",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)] if len(parts) > 1 else [MergeModulelist(dim=0)],
+        )
+        for name, parts in EXPERT_WEIGHTS.items()
+    ]
+    register_checkpoint_conversion_mapping(GrinMoeConfig.model_type, mapping, overwrite=True)
+    AutoModel.register(GrinMoeConfig, GrinMoeModel, exist_ok=True)
+
+
+register_grinmoe()
+
+__all__ = ["GrinMoeForCausalLM", "GrinMoeForSequenceClassification", "GrinMoeModel", "GrinMoePreTrainedModel"]
