@@ -12,7 +12,6 @@ from .modeling_grinmoe import (
 )
 from .routing_grinmoe import ROUTER_ESTIMATORS, Routing, RoutingNoise, draw_noise, route
 
-
 AutoConfig.register(GrinMoeConfig.model_type, GrinMoeConfig, exist_ok=True)
 AutoModelForCausalLM.register(GrinMoeConfig, GrinMoeForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(GrinMoeConfig, GrinMoeForSequenceClassification, exist_ok=True)

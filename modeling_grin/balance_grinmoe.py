@@ -8,7 +8,7 @@ def load_balancing_loss(
     selected_experts: tuple[torch.Tensor, ...],
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """How unevenly the experts are used: 1.0 for a perfectly balanced router, E / K when K of E experts get everything.
+    """How unevenly the experts are used: 1.0 when balanced, E / K when K of E experts get everything.
 
     Computed per layer, then averaged over the layers, so that two layers that collapsed onto different experts do not
     look balanced. f counts the experts that tokens were really dispatched to (sampled ones in training); the gradient

@@ -120,7 +120,7 @@ class GrinMoeConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
-        if self.rope_parameters["rope_type"] == "longrope":
+        if (self.rope_parameters or {}).get("rope_type") == "longrope":
             raise ValueError(
                 f"rope_parameters={self.rope_parameters}: LongRoPE with the scaling of Phi-3.5-MoE is not supported; "
                 "use a checkpoint with default RoPE"
@@ -145,16 +145,16 @@ class GrinMoeConfig(PreTrainedConfig):
             "max_position_embeddings",
         ):
             require(getattr(self, field) >= 1, field, "must be at least 1")
-        heads = self.num_attention_heads
+        heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         if self.head_dim is None:
             require(self.hidden_size % heads == 0, "hidden_size", f"must be divisible by num_attention_heads={heads}")
             require(self.hidden_size // heads % 2 == 0, "hidden_size", f"/ {heads} heads must be even for RoPE")
         else:
             require(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "must be even, for RoPE")
         require(
-            heads % self.num_key_value_heads == 0,
+            heads % key_value_heads == 0,
             "num_attention_heads",
-            f"must be divisible by num_key_value_heads={self.num_key_value_heads}",
+            f"must be divisible by num_key_value_heads={key_value_heads}",
         )
         require(
             self.num_experts_per_tok <= self.num_local_experts,
@@ -162,7 +162,9 @@ class GrinMoeConfig(PreTrainedConfig):
             f"must not exceed num_local_experts={self.num_local_experts}",
         )
         require(self.hidden_act in ACT2FN, "hidden_act", f"is unknown; use one of {sorted(ACT2FN)}")
-        require(self.sliding_window is None or self.sliding_window >= 1, "sliding_window", "must be at least 1 or None")
+        require(
+            self.sliding_window is None or self.sliding_window >= 1, "sliding_window", "must be at least 1 or None"
+        )
         require(
             self.router_estimator in ROUTER_ESTIMATORS,
             "router_estimator",
@@ -172,7 +174,7 @@ class GrinMoeConfig(PreTrainedConfig):
         require(self.router_aux_loss_coef >= 0, "router_aux_loss_coef", "must not be negative")
         for field in ("input_jitter_noise", "attention_dropout", "expert_dropout"):
             require(0 <= getattr(self, field) < 1, field, "must be in [0, 1)")
-        require(self.hidden_dropout == 0, "hidden_dropout", "is not part of the released model; only 0 is supported")
+        require(self.hidden_dropout == 0, "hidden_dropout", "is not part of the model; only 0 is supported")
 
     @property
     def per_layer_config(self) -> Sequence[VisibleWindowConfig]:
@@ -188,8 +190,8 @@ class GrinMoeConfig(PreTrainedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in (cls.model_type, "phimoe"):
             raise ValueError(
-                f"This checkpoint's config says model_type={model_type!r}; {cls.__name__} reads 'grinmoe' and 'phimoe'. "
-                "Load it with the Auto classes or with its own model class."
+                f"The config says model_type={model_type!r}; {cls.__name__} reads 'grinmoe' and 'phimoe'. "
+                "Load this checkpoint with the Auto classes or with its own model class."
             )
         return super().from_dict(config_dict, **kwargs)
 

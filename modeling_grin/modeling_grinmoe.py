@@ -1,23 +1,19 @@
 """GRIN-MoE on transformers' own machinery; what is special, the routing, is in `routing_grinmoe.py`.
 
-Module and parameter names follow the release, so only the experts are stored differently in memory (fused, one 3-D
-parameter per projection) than in a checkpoint (one matrix per expert): `EXPERT_WEIGHTS` says how.
+Module and parameter names follow the release; `checkpoint_grinmoe.py` says how its experts become ours.
 Shapes: T tokens, H hidden_size, F intermediate_size, E num_local_experts, K num_experts_per_tok.
 """
 
-import os
-from pathlib import Path
+import json
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
@@ -25,16 +21,19 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.hub import cached_file
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .balance_grinmoe import load_balancing_loss
+from .checkpoint_grinmoe import (
+    EXPERT_WEIGHTS,
+    NEW_TASK_HEADS,
+    check_tensors,
+    find_damaged_files,
+    fuse_expert_weights,
+    register_expert_layout,
+)
 from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
 from .routing_grinmoe import jitter_input, route
-
-
-# Fused parameter of GrinMoeExperts -> the released matrices of each expert that it holds, in this order.
-EXPERT_WEIGHTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
 END_OF_TEXT_ID, END_OF_TURN_ID = 32000, 32007  # <|endoftext|> and <|end|> of the released tokenizer
 
@@ -80,37 +79,6 @@ class GrinMoeExperts(nn.Module):
             expert_output = nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
             output.index_add_(0, token, expert_output * top_k_weights[token, slot, None])
         return output
-
-
-def fuse_expert_weights(
-    experts: GrinMoeExperts, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-) -> None:
-    """`load_state_dict` hook: accept the released layout, `{prefix}{expert}.w1.weight` and so on, whole or in part.
-
-    Trainer resumes by giving a checkpoint's tensors, shard by shard, to `load_state_dict(strict=False)`, where names
-    that match nothing would leave the experts as they are with no more than a warning.
-    """
-    for name, parts in EXPERT_WEIGHTS.items():
-        fused = getattr(experts, name).detach().clone()
-        matrices = fused.unflatten(1, (len(parts), -1))  # [E, parts, rows, columns]
-        targets = {
-            f"{prefix}{expert}.{part}.weight": matrices[expert, i]
-            for expert in range(experts.num_experts)
-            for i, part in enumerate(parts)
-        }
-        found = [key for key in targets if key in state_dict]
-        for key in found:
-            tensor = state_dict.pop(key)
-            if tensor.shape == targets[key].shape:
-                targets[key].copy_(tensor)
-            else:
-                error_msgs.append(
-                    f"size mismatch for {key}: {tuple(tensor.shape)} in the checkpoint, "
-                    f"{tuple(targets[key].shape)} in the model."
-                )
-        if found:
-            state_dict[f"{prefix}{name}"] = fused
-            missing_keys.extend(key for key in targets if key not in found)
 
 
 class GrinMoeSparseMoeBlock(nn.Module):
@@ -189,43 +157,36 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         """`PreTrainedModel.from_pretrained`, safetensors only, that loads every tensor or raises.
 
         Raises:
-            ValueError: the checkpoint lacks a tensor that the model needs (a new task head may be missing), or has it
-                in another shape; or one of its files is damaged. Tensors and files are named.
+            ValueError: the checkpoint lacks a tensor that the model needs (the head of a new task aside), has it in
+                another shape, or one of its files is damaged. Tensors and files are named.
         """
-        kwargs.setdefault("use_safetensors", True)
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False would load a pickle, which can run any code; convert it first")
+        kwargs["use_safetensors"] = True
         with_loading_info = kwargs.pop("output_loading_info", False)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
-        except SafetensorError as error:
-            damaged = find_damaged_shards(pretrained_model_name_or_path, **kwargs)
+        except (SafetensorError, json.JSONDecodeError) as error:
+            damaged = find_damaged_files(pretrained_model_name_or_path, **kwargs)
             raise ValueError(
-                f"Damaged checkpoint file: {', '.join(damaged)} ({error}). Download or copy it again."
+                f"{', '.join(damaged) or pretrained_model_name_or_path}: damaged ({error}). Download or copy it again."
             ) from error
-        missing = sorted(key for key in info["missing_keys"] if key != "score.weight")
-        if missing:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} tensor(s) of {cls.__name__}: {', '.join(missing)}."
-            )
-        # The released layout is written whatever layout was read: forget which conversions this checkpoint needed.
+        if missing := sorted(set(info["missing_keys"]) - NEW_TASK_HEADS):
+            raise ValueError(f"{pretrained_model_name_or_path} lacks tensors of {cls.__name__}: {', '.join(missing)}")
         if not getattr(model, "is_quantized", False):
+            # Forget which conversions this checkpoint needed: the released layout is written whatever was read.
             model._weight_conversions = None
         return (model, info) if with_loading_info else model
 
-
-def find_damaged_shards(pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> list[str]:
-    """The safetensors files beside the checkpoint's config.json that cannot be opened."""
-    hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
-    folder = Path(cached_file(pretrained_model_name_or_path, "config.json", local_files_only=True, **hub_kwargs)).parent
-    damaged = []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError:
-            damaged.append(str(path))
-    return damaged
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        if checkpoint_files and checkpoint_files[0].endswith(".safetensors") and not load_config.is_quantized:
+            check_tensors(model, checkpoint_files)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
 
 
 def create_mask(config: GrinMoeConfig, **kwargs) -> Any:
@@ -251,9 +212,9 @@ class GrinMoeModel(GrinMoePreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -278,7 +239,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+            positions = torch.arange(past_length, past_length + inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = positions[None]
 
         mask = create_mask(
             self.config,
@@ -318,12 +280,12 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -363,8 +325,8 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, config.vocab_size, **kwargs)
         if output_router_logits or balance:
             aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)
-        if balance:
-            loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
+            if balance:
+                loss = loss + config.router_aux_loss_coef * aux_loss.to(logits.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -375,7 +337,9 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits if output_router_logits else None,
         )
 
-    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs):
+    def create_masks_for_generate(
+        self, config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs
+    ):
         """`generate` prepares the masks of compiled caches by itself; they need the released window, too."""
         return create_mask(
             config,
@@ -386,7 +350,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         )
 
     def adjust_generation_fn(self, *args, **kwargs):
-        """Read the generation config; where it stops at <|endoftext|> alone, stop at the end of a chat turn as well."""
+        """Read the generation config; where it stops at <|endoftext|> alone, stop at the end of a chat turn, too."""
         super().adjust_generation_fn(*args, **kwargs)
         if self.generation_config.eos_token_id in (END_OF_TEXT_ID, [END_OF_TEXT_ID]):
             self.generation_config.eos_token_id = [END_OF_TEXT_ID, END_OF_TURN_ID]
@@ -396,23 +360,8 @@ class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoe
     """GRIN-MoE with a linear classifier on the last token that is not padding."""
 
 
-def register_grinmoe() -> None:
-    """Tell transformers how the released layout maps to the fused experts, and which model an `AutoModel` is.
-
-    Done here and not in the package's `__init__`, because these lines travel to the Hub with a checkpoint's code.
-    """
-    mapping = [
-        WeightConverter(
-            source_patterns=[f".experts.*.{part}.weight" for part in parts],
-            target_patterns=f".experts.{name}",
-            operations=[MergeModulelist(dim=0), Concatenate(dim=1)] if len(parts) > 1 else [MergeModulelist(dim=0)],
-        )
-        for name, parts in EXPERT_WEIGHTS.items()
-    ]
-    register_checkpoint_conversion_mapping(GrinMoeConfig.model_type, mapping, overwrite=True)
-    AutoModel.register(GrinMoeConfig, GrinMoeModel, exist_ok=True)
-
-
-register_grinmoe()
+# Here and not in the package's __init__, because these lines travel to the Hub with a checkpoint's code.
+register_expert_layout(GrinMoeConfig.model_type)
+AutoModel.register(GrinMoeConfig, GrinMoeModel, exist_ok=True)
 
 __all__ = ["GrinMoeForCausalLM", "GrinMoeForSequenceClassification", "GrinMoeModel", "GrinMoePreTrainedModel"]

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 
-
 # Heun's third-order rule evaluates f' at the end of the ray with weight 1/4 and at its first third with weight 3/4
 # (below Equation 5): B ~ Bernoulli(1/4) chooses between the two points.
 HEUN_END_PROBABILITY = 1 / 4
@@ -120,7 +119,8 @@ RouterEstimator = Callable[[torch.Tensor, int, float, RoutingNoise | None], tupl
 ROUTER_ESTIMATORS: dict[str, RouterEstimator] = {
     "sparsemixer_v2": sparsemixer_v2,
 }
-"""`config.router_estimator` -> `(router_logits, top_k, jitter_eps, noise) -> (weights, experts)`; no noise: inference."""
+"""`config.router_estimator` -> `(router_logits, top_k, jitter_eps, noise) -> (weights, experts)`; no noise means
+inference."""
 
 
 def route(

@@ -1,0 +1,125 @@
+"""Checkpoints: how the released tensors become the model's parameters, and what is wrong when they do not.
+
+Names are the same but for the experts: a file has one matrix per expert, `experts.{e}.w1.weight` (gate), `w3` (up) and
+`w2` (down); the model has fused parameters, `experts.gate_up_proj` `[E, 2F, H]` (w1 above w3) and `experts.down_proj`
+`[E, H, F]`. Files in the fused layout are read, too. E experts, F intermediate_size, H hidden_size.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.utils.hub import cached_file
+
+# Fused parameter -> the released matrices of each expert that it holds, in this order.
+EXPERT_WEIGHTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+
+NEW_TASK_HEADS = {"score.weight"}  # the only tensors a checkpoint may lack
+
+
+def register_expert_layout(model_type: str) -> None:
+    """Register the released layout with transformers: `from_pretrained` then fuses, `save_pretrained` splits again."""
+    mapping = [
+        WeightConverter(
+            source_patterns=[f".experts.*.{part}.weight" for part in parts],
+            target_patterns=f".experts.{name}",
+            operations=[MergeModulelist(dim=0)] + [Concatenate(dim=1)] * (len(parts) > 1),
+        )
+        for name, parts in EXPERT_WEIGHTS.items()
+    ]
+    register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
+
+
+def fuse_expert_weights(
+    experts: nn.Module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+) -> None:
+    """`load_state_dict` hook: accept the released layout, `{prefix}{expert}.w1.weight` and so on, whole or in part.
+
+    Trainer resumes by giving a checkpoint's tensors, shard by shard, to `load_state_dict(strict=False)`, where names
+    that match nothing would leave the experts as they are with no more than a warning.
+    """
+    for name, parts in EXPERT_WEIGHTS.items():
+        fused = getattr(experts, name).detach().clone()
+        matrices = fused.unflatten(1, (len(parts), -1))  # [E, parts, rows, columns]
+        targets = {
+            f"{prefix}{expert}.{part}.weight": matrices[expert, i]
+            for expert in range(fused.shape[0])
+            for i, part in enumerate(parts)
+        }
+        found = [key for key in targets if key in state_dict]
+        for key in found:
+            tensor = state_dict.pop(key)
+            if tensor.shape == targets[key].shape:
+                targets[key].copy_(tensor)
+            else:
+                error_msgs.append(
+                    f"size mismatch for {key}: {tuple(tensor.shape)} in the checkpoint, "
+                    f"{tuple(targets[key].shape)} in the model."
+                )
+        if found:
+            state_dict[f"{prefix}{name}"] = fused
+            missing_keys.extend(key for key in targets if key not in found)
+
+
+def check_tensors(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
+    """Compare the names and shapes in the files' headers with what `model` needs, in either layout of the experts.
+
+    Raises:
+        ValueError: tensors are missing or mis-shaped, or there are experts that the model does not have.
+    """
+    prefix = f"{model.base_model_prefix}."  # checkpoints of the bare model lack it
+    found: dict[str, tuple[list[int], str]] = {}
+    for file in checkpoint_files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                found[name.removeprefix(prefix)] = tensors.get_slice(name).get_shape(), file
+
+    needed: dict[str, list[int]] = {}
+    for name, parameter in model.state_dict().items():
+        module, _, attribute = name.rpartition(".")
+        if attribute in EXPERT_WEIGHTS and name.removeprefix(prefix) not in found:
+            num_experts, rows, columns = parameter.shape
+            parts = EXPERT_WEIGHTS[attribute]
+            for expert in range(num_experts):
+                for part in parts:
+                    needed[f"{module}.{expert}.{part}.weight"] = [rows // len(parts), columns]
+        else:
+            needed[name] = list(parameter.shape)
+
+    problems = []
+    optional = NEW_TASK_HEADS | set(model.all_tied_weights_keys)
+    for name, shape in needed.items():
+        found_shape, file = found.pop(name.removeprefix(prefix), (None, ""))
+        if found_shape is None and name not in optional:
+            problems.append(f"{name} is missing")
+        elif found_shape is not None and found_shape != shape:
+            problems.append(f"{name} has shape {found_shape} in {file}, the config says {shape}")
+    problems += [
+        f"{name} in {file} belongs to no expert of the config"
+        for name, (_, file) in found.items()
+        if ".experts." in name
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+        raise ValueError(f"{len(problems)} tensor(s) of the checkpoint do not fit {type(model).__name__}: {shown}")
+
+
+def find_damaged_files(pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> list[str]:
+    """The safetensors files and JSON indices beside the checkpoint's config.json that cannot be read."""
+    hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
+    config_file = cached_file(pretrained_model_name_or_path, "config.json", local_files_only=True, **hub_kwargs)
+    damaged = []
+    for path in sorted(Path(config_file).parent.glob("*.safetensors*")):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+            else:
+                safe_open(path, framework="pt").__exit__(None, None, None)
+        except (SafetensorError, json.JSONDecodeError):
+            damaged.append(str(path))
+    return damaged
