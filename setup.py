@@ -1,0 +1,65 @@
+"""Package metadata. Tool settings are in pyproject.toml, the tested versions in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+REQUIRES = [
+    "torch>=2.10",
+    "transformers>=5.23,<6",
+    "safetensors>=0.8",
+    "jinja2>=3.1",  # chat templates
+    "matplotlib>=3.10",
+    "rich>=14",
+    "typer>=0.20",
+]
+
+TRAIN = [
+    "accelerate>=1.15",
+    "datasets>=5.0",
+    "peft>=0.21",
+    "trl>=1.16",
+]
+
+DEV = [
+    "mypy>=2.0",
+    "pre-commit>=4.0",
+    "pytest>=9.0",
+    "pytest-xdist>=3.8",
+    "ruff>=0.17",
+    "setuptools>=77.0.3",  # builds the wheel
+]
+
+setup(
+    name="grin-moe",
+    version="0.1.0",
+    description="GRIN-MoE as a native Transformers model, with SparseMixer-v2 routing",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",  # as transformers 5.23
+    install_requires=REQUIRES,
+    extras_require={
+        "train": TRAIN,
+        "flash": ["flash-attn>=2.7"],
+        "gguf": ["gguf>=0.17"],
+        "dev": TRAIN + DEV,
+    },
+    # The explicit root makes an editable install follow the checkout, new top-level packages included.
+    package_dir={"": "."},
+    # Recipes are scripts to copy and edit: one folder, named here because it needs no __init__.py.
+    packages=[*find_packages(include=["modeling_grin*", "conversion*"]), "recipes"],
+    package_data={"modeling_grin": ["py.typed"], "recipes": ["**/*.yaml"]},
+    zip_safe=False,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,119 @@
+"""The wheel: what it holds, what it asks for, and that it works where the checkout is out of sight."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("modeling_grin", "conversion", "recipes")
+BUILD_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+def run(*command, cwd, **env):
+    """Run a command; its whole output is the failure text."""
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def pip(*arguments, cwd):
+    return run(sys.executable, "-m", "pip", *arguments, cwd=cwd, PIP_NO_INDEX="1")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of the sources, so that no earlier build in the checkout can leak into it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in BUILD_FILES:
+        shutil.copy(ROOT / name, source)
+    for name in PACKAGES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, source, cwd=folder)
+    (built,) = folder.glob("grin_moe-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return HeaderParser().parsestr(archive.read(name).decode())
+
+
+def test_wheel_holds_the_packages_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in shipped} <= set(PACKAGES)
+    for package in PACKAGES:
+        wanted = {path for suffix in ("py", "yaml", "typed") for path in (ROOT / package).rglob(f"*.{suffix}")}
+        missing = {path.relative_to(ROOT).as_posix() for path in wanted} - shipped
+        assert not missing, f"not in the wheel: {sorted(missing)}"
+
+
+def test_tested_versions_satisfy_the_declared_ranges(metadata):
+    declared = {}
+    for line in metadata.get_all("Requires-Dist"):
+        requirement = Requirement(line)
+        declared.setdefault(canonicalize_name(requirement.name), requirement.specifier)
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    for pin in pins:
+        (version,) = [specifier.version for specifier in pin.specifier if specifier.operator == "=="]
+        assert version in declared[canonicalize_name(pin.name)], f"{pin} is outside setup.py's range"
+    untested = {"flash-attn", "gguf"}  # extras that need a GPU, or are optional readers
+    assert set(declared) - untested == {canonicalize_name(pin.name) for pin in pins}
+    assert pins[0].name == "torch", "torch is installed first"
+
+
+def test_extras(metadata):
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "flash", "gguf", "dev"}
+
+
+OUTSIDE = """
+import sys
+from pathlib import Path
+
+import torch
+import modeling_grin
+
+site = Path(sys.argv[1]).resolve()
+assert Path(modeling_grin.__file__).resolve().is_relative_to(site), modeling_grin.__file__
+missing = [name for name in modeling_grin.__all__ if not hasattr(modeling_grin, name)]
+assert modeling_grin.__all__ and not missing, missing
+
+config = modeling_grin.GrinMoeConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)
+model = modeling_grin.GrinMoeForCausalLM(config).eval()
+with torch.no_grad():
+    logits = model(input_ids=torch.arange(10).reshape(2, 5)).logits
+assert logits.shape == (2, 5, 64) and logits.isfinite().all()
+outside = [name for name, module in sys.modules.items()
+           if name.split(".")[0] in ("modeling_grin", "conversion", "recipes") and getattr(module, "__file__", None)
+           and not Path(module.__file__).resolve().is_relative_to(site)]
+assert not outside, outside
+print("works outside the checkout")
+"""
+
+
+def test_wheel_works_outside_the_checkout(wheel, tmp_path):
+    site = tmp_path / "site"
+    pip("install", "--no-deps", "--target", site, wheel, cwd=tmp_path)
+    environment = {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    output = run(sys.executable, "-c", OUTSIDE, site, cwd=tmp_path, **environment)
+    assert "works outside the checkout" in output
