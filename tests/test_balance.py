@@ -1,0 +1,83 @@
+"""The load-balance loss: its value where it is known, what it counts, and where its gradient goes."""
+
+import pytest
+import torch
+
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, load_balancing_loss
+
+
+def one_hot_logits(experts, num_experts):
+    """Router logits whose softmax is (almost) the indicator of `experts` `[tokens]`."""
+    return 100.0 * torch.nn.functional.one_hot(experts, num_experts).float()
+
+
+def test_balanced_router_scores_one():
+    experts = torch.arange(16).remainder(8).unsqueeze(1)
+    loss = load_balancing_loss((one_hot_logits(experts[:, 0], 8),), (experts,))
+    assert loss.item() == pytest.approx(1.0, rel=1e-6)
+    uniform = load_balancing_loss((torch.zeros(16, 8),), (torch.zeros(16, 1, dtype=torch.long),))
+    assert uniform.item() == pytest.approx(1.0, rel=1e-6), "a uniform softmax scores 1 whatever f is"
+
+
+def test_two_layers_collapsed_onto_different_experts_score_as_collapse():
+    logits = torch.full((16, 4), -100.0)
+    first, second = logits.clone(), logits.clone()
+    first[:, :2] = 0.0
+    second[:, 2:] = 0.0
+    experts = (torch.tensor([[0, 1]]).expand(16, 2), torch.tensor([[2, 3]]).expand(16, 2))
+    assert load_balancing_loss((first, second), experts).item() == pytest.approx(2.0, rel=1e-6)  # E / K
+
+
+def test_equals_the_formula_and_counts_the_dispatched_experts():
+    """L = n sum_i f_i E[softmax(z)_i] by loops, with dispatched experts that are not the logits' top-k."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(10, 6, generator=generator) for _ in range(3)]
+    experts = [torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(10)]) for _ in range(3)]
+    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
+    real = [t for t in range(10) if mask.flatten()[t]]
+    total = 0.0
+    for z, chosen in zip(logits, experts, strict=True):
+        for i in range(6):
+            fraction = sum(chosen[t].tolist().count(i) for t in real) / (2 * len(real))
+            total += 6 * fraction * sum(z[t].softmax(-1)[i].item() for t in real) / len(real)
+    loss = load_balancing_loss(tuple(logits), tuple(experts), mask)
+    assert loss.item() == pytest.approx(total / 3, rel=1e-5)
+    grown = torch.cat([torch.ones(2, 3, dtype=torch.long), mask], dim=1)  # a mask that covers cached tokens, too
+    assert load_balancing_loss(tuple(logits), tuple(experts), grown).item() == loss.item()
+
+
+@pytest.fixture
+def model():
+    config = GrinMoeConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, router_jitter_noise=0.0, input_jitter_noise=0.0,
+        eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return GrinMoeForCausalLM(config)
+
+
+def test_acts_in_training_and_is_reported_apart(model):
+    ids = torch.arange(20).reshape(2, 10)
+    plain = model.train()(ids, labels=ids)
+    assert plain.aux_loss is None and plain.router_logits is None
+    model.config.router_aux_loss_coef = 0.5
+    balanced = model(ids, labels=ids)
+    assert balanced.loss.item() == pytest.approx(plain.loss.item() + 0.5 * balanced.aux_loss.item(), rel=1e-6)
+    evaluated = model.eval()(ids, labels=ids, output_router_logits=True)
+    assert evaluated.loss.item() == pytest.approx(plain.loss.item(), rel=1e-6), "evaluation is the cross-entropy alone"
+    assert evaluated.aux_loss.item() >= 0.9 and len(evaluated.router_logits) == 2
+
+
+def test_gradient_reaches_the_router_through_the_softmax_alone(model):
+    ids = torch.arange(20).reshape(2, 10)
+    model.eval()(ids, output_router_logits=True).aux_loss.backward()
+    last = model.model.layers[-1].block_sparse_moe
+    assert last.gate.weight.grad.abs().max() > 0
+    assert last.experts.down_proj.grad is None
+
+
+@pytest.mark.parametrize("attention_mask", [torch.zeros(2, 1, 10, 10), torch.ones(2, 10)], ids=["4-D", "2-D"])
+def test_masks_of_any_rank(model, attention_mask):
+    output = model.eval()(torch.arange(20).reshape(2, 10), attention_mask=attention_mask, output_router_logits=True)
+    assert torch.isfinite(output.aux_loss)
