@@ -1,0 +1,150 @@
+"""The whole way in three minutes, without a download: train, save, reload and ask a tiny GRIN-MoE.
+
+The text is the source code of Python's own standard library. A tokenizer is trained on it, a GRIN-MoE of a few million
+parameters is written in the layout of the release, loaded with the Auto classes, trained with transformers' Trainer,
+saved, loaded again, and asked to continue some code.
+
+    python recipes/demo.py --output-dir demo_output
+"""
+
+import sysconfig
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from datasets import Dataset
+from matplotlib.figure import Figure
+from rich.console import Console
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DefaultDataCollator,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeTokenizer
+from modeling_grin.analysis import expert_load, plot_expert_load
+
+console = Console()
+
+VOCAB_SIZE = 2048
+SEQUENCE_LENGTH = 128
+PROMPT = '    def __init__(self, name, value=None):\n        """'
+
+
+def read_standard_library() -> list[str]:
+    """The modules of Python's standard library, without its packages and tests: about 5 MB of real code."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.py"))]
+
+
+def pack(texts: list[str], tokenizer: GrinMoeTokenizer) -> Dataset:
+    """One long stream of tokens, texts separated by <|endoftext|>, cut into rows of SEQUENCE_LENGTH."""
+    stream = [token for ids in tokenizer(texts)["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
+    rows = [stream[i : i + SEQUENCE_LENGTH] for i in range(0, len(stream) - SEQUENCE_LENGTH + 1, SEQUENCE_LENGTH)]
+    return Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
+
+
+def tiny_config(tokenizer: GrinMoeTokenizer) -> GrinMoeConfig:
+    """GRIN-MoE in small: everything as released but the sizes, and a load-balance loss, since it starts from zero."""
+    return GrinMoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=1024,
+        router_aux_loss_coef=0.01,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def plot_loss(log_history: list[dict], path: Path) -> None:
+    """Training and validation loss against the step."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.set(title="Tiny GRIN-MoE on Python's standard library", xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main(
+    output_dir: Annotated[Path, typer.Option(help="where checkpoints and pictures go")] = Path("demo_output"),
+    max_steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 200,
+    seed: Annotated[int, typer.Option(help="of weights, data order and routing")] = 0,
+) -> None:
+    """Train, save, reload and ask a tiny GRIN-MoE.
+
+    Example: python recipes/demo.py --max-steps 50 --output-dir /tmp/demo
+    """
+    set_seed(seed)
+    base, trained = output_dir / "base", output_dir / "trained"
+
+    console.rule("1  Tokenizer and model, in the layout of the release")
+    texts = read_standard_library()
+    tokenizer = GrinMoeTokenizer.train_from_iterator(texts, VOCAB_SIZE)
+    model = GrinMoeForCausalLM(tiny_config(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.stop_token_ids
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    console.print(f"{model.num_parameters() / 1e6:.1f}M parameters, {len(tokenizer)} tokens, written to {base}")
+
+    console.rule("2  Fine-tune with transformers' Trainer")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    validation = pack(texts[::20], tokenizer).select(range(64))
+    training = pack([text for i, text in enumerate(texts) if i % 20], tokenizer)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=output_dir / "checkpoints",
+            max_steps=max_steps,
+            per_device_train_batch_size=16,
+            learning_rate=2e-3,
+            warmup_steps=min(20, max_steps // 10),
+            lr_scheduler_type="cosine",
+            weight_decay=0.1,
+            logging_steps=max(1, max_steps // 20),
+            eval_strategy="steps",
+            eval_steps=max(1, max_steps // 4),
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+        ),
+        train_dataset=training,
+        eval_dataset=validation,
+        data_collator=DefaultDataCollator(),
+        processing_class=tokenizer,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    console.print(f"validation loss {before:.2f} -> {after:.2f}")
+
+    console.rule("3  Save, reload, look and ask")
+    trainer.save_model(trained)
+    model = AutoModelForCausalLM.from_pretrained(trained).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    plot_loss(trainer.state.log_history, output_dir / "loss.png")
+    load = expert_load(model, validation.iter(batch_size=16))
+    plot_expert_load(load, output_dir / "expert_load.png", "Expert load on validation text (%)")
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=60, do_sample=False, repetition_penalty=1.1)
+    console.print(tokenizer.decode(output[0]), markup=False, highlight=False, style="cyan")
+    console.print(
+        f"checkpoint {trained}, loss curve {output_dir / 'loss.png'}, routing {output_dir / 'expert_load.png'}"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,176 @@
+"""Fine-tuning with plain transformers.Trainer and with peft, on real text."""
+
+import inspect
+import json.decoder
+import json.encoder
+import textwrap
+import tokenize
+
+import pytest
+import torch
+from checkpoints import released_config, released_tensors, write_checkpoint
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, DefaultDataCollator, Trainer, TrainingArguments, set_seed
+
+from modeling_grin import GrinMoeForCausalLM
+from modeling_grin.analysis import expert_load, plot_expert_load
+
+
+@pytest.fixture(scope="module")
+def dataset(trained_tokenizer):
+    """Rows of 48 tokens of standard-library source code."""
+    text = "".join(inspect.getsource(module) for module in (json.decoder, json.encoder, textwrap, tokenize))
+    ids = trained_tokenizer(text)["input_ids"]
+    rows = [ids[i : i + 48] for i in range(0, len(ids) - 48, 48)]
+    return Dataset.from_dict({"input_ids": rows, "labels": rows}).train_test_split(16, seed=0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained_tokenizer, tmp_path_factory):
+    """A released-layout checkpoint with small random weights and wide routing noise."""
+    config = released_config(
+        torch_dtype="float32", vocab_size=len(trained_tokenizer), eos_token_id=3, router_jitter_noise=0.1
+    )
+    tensors = {name: tensor if "norm" in name else 0.2 * tensor for name, tensor in released_tensors(config).items()}
+    return write_checkpoint(tmp_path_factory.mktemp("base"), config, tensors, num_shards=2)
+
+
+def make_trainer(model, dataset, output_dir, **arguments):
+    defaults = {"max_steps": 30, "learning_rate": 5e-3, "logging_steps": 5, "save_strategy": "no"}
+    return Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=output_dir, per_device_train_batch_size=8, report_to="none", disable_tqdm=True, use_cpu=True,
+            **{**defaults, **arguments},
+        ),
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+        data_collator=DefaultDataCollator(),
+    )  # fmt: skip
+
+
+def test_trainer_learns_evaluates_and_saves(checkpoint, dataset, tmp_path):
+    set_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = make_trainer(model, dataset, tmp_path)
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    last = trainer.evaluate()["eval_loss"]
+    assert last < first - 1.0, (first, last)
+    unmoved = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert unmoved == []
+
+    trainer.save_model(tmp_path / "final")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert make_trainer(reloaded, dataset, tmp_path).evaluate()["eval_loss"] == last
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_resumed_run_equals_the_uninterrupted_one(checkpoint, dataset, tmp_path, gradient_checkpointing):
+    """Routing and input noise on; Trainer's own resume gives every tensor, experts included, back bit for bit."""
+    arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3,
+                 "gradient_checkpointing": gradient_checkpointing}  # fmt: skip
+    set_seed(1)
+    whole = make_trainer(AutoModelForCausalLM.from_pretrained(checkpoint), dataset, tmp_path / "whole", **arguments)
+    whole.train()
+
+    set_seed(2)
+    other = write_checkpoint(tmp_path / "other", *_other_weights(checkpoint))
+    resumed = make_trainer(AutoModelForCausalLM.from_pretrained(other), dataset, tmp_path / "resumed", **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for (name, expected), (_, actual) in zip(
+        whole.model.named_parameters(), resumed.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(expected, actual), name
+
+
+def _other_weights(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    return config, released_tensors(config, seed=99)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_replays_the_routing_draws(checkpoint, use_reentrant):
+    """Sampling on: the recomputed forward pass must draw the same experts, or gradients would be wrong."""
+    ids = torch.randint(0, 131, (2, 32), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for gradient_checkpointing in (False, True):
+        model = GrinMoeForCausalLM.from_pretrained(checkpoint).train()
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(5)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert torch.equal(expected, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("experts_implementation", ["eager", "batched_mm"])
+def test_experts_implementations_agree_in_gradients(checkpoint, experts_implementation):
+    """The same draws through another implementation, experts without a token included (one row of few tokens)."""
+    ids = torch.randint(0, 131, (1, 3), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for implementation in ("grouped_mm", experts_implementation):
+        model = GrinMoeForCausalLM.from_pretrained(checkpoint, experts_implementation=implementation).train()
+        torch.manual_seed(5)
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("experts_implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_expert_dropout_acts_in_training_only(checkpoint, experts_implementation):
+    model = GrinMoeForCausalLM.from_pretrained(
+        checkpoint, experts_implementation=experts_implementation, expert_dropout=0.5,
+        router_jitter_noise=0.0, input_jitter_noise=0.0,
+    )  # fmt: skip
+    ids = torch.arange(12)[None]
+    assert not torch.equal(model.train()(ids).logits, model(ids).logits)
+    assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+
+
+def test_lora_on_attention(checkpoint, dataset, tmp_path):
+    set_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trainable) == 2 * 4 * 2  # layers x projections x (A, B)
+    trainer = make_trainer(model, dataset, tmp_path)
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    last = trainer.evaluate()["eval_loss"]
+    assert last < first - 0.02, (first, last)
+
+    model.save_pretrained(tmp_path / "adapter")
+    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "adapter")
+    assert make_trainer(reloaded, dataset, tmp_path).evaluate()["eval_loss"] == last
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        adapted = reloaded.eval()(ids).logits
+        merged = reloaded.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_expert_load_counts_each_decision_once(checkpoint, tmp_path):
+    """Against the routing of the layers' own logits; padding is left out, and the model's mode is restored."""
+    model = GrinMoeForCausalLM.from_pretrained(checkpoint).train()
+    ids = torch.arange(24).reshape(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    load = expert_load(model, [{"input_ids": ids, "attention_mask": mask}] * 2)
+    assert model.training
+    assert load.shape == (2, 6)
+    torch.testing.assert_close(load.sum(1), torch.ones(2, dtype=torch.float64))
+    with torch.no_grad():
+        logits = model.eval()(ids, attention_mask=mask, output_router_logits=True).router_logits
+    for row, router_logits in zip(load, logits, strict=True):
+        chosen = router_logits[mask.flatten().bool()].topk(2).indices.flatten()  # inference: the two largest
+        torch.testing.assert_close(row, torch.bincount(chosen, minlength=6).double() / len(chosen))
+    plot_expert_load(load, tmp_path / "load.png")
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no tokens"):
+        expert_load(model, [])
