@@ -1,0 +1,41 @@
+"""The README's snippets, run as they stand; only the name of the released checkpoint is replaced by a tiny one."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import released_config, released_tensors, write_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def tiny_release(trained_tokenizer, tmp_path_factory):
+    config = released_config(vocab_size=len(trained_tokenizer))
+    folder = write_checkpoint(tmp_path_factory.mktemp("release"), config, released_tensors(config), num_shards=2)
+    trained_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippet_runs(number, tiny_release, tmp_path):
+    snippet = SNIPPETS[number].replace("microsoft/GRIN-MoE", str(tiny_release))
+    (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "snippet.py"], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert result.returncode == 0, result.stderr
+    if "save_pretrained" in snippet:
+        loss = float(re.search(r"'eval_loss': '?([\d.]+)", result.stdout).group(1))
+        assert loss < 6.3, "it starts at log(1024) = 6.9"
+        assert (tmp_path / "trained" / "model.safetensors").is_file()
+        assert (tmp_path / "expert_load.png").is_file()
+
+
+def test_links_lead_somewhere():
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
