@@ -137,7 +137,7 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(trained)
     plot_loss(trainer.state.log_history, output_dir / "loss.png")
     load = expert_load(model, validation.iter(batch_size=16))
-    plot_expert_load(load, output_dir / "expert_load.png", "Expert load on validation text (%)")
+    plot_expert_load(load, output_dir / "expert_load.png", "Expert load on validation text")
     inputs = tokenizer(PROMPT, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=60, do_sample=False, repetition_penalty=1.1)
     console.print(tokenizer.decode(output[0]), markup=False, highlight=False, style="cyan")

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
@@ -45,17 +46,22 @@ def plot_expert_load(load: torch.Tensor, path: str | Path, title: str = "Expert 
     """Draw `expert_load`'s `[L, E]` as a heatmap, white at 1 / E, red above, blue below, and write it to `path`."""
     num_layers, num_experts = load.shape
     balanced = 1 / num_experts
-    spread = max((load - balanced).abs().max().item(), 1e-3)
-    figure = Figure(figsize=(2.5 + 0.55 * num_experts, 1.8 + 0.4 * num_layers), layout="constrained")
+    norm = TwoSlopeNorm(balanced, vmin=0, vmax=max(2 * balanced, load.max().item()))
+    figure = Figure(figsize=(2.5 + 0.55 * num_experts, 2 + 0.4 * num_layers), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(load, cmap="RdBu_r", vmin=balanced - spread, vmax=balanced + spread, aspect="auto")
-    axes.set(title=title, xlabel="expert", ylabel="layer", xticks=range(num_experts), yticks=range(num_layers))
+    image = axes.imshow(load, cmap="RdBu_r", norm=norm, aspect="auto")
+    axes.set(
+        title=f"{title} (balanced: {100 * balanced:.3g} %)",
+        xlabel="expert",
+        ylabel="layer",
+        xticks=range(num_experts),
+        yticks=range(num_layers),
+    )
     if load.numel() <= 256:
         for layer, row in enumerate(load.tolist()):
             for expert, share in enumerate(row):
-                strong = abs(share - balanced) > 0.6 * spread
-                axes.text(expert, layer, f"{100 * share:.0f}", ha="center", va="center", fontsize=8,
-                          color="white" if strong else "black")  # fmt: skip
+                color = "white" if abs(norm(share) - 0.5) > 0.35 else "black"
+                axes.text(expert, layer, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=color)
     bar = figure.colorbar(image, format=lambda share, _: f"{100 * share:.0f} %")
-    bar.set_label(f"share of the layer's routing decisions (balanced: {100 * balanced:.3g} %)")
+    bar.set_label("share of the layer's choices")
     figure.savefig(path, dpi=150)
