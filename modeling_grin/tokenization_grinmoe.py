@@ -1,0 +1,200 @@
+"""GRIN-MoE's tokenizer: the release's `tokenizer.json` as it stands, its chat format, and vocabularies of your own."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import TokenizersBackend
+
+END_OF_TURN = "<|end|>"
+
+# The added tokens of the release in the order of its ids (tokenizer.json, "added_tokens"). Those with `rstrip` take in
+# the white space that follows them: "<|end|>\n" is one token.
+SPECIAL_TOKENS = tuple(
+    AddedToken(name, normalized=False, special=name != "</s>", rstrip=name not in ("<unk>", "<s>", "<|endoftext|>"))
+    for name in [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<|endoftext|>",
+        "<|assistant|>",
+        "<|placeholder1|>",
+        "<|placeholder2|>",
+        "<|placeholder3|>",
+        "<|placeholder4|>",
+        "<|system|>",
+        "<|end|>",
+        "<|placeholder5|>",
+        "<|placeholder6|>",
+        "<|user|>",
+    ]
+)
+
+# The released template, to recognise it: it renders the right text, but does not mark what the assistant said.
+RELEASED_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+# The same text, with the assistant's tokens marked. Blanks that open an answer stay outside the mark: the tokenizer
+# gives them to `<|assistant|>`, and a mark that began on them would take in that token. (U+001C to U+001F, blank to
+# Jinja but not to the tokenizer, stay unmarked at the start of an answer.)
+CHAT_TEMPLATE = r"""{%- for message in messages -%}
+    {%- if message['role'] == 'assistant' -%}
+        {%- set answer = message['content'].lstrip() -%}
+        {%- set blanks = message['content'][:message['content']|length - answer|length] -%}
+        {{- '<|assistant|>\n' + blanks -}}
+        {%- generation -%}{{- answer + '<|end|>' -}}{%- endgeneration -%}
+        {{- '\n' -}}
+    {%- elif message['role'] in ('system', 'user') -%}
+        {{- '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' -}}
+    {%- else -%}
+        {{- raise_exception('Unknown role "' ~ message['role'] ~ '": a chat has system, user and assistant.') -}}
+    {%- endif -%}
+{%- endfor -%}
+{{- '<|assistant|>\n' if add_generation_prompt else eos_token -}}"""
+
+
+class GrinMoeTokenizer(TokenizersBackend):
+    """The tokenizer of GRIN-MoE.
+
+    Token ids are those of `tokenizer.json`, whatever `tokenizer_config.json` says about it: the release names
+    `LlamaTokenizer` there, for which transformers 5 would rebuild the tokenizer by other rules. The released chat
+    template is replaced by `CHAT_TEMPLATE`, which renders the same text, marks the assistant's tokens for
+    `return_assistant_tokens_mask` (TRL's `assistant_only_loss`), and refuses a role it does not know (with
+    `jinja2.TemplateError`) where the released one drops the message silently. Any other template is kept.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
+    padding_side = "left"
+
+    def __init__(
+        self,
+        chat_template: str | dict[str, str] | None = None,
+        bos_token: str | AddedToken | None = "<s>",
+        eos_token: str | AddedToken | None = "<|endoftext|>",
+        unk_token: str | AddedToken | None = "<unk>",
+        pad_token: str | AddedToken | None = "<|endoftext|>",
+        model_max_length: int = 4096,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            chat_template=CHAT_TEMPLATE if chat_template in (None, RELEASED_CHAT_TEMPLATE) else chat_template,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            unk_token=unk_token,
+            pad_token=pad_token,
+            model_max_length=model_max_length,
+            **kwargs,
+        )
+
+    @classmethod
+    def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
+        """Let `tokenizer.json` alone decide: no rebuilding, no second opinion from `added_tokens_decoder`.
+
+        Raises:
+            OSError: if there is no `tokenizer.json`.
+        """
+        if kwargs.get("tokenizer_file") is None:
+            raise OSError(f"No tokenizer.json in {kwargs.get('name_or_path')}: GrinMoeTokenizer reads no other file.")
+        kwargs.pop("added_tokens_decoder", None)
+        return kwargs
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """The ids that end an answer, for `generation_config.eos_token_id`: end of text, and end of turn."""
+        ids = (self.backend_tokenizer.token_to_id(token) for token in (self.eos_token, END_OF_TURN) if token)
+        return list(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+
+    @classmethod
+    def train_from_iterator(
+        cls,
+        texts: Iterable[str] | Iterable[list[str]],
+        vocab_size: int,
+        special_tokens: Sequence[AddedToken] = SPECIAL_TOKENS,
+        **settings: Any,
+    ) -> Self:
+        """A tokenizer with a vocabulary learnt from `texts`, and the release's special tokens and chat format.
+
+        Byte-level BPE: any text comes back from its ids unchanged (but for white space that a special token takes
+        in). The special tokens come first, so that their ids do not depend on `vocab_size`: `<unk>`, `<s>` and `</s>`
+        are 0, 1, 2 as in the release, `<|endoftext|>` is 3.
+
+        Args:
+            texts: texts, or batches of texts.
+            vocab_size: the size to reach, special tokens included; a small corpus may support fewer tokens.
+            special_tokens: the tokens with the ids 0, 1, 2, ...
+            settings: arguments of the class, such as `chat_template`.
+
+        Raises:
+            ValueError: if `vocab_size` leaves no room for the special tokens and the 256 bytes.
+        """
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        smallest = len(special_tokens) + len(byte_level.alphabet())
+        if vocab_size < smallest:
+            raise ValueError(f"vocab_size is {vocab_size}; special tokens and bytes alone take {smallest}.")
+
+        learner = Tokenizer(models.BPE())
+        learner.pre_tokenizer = byte_level
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[token.content for token in special_tokens],
+            initial_alphabet=byte_level.alphabet(),
+            show_progress=False,
+        )
+        learner.train_from_iterator(texts, trainer=trainer)
+
+        tokenizer = Tokenizer(learner.model)  # without the learner's added tokens: it has made `</s>` special
+        tokenizer.pre_tokenizer = byte_level
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_tokens(list(special_tokens))
+        return cls(tokenizer_object=tokenizer, **settings)
+
+    def train_new_from_iterator(
+        self,
+        text_iterator: Iterable[str] | Iterable[list[str]],
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: Sequence[str | AddedToken] | None = None,
+        special_tokens_map: dict[str, str] | None = None,
+    ) -> Self:
+        """As `train_from_iterator`, with this tokenizer's added tokens (in this order), chat template and settings.
+
+        The method overridden here would keep the release's byte fallback without the bytes to fall back to, so that
+        characters it has not seen become `<unk>`, and would put `</s>` beyond `vocab_size`.
+
+        Args:
+            text_iterator: texts, or batches of texts.
+            vocab_size: the size to reach, special tokens included.
+            length: of no effect, since no progress bar is drawn.
+            new_special_tokens: tokens to add after this tokenizer's own.
+            special_tokens_map: refused.
+
+        Raises:
+            ValueError: if `vocab_size` is too small, or `special_tokens_map` would rename what the chat relies on.
+        """
+        if special_tokens_map:
+            raise ValueError("special_tokens_map is not supported: the chat template relies on the tokens' names.")
+        own = [token for _, token in sorted(self.added_tokens_decoder.items())]
+        new = [
+            token if isinstance(token, AddedToken) else AddedToken(token, special=True, normalized=False)
+            for token in new_special_tokens or ()
+        ]
+        return self.train_from_iterator(
+            text_iterator,
+            vocab_size,
+            [*own, *new],
+            chat_template=self.chat_template,
+            model_max_length=self.model_max_length,
+            padding_side=self.padding_side,
+            truncation_side=self.truncation_side,
+            extra_special_tokens=[*self.extra_special_tokens, *map(str, new)],
+            **self.special_tokens_map,
+        )
+
+
+__all__ = ["GrinMoeTokenizer"]

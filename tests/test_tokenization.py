@@ -1,0 +1,462 @@
+"""The tokenizer against `tokenizer.json` read by the `tokenizers` library, and against the released chat template.
+
+Most tests run twice: with the release's own files, and with a tokenizer trained on the spot whose files are given the
+release's form (`released_layout`), so that they run where the release is absent.
+"""
+
+import inspect
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import jinja2
+import pytest
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer, LlamaTokenizer
+
+from modeling_grin import GrinMoeTokenizer
+from modeling_grin.tokenization_grinmoe import CHAT_TEMPLATE, RELEASED_CHAT_TEMPLATE, SPECIAL_TOKENS
+
+NAMES = [token.content for token in SPECIAL_TOKENS]
+
+PLAIN_TEXTS = [
+    "",
+    " ",
+    "\n",
+    "\t\t",
+    "Hello, world!",
+    " leading",
+    "trailing  ",
+    "runs   of    spaces     inside",
+    "        eight spaces, then text",
+    "tabs\tand\t\tmore\n\n\nblank lines\r\nand\rreturns\v\f",
+    "def f(x: int) -> str:\n    if x:\n        return f'{x!r}'  # done\n\treturn ''\n",
+    "for(i=0;i<n;++i){a[i]^=b[i]>>3;}",
+    '{"key": [1, 2.5e-3, null], "ключ": "值"}',
+    "naïve café, Zoë; e\u0301 is not é",
+    "日本語と中文，한국어",
+    "مرحبا بالعالم שלום",
+    "Ελληνικά, кириллица, हिन्दी",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 😀",
+    "\u00a0no-break\u2003em\u3000ideographic\u200bzero width\ufeffbom",
+    "∑ᵢ xᵢ² ≤ ∞ ⟨a|b⟩",
+    "\x00\x01\x1c\x7f",
+    bytes(range(256)).decode("latin-1"),
+    bytes(range(256)).decode("utf-8", errors="replace"),
+    "<| not a token |> <|en d|> <|END|> <unk <s",
+    "1234567890 3.14159 0xDEADBEEF",
+    "https://example.org/a?b=c&d=%20#e",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "\U0010ffff\U0001f9ff",
+]
+SPECIAL_TEXTS = [
+    "<|end|>",
+    "<|end|>text",
+    "<|end|> text",
+    "text<|end|>   text",
+    "text <|end|>\n\n\ttext",
+    "<|user|><|assistant|><|system|>",
+    "<|user|> <|assistant|>\n<|system|>",
+    "<|user|>\nHello<|end|>\n<|assistant|>\n",
+    "<|user|>\n  indented<|end|>\n<|assistant|>\n def f():\n    pass<|end|>\n",
+    "<|endoftext|> after <|endoftext|>after",
+    "<s> a</s> b<s>c</s>\n\nd<unk> e<unk>f",
+    "<|placeholder1|> x<|placeholder6|>x",
+    "é<|end|>é 😀<|end|> 😀",
+]
+HARD_TEXTS = PLAIN_TEXTS + SPECIAL_TEXTS
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "What is 2 + 2?"}
+ANSWERS = [
+    "4",
+    "",
+    " 4",
+    "\n\n  4\n",
+    "   ",
+    "😀 é",
+    "日本",
+    "\u00a0\u3000x",
+    "def f():\n    return 4\n",
+    "a <b> {{ c }} {% d %}",
+]
+CHATS = [
+    [USER],
+    [SYSTEM, USER],
+    [{"role": "user", "content": "  spaced \n"}],
+    *([USER, {"role": "assistant", "content": answer}] for answer in ANSWERS),
+    [SYSTEM, *itertools.chain(*([USER, {"role": "assistant", "content": answer}] for answer in ANSWERS)), USER],
+    [{"role": "assistant", "content": "I start."}, {"role": "assistant", "content": "And go on."}, SYSTEM],
+]
+
+
+def released_layout(folder: Path) -> Path:
+    """Add to a folder with `tokenizer.json` what the release says beside it, `LlamaTokenizer` included."""
+    tokenizer_config = {
+        **{"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False, "padding_side": "left"},
+        **{"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<unk>"},
+        **{"model_max_length": 4096, "chat_template": RELEASED_CHAT_TEMPLATE},
+    }
+    auto_map = {"AutoConfig": "configuration_grinmoe.GRINMoEConfig"}  # remote code that this project does without
+    config = {"model_type": "grinmoe", "architectures": ["GRIN-MoE"], "auto_map": auto_map}
+    if not (folder / "tokenizer_config.json").exists():
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["released", "trained"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder in the release's layout, as far as a tokenizer is concerned."""
+    path = tmp_path_factory.mktemp(request.param)
+    if request.param == "released":
+        for file in request.getfixturevalue("real_tokenizer_dir").iterdir():
+            shutil.copyfile(file, path / file.name)
+    else:
+        request.getfixturevalue("trained_tokenizer").backend_tokenizer.save(str(path / "tokenizer.json"))
+    return released_layout(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> GrinMoeTokenizer:
+    return GrinMoeTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[str]:
+    """Plain ASCII, so that every other character is one that training has not seen."""
+    return inspect.getsource(textwrap).splitlines(keepends=True)
+
+
+@pytest.fixture(scope="module")
+def retrained(tokenizer: GrinMoeTokenizer, corpus: list[str]) -> GrinMoeTokenizer:
+    return tokenizer.train_new_from_iterator(corpus, vocab_size=600)
+
+
+def raw_ids(folder: Path, texts: list[str]) -> list[list[int]]:
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return [raw.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def added_tokens(tokenizer: GrinMoeTokenizer) -> list[str]:
+    """In the order of their ids, with all flags: `AddedToken` objects compare equal by content alone."""
+    return [repr(token) for _, token in sorted(tokenizer.added_tokens_decoder.items())]
+
+
+def assert_same_ids(ids: list[list[int]], expected: list[list[int]], texts: list[str]) -> None:
+    wrong = [(text, ours, theirs) for text, ours, theirs in zip(texts, ids, expected, strict=True) if ours != theirs]
+    assert not wrong
+
+
+# --- Token ids ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loader", [GrinMoeTokenizer, AutoTokenizer])
+@pytest.mark.parametrize("saves", [0, 1, 2])
+def test_ids_are_those_of_tokenizer_json(folder: Path, tmp_path: Path, loader: type, saves: int) -> None:
+    source = folder
+    for n in range(saves):
+        loader.from_pretrained(source).save_pretrained(tmp_path / str(n))
+        shutil.copyfile(folder / "config.json", tmp_path / str(n) / "config.json")
+        source = tmp_path / str(n)
+    loaded = loader.from_pretrained(source)
+    assert type(loaded) is GrinMoeTokenizer
+    expected = raw_ids(folder, HARD_TEXTS)
+    assert_same_ids(loaded(HARD_TEXTS)["input_ids"], expected, HARD_TEXTS)
+    assert_same_ids([loaded.encode(text) for text in HARD_TEXTS], expected, HARD_TEXTS)
+    assert_same_ids(raw_ids(source, HARD_TEXTS), expected, HARD_TEXTS)
+
+
+def test_decoding_is_that_of_tokenizer_json(folder: Path, tokenizer: GrinMoeTokenizer) -> None:
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for ids, skip in itertools.product(raw_ids(folder, HARD_TEXTS), [True, False]):
+        assert tokenizer.decode(ids, skip_special_tokens=skip) == raw.decode(ids, skip_special_tokens=skip)
+
+
+def test_the_class_that_the_release_names_gives_other_ids(folder: Path) -> None:
+    """The trap: without it, the tests above could not fail."""
+    stock = LlamaTokenizer.from_pretrained(folder)(HARD_TEXTS, add_special_tokens=False)["input_ids"]
+    differing = sum(ours != theirs for ours, theirs in zip(stock, raw_ids(folder, HARD_TEXTS), strict=True))
+    assert differing >= 10
+
+
+def test_tokenizer_config_cannot_change_ids(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    end_id = Tokenizer.from_file(str(copy / "tokenizer.json")).token_to_id("<|end|>")
+    contradiction = {end_id: {"content": "<|end|>", "rstrip": False, "lstrip": True}, 9: {"content": "world"}}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": contradiction}))
+    loaded = AutoTokenizer.from_pretrained(copy)
+    assert_same_ids(loaded(HARD_TEXTS)["input_ids"], raw_ids(folder, HARD_TEXTS), HARD_TEXTS)
+
+
+def test_registration_touches_no_other_model_type() -> None:
+    """In a fresh process; the second registration stands for a second import."""
+    script = """
+import importlib, transformers.models.auto.tokenization_auto as auto
+names, wrong = dict(auto.TOKENIZER_MAPPING_NAMES), set(auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS)
+import modeling_grin
+importlib.reload(modeling_grin)
+assert dict(auto.TOKENIZER_MAPPING_NAMES) == names | {"grinmoe": "GrinMoeTokenizer"}
+assert auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS == wrong | {"grinmoe"}
+assert list(auto.TOKENIZER_MAPPING._extra_content) == [modeling_grin.GrinMoeConfig]
+assert list(auto.REGISTERED_TOKENIZER_CLASSES) == ["GrinMoeTokenizer"]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "mixtral"])
+def test_folders_of_other_models_do_not_get_this_class(folder: Path, tmp_path: Path, model_type: str) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert not isinstance(AutoTokenizer.from_pretrained(copy), GrinMoeTokenizer)
+
+
+def test_a_folder_without_tokenizer_json_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(OSError, match=rf"No tokenizer.json in {tmp_path}"):
+        GrinMoeTokenizer.from_pretrained(tmp_path)
+
+
+# --- Defaults -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["with tokenizer_config.json", "tokenizer.json alone"])
+def test_defaults(folder: Path, tmp_path: Path, bare: bool) -> None:
+    if bare:
+        shutil.copyfile(folder / "tokenizer.json", tmp_path / "tokenizer.json")
+    loaded = GrinMoeTokenizer.from_pretrained(tmp_path if bare else folder)
+    assert loaded.special_tokens_map == {
+        **{"bos_token": "<s>", "eos_token": "<|endoftext|>", "unk_token": "<unk>", "pad_token": "<|endoftext|>"}
+    }
+    assert (loaded.padding_side, loaded.model_max_length) == ("left", 4096)
+    assert loaded.chat_template == CHAT_TEMPLATE
+    assert loaded("Hello")["input_ids"] == loaded("Hello", add_special_tokens=False)["input_ids"]  # no bos, no eos
+    one, two = loaded("a")["input_ids"], loaded("a b")["input_ids"]
+    padding = [loaded.eos_token_id] * (len(two) - len(one))
+    assert loaded(["a", "a b"], padding=True)["input_ids"] == [padding + one, two]
+
+
+def test_released_ids(real_tokenizer_dir: Path) -> None:
+    released = GrinMoeTokenizer.from_pretrained(real_tokenizer_dir)
+    assert released.convert_tokens_to_ids(NAMES) == [0, 1, 2, *range(32000, 32011)]
+    assert added_tokens(released) == list(map(repr, SPECIAL_TOKENS))
+    assert released.stop_token_ids == [32000, 32007]
+
+
+def test_stop_token_ids(tokenizer: GrinMoeTokenizer, folder: Path) -> None:
+    ids = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
+    assert tokenizer.stop_token_ids == ids
+    assert GrinMoeTokenizer.from_pretrained(folder, eos_token="<|end|>").stop_token_ids == ids[1:]  # once only
+    only_eos = [AddedToken("<|endoftext|>", special=True)]
+    assert GrinMoeTokenizer.train_from_iterator(["x"], 300, only_eos).stop_token_ids == [0]
+
+
+# --- Chat -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_released_template_is_known(real_tokenizer_dir: Path) -> None:
+    config = json.loads((real_tokenizer_dir / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == RELEASED_CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("generation_prompt", [False, True])
+@pytest.mark.parametrize("chat", CHATS, ids=range(len(CHATS)))
+def test_chat_text_is_the_released_one(tokenizer: GrinMoeTokenizer, chat: list, generation_prompt: bool) -> None:
+    options = {"tokenize": False, "add_generation_prompt": generation_prompt}
+    text = tokenizer.apply_chat_template(chat, **options)
+    assert text == tokenizer.apply_chat_template(chat, chat_template=RELEASED_CHAT_TEMPLATE, **options)
+    assert text.endswith("<|assistant|>\n" if generation_prompt else "<|endoftext|>")
+
+
+def test_continued_answer_keeps_the_released_text(tokenizer: GrinMoeTokenizer) -> None:
+    chat = [USER, {"role": "assistant", "content": "  The answer is "}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+    assert text == "<|user|>\nWhat is 2 + 2?<|end|>\n<|assistant|>\n  The answer is "
+
+
+def expected_mask(tokenizer: GrinMoeTokenizer, ids: list[int]) -> Iterator[int]:
+    """1 after `<|assistant|>`, up to and with `<|end|>`."""
+    start, end = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
+    answering = False
+    for token_id in ids:
+        yield int(answering)
+        answering = token_id == start or (answering and token_id != end)
+
+
+@pytest.mark.parametrize("chat", CHATS, ids=range(len(CHATS)))
+def test_mask_marks_the_answer_and_its_end(tokenizer: GrinMoeTokenizer, chat: list) -> None:
+    encoded = tokenizer.apply_chat_template(chat, return_assistant_tokens_mask=True)
+    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    assert mask == list(expected_mask(tokenizer, ids))
+    assert ids[-1] == tokenizer.eos_token_id  # closes the chat, and is not part of an answer
+    # the newline after <|end|> belongs to that token: nothing stands between it and the next turn
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    turns = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>"])
+    assert {ids[i + 1] for i, token_id in enumerate(ids) if token_id == end} <= set(turns)
+    marked = [token_id for token_id, on in zip(ids, mask, strict=True) if on]
+    ends = [i + 1 for i, token_id in enumerate(marked) if token_id == end]
+    said = [tokenizer.decode(marked[start:stop]) for start, stop in itertools.pairwise([0, *ends])]
+    answers = [message["content"].lstrip() for message in chat if message["role"] == "assistant"]
+    assert said == [answer + "<|end|>" for answer in answers]
+
+
+def test_mask_of_a_padded_batch(tokenizer: GrinMoeTokenizer) -> None:
+    batch = tokenizer.apply_chat_template(CHATS, return_assistant_tokens_mask=True, padding=True, return_tensors="pt")
+    answered = [any(message["role"] == "assistant" for message in chat) for chat in CHATS]
+    assert batch["assistant_masks"].any(dim=1).tolist() == answered
+    for ids, mask in zip(batch["input_ids"].tolist(), batch["assistant_masks"].tolist(), strict=True):
+        assert mask == list(expected_mask(tokenizer, ids))
+
+
+@pytest.mark.parametrize("content", ["hi", ""])
+def test_unknown_role_is_an_error(tokenizer: GrinMoeTokenizer, content: str) -> None:
+    with pytest.raises(jinja2.TemplateError, match='Unknown role "tool"'):
+        tokenizer.apply_chat_template([USER, {"role": "tool", "content": content}], tokenize=False)
+
+
+OWN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (None, CHAT_TEMPLATE),
+        (RELEASED_CHAT_TEMPLATE, CHAT_TEMPLATE),
+        (CHAT_TEMPLATE, CHAT_TEMPLATE),
+        (OWN_TEMPLATE, OWN_TEMPLATE),
+        ({"default": OWN_TEMPLATE, "other": RELEASED_CHAT_TEMPLATE},) * 2,
+    ],
+    ids=["none", "released", "marked", "own", "several"],
+)
+@pytest.mark.parametrize("jinja_file", [False, True])
+def test_only_the_released_template_is_replaced(
+    folder: Path, tmp_path: Path, given: str | dict | None, kept: str | dict, jinja_file: bool
+) -> None:
+    saved = GrinMoeTokenizer.from_pretrained(folder)
+    saved.chat_template = given
+    saved.save_pretrained(tmp_path, save_jinja_files=jinja_file)
+    assert GrinMoeTokenizer.from_pretrained(tmp_path).chat_template == kept
+
+
+# --- Training a vocabulary ------------------------------------------------------------------------------------------
+
+
+def assert_lossless(trained: GrinMoeTokenizer) -> None:
+    for text in PLAIN_TEXTS:
+        ids = trained(text)["input_ids"]
+        assert trained.decode(ids) == text == trained.decode(ids, skip_special_tokens=True)
+        assert not set(ids) & set(trained.convert_tokens_to_ids(NAMES))
+    ids = trained("a<|user|>b</s>c")["input_ids"]
+    assert trained.decode(ids, skip_special_tokens=True) == "ab</s>c"  # as in the release, </s> is not special
+
+
+@pytest.mark.parametrize("vocab_size", [270, 600])
+def test_train_from_iterator(corpus: list[str], vocab_size: int) -> None:
+    trained = GrinMoeTokenizer.train_from_iterator(corpus, vocab_size)
+    assert len(trained) == trained.vocab_size == vocab_size
+    assert sorted(trained.get_vocab().values()) == list(range(vocab_size))
+    assert added_tokens(trained) == list(map(repr, SPECIAL_TOKENS))
+    assert trained.convert_tokens_to_ids(NAMES) == list(range(len(NAMES)))
+    assert [trained(name)["input_ids"] for name in NAMES] == [[token_id] for token_id in range(len(NAMES))]
+    assert_lossless(trained)
+
+
+def test_training_takes_batches_and_is_reproducible(corpus: list[str]) -> None:
+    vocabularies = [
+        GrinMoeTokenizer.train_from_iterator(texts, 600).get_vocab()
+        for texts in (corpus, iter(corpus), (corpus[i : i + 4] for i in range(0, len(corpus), 4)))
+    ]
+    assert vocabularies[0] == vocabularies[1] == vocabularies[2]
+
+
+def test_train_new_keeps_special_tokens(tokenizer: GrinMoeTokenizer, retrained: GrinMoeTokenizer) -> None:
+    assert type(retrained) is GrinMoeTokenizer
+    assert sorted(retrained.get_vocab().values()) == list(range(len(retrained))) == list(range(600))
+    assert added_tokens(retrained) == list(map(repr, SPECIAL_TOKENS))
+    ids = retrained.convert_tokens_to_ids(NAMES)
+    assert ids == list(range(len(NAMES)))
+    assert [retrained(name)["input_ids"] for name in NAMES] == [[token_id] for token_id in ids]
+    assert [retrained(f"x{name} x")["input_ids"][1:2] for name in NAMES] == [[token_id] for token_id in ids]
+    assert retrained.stop_token_ids == retrained.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
+    assert retrained.special_tokens_map == tokenizer.special_tokens_map
+    assert_lossless(retrained)
+
+
+def test_train_new_keeps_the_chat(tokenizer: GrinMoeTokenizer, retrained: GrinMoeTokenizer) -> None:
+    for chat in CHATS:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        assert retrained.apply_chat_template(chat, tokenize=False) == text
+        encoded = retrained.apply_chat_template(chat, return_assistant_tokens_mask=True)
+        assert encoded["assistant_masks"] == list(expected_mask(retrained, encoded["input_ids"]))
+        assert encoded["input_ids"] == retrained(text)["input_ids"]
+
+
+@pytest.mark.parametrize("loader", [GrinMoeTokenizer, AutoTokenizer])
+def test_train_new_survives_saving(retrained: GrinMoeTokenizer, folder: Path, tmp_path: Path, loader: type) -> None:
+    retrained.save_pretrained(tmp_path)
+    shutil.copyfile(folder / "config.json", tmp_path / "config.json")
+    loaded = loader.from_pretrained(tmp_path)
+    assert type(loaded) is GrinMoeTokenizer
+    assert_same_ids(loaded(HARD_TEXTS)["input_ids"], retrained(HARD_TEXTS)["input_ids"], HARD_TEXTS)
+    assert loaded.chat_template == CHAT_TEMPLATE
+    assert loaded.stop_token_ids == retrained.stop_token_ids
+
+
+def test_train_new_keeps_settings_and_adds_tokens(folder: Path, corpus: list[str], tmp_path: Path) -> None:
+    changed = {"padding_side": "right", "truncation_side": "left", "model_max_length": 512, "eos_token": "<|end|>"}
+    own = GrinMoeTokenizer.from_pretrained(folder, chat_template=OWN_TEMPLATE, **changed)
+    own.add_special_tokens({"extra_special_tokens": ["<|own|>"]})
+    new = own.train_new_from_iterator(corpus, 600, new_special_tokens=["<|tool|>", AddedToken("<|fn|>", rstrip=True)])
+    new.save_pretrained(tmp_path)
+    for trained in (new, GrinMoeTokenizer.from_pretrained(tmp_path)):
+        assert {name: getattr(trained, name) for name in changed} == changed
+        assert trained.chat_template == OWN_TEMPLATE
+        assert trained.extra_special_tokens == ["<|own|>", "<|tool|>", "<|fn|>"]
+        assert trained.convert_tokens_to_ids(["<|own|>", "<|tool|>", "<|fn|>"]) == [14, 15, 16]
+        assert trained("<|own|><|tool|><|fn|> \n")["input_ids"] == [14, 15, 16]
+        assert len(trained) == 600
+
+
+def test_training_refuses_what_cannot_work(tokenizer: GrinMoeTokenizer) -> None:
+    with pytest.raises(ValueError, match=r"vocab_size is 269; .* take 270"):
+        tokenizer.train_new_from_iterator(["text"], vocab_size=269)
+    with pytest.raises(ValueError, match="special_tokens_map is not supported"):
+        tokenizer.train_new_from_iterator(["text"], vocab_size=300, special_tokens_map={"<|end|>": "<|im_end|>"})
+
+
+# --- Hub ------------------------------------------------------------------------------------------------------------
+
+
+def test_travels_as_remote_code(tokenizer: GrinMoeTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved with its code, it loads in a process that has no `modeling_grin`."""
+    monkeypatch.setattr(GrinMoeTokenizer, "_auto_class", None)  # restored when the test ends
+    GrinMoeTokenizer.register_for_auto_class("AutoTokenizer")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "grinmoe"}')
+    script = """
+import json, sys
+sys.modules["modeling_grin"] = None
+from transformers import AutoTokenizer
+folder, texts, chat = json.loads(sys.argv[1])
+loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+encoded = loaded.apply_chat_template(chat, return_assistant_tokens_mask=True)
+facts = [type(loaded).__name__, loaded(texts)["input_ids"], loaded.stop_token_ids, encoded["assistant_masks"]]
+print(json.dumps(facts))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script, json.dumps([str(tmp_path / "model"), SPECIAL_TEXTS, CHATS[-2]])],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    mask = tokenizer.apply_chat_template(CHATS[-2], return_assistant_tokens_mask=True)["assistant_masks"]
+    expected = ["GrinMoeTokenizer", tokenizer(SPECIAL_TEXTS)["input_ids"], tokenizer.stop_token_ids, mask]
+    assert json.loads(run.stdout) == expected
