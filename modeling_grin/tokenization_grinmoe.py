@@ -138,20 +138,17 @@ class GrinMoeTokenizer(TokenizersBackend):
         if vocab_size < smallest:
             raise ValueError(f"vocab_size is {vocab_size}; special tokens and bytes alone take {smallest}.")
 
-        learner = Tokenizer(models.BPE())
-        learner.pre_tokenizer = byte_level
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = byte_level
+        tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[token.content for token in special_tokens],
             initial_alphabet=byte_level.alphabet(),
             show_progress=False,
         )
-        learner.train_from_iterator(texts, trainer=trainer)
-
-        tokenizer = Tokenizer(learner.model)  # without the learner's added tokens: it has made `</s>` special
-        tokenizer.pre_tokenizer = byte_level
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_tokens(list(special_tokens))
+        tokenizer.train_from_iterator(texts, trainer=trainer)
+        tokenizer.add_tokens(list(special_tokens))  # again, for their flags: training makes each of them special
         return cls(tokenizer_object=tokenizer, **settings)
 
     def train_new_from_iterator(
