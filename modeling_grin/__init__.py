@@ -1,6 +1,6 @@
 """GRIN-MoE for transformers. Importing this package makes the Auto classes know model type `grinmoe`."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto import tokenization_auto
 
 from .balance_grinmoe import load_balancing_loss
@@ -15,6 +15,7 @@ from .routing_grinmoe import ROUTER_ESTIMATORS, Routing, RoutingNoise, draw_nois
 from .tokenization_grinmoe import GrinMoeTokenizer
 
 AutoConfig.register(GrinMoeConfig.model_type, GrinMoeConfig, exist_ok=True)
+AutoModel.register(GrinMoeConfig, GrinMoeModel, exist_ok=True)
 AutoModelForCausalLM.register(GrinMoeConfig, GrinMoeForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(GrinMoeConfig, GrinMoeForSequenceClassification, exist_ok=True)
 AutoTokenizer.register(GrinMoeConfig, GrinMoeTokenizer, exist_ok=True)

@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -44,40 +45,54 @@ def fuse_expert_weights(
     that match nothing would leave the experts as they are with no more than a warning.
     """
     for name, parts in EXPERT_WEIGHTS.items():
-        fused = getattr(experts, name).detach().clone()
-        matrices = fused.unflatten(1, (len(parts), -1))  # [E, parts, rows, columns]
-        targets = {
-            f"{prefix}{expert}.{part}.weight": matrices[expert, i]
-            for expert in range(fused.shape[0])
+        parameter = getattr(experts, name).detach()
+        slots = {
+            f"{prefix}{expert}.{part}.weight": (expert, i)
+            for expert in range(parameter.shape[0])
             for i, part in enumerate(parts)
         }
-        found = [key for key in targets if key in state_dict]
+        found = [key for key in slots if key in state_dict]
+        if not found:
+            continue
+        if local_metadata.get("assign_to_params_buffers"):
+            # `assign=True`: what is built here becomes the parameter, in the checkpoint's dtype and also in place of a
+            # meta one; NaN stands for the experts that no shard has brought yet.
+            first = state_dict[found[0]]
+            fused = torch.full_like(parameter, torch.nan, dtype=first.dtype, device=first.device)
+            if not parameter.is_meta:
+                fused.copy_(parameter)
+        else:
+            fused = parameter.clone()
+        matrices = fused.unflatten(1, (len(parts), -1))  # [E, parts, rows, columns]
         for key in found:
-            tensor = state_dict.pop(key)
-            if tensor.shape == targets[key].shape:
-                targets[key].copy_(tensor)
+            tensor, target = state_dict.pop(key), matrices[slots[key]]
+            if tensor.shape == target.shape:
+                target.copy_(tensor)
             else:
                 error_msgs.append(
                     f"size mismatch for {key}: {tuple(tensor.shape)} in the checkpoint, "
-                    f"{tuple(targets[key].shape)} in the model."
+                    f"{tuple(target.shape)} in the model."
                 )
-        if found:
-            state_dict[f"{prefix}{name}"] = fused
-            missing_keys.extend(key for key in targets if key not in found)
+        state_dict[f"{prefix}{name}"] = fused
+        missing_keys.extend(key for key in slots if key not in found)
 
 
-def check_tensors(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
+def check_tensors(model: PreTrainedModel, checkpoint_files: list[str], new_head_shape: bool = False) -> None:
     """Compare the names and shapes in the files' headers with what `model` needs, in either layout of the experts.
 
+    Args:
+        new_head_shape: accept the head of a task in another shape (`ignore_mismatched_sizes`), to be trained anew.
+
     Raises:
-        ValueError: tensors are missing or mis-shaped, or there are experts that the model does not have.
+        ValueError: tensors are missing or mis-shaped, or there are some that the model has no place for (those of
+            another task's head aside).
     """
     prefix = f"{model.base_model_prefix}."  # checkpoints of the bare model lack it
-    found: dict[str, tuple[list[int], str]] = {}
+    found: dict[str, tuple[list[int], str]] = {}  # name without the prefix -> shape, "name in file"
     for file in checkpoint_files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                found[name.removeprefix(prefix)] = tensors.get_slice(name).get_shape(), file
+                found[name.removeprefix(prefix)] = tensors.get_slice(name).get_shape(), f"{name} in {file}"
 
     needed: dict[str, list[int]] = {}
     for name, parameter in model.state_dict().items():
@@ -94,32 +109,44 @@ def check_tensors(model: PreTrainedModel, checkpoint_files: list[str]) -> None:
     problems = []
     optional = NEW_TASK_HEADS | set(model.all_tied_weights_keys)
     for name, shape in needed.items():
-        found_shape, file = found.pop(name.removeprefix(prefix), (None, ""))
-        if found_shape is None and name not in optional:
-            problems.append(f"{name} is missing")
-        elif found_shape is not None and found_shape != shape:
-            problems.append(f"{name} has shape {found_shape} in {file}, the config says {shape}")
+        found_shape, where = found.pop(name.removeprefix(prefix), (None, ""))
+        if found_shape is None:
+            if name not in optional:
+                problems.append(f"{name} is missing")
+        elif found_shape != shape and not (new_head_shape and name in NEW_TASK_HEADS):
+            problems.append(f"{where} has shape {found_shape}, the config says {shape}")
+    # What is left has no place: layers, experts or biases that the config does not know of. The head of another task
+    # may be left; this model has no module of its name.
+    modules = {name.removeprefix(prefix).split(".")[0] for name in needed}
     problems += [
-        f"{name} in {file} belongs to no expert of the config"
-        for name, (_, file) in found.items()
-        if ".experts." in name
+        f"{where} is not part of the model that the config describes"
+        for name, (_, where) in found.items()
+        if name.split(".")[0] in modules
     ]
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         raise ValueError(f"{len(problems)} tensor(s) of the checkpoint do not fit {type(model).__name__}: {shown}")
 
 
+def is_readable(path: Path) -> bool:
+    """Whether a safetensors file, or the index of some, is whole."""
+    try:
+        if path.suffix == ".json":
+            index = json.loads(path.read_text(encoding="utf-8"))
+            return isinstance(index["metadata"], dict) and len(index["weight_map"].values()) > 0
+        safe_open(path, framework="pt").__exit__(None, None, None)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):  # ValueError: no JSON, or no text
+        return False
+    return True
+
+
 def find_damaged_files(pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> list[str]:
     """The safetensors files and JSON indices beside the checkpoint's config.json that cannot be read."""
     hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
-    config_file = cached_file(pretrained_model_name_or_path, "config.json", local_files_only=True, **hub_kwargs)
-    damaged = []
-    for path in sorted(Path(config_file).parent.glob("*.safetensors*")):
-        try:
-            if path.suffix == ".json":
-                json.loads(path.read_text())
-            else:
-                safe_open(path, framework="pt").__exit__(None, None, None)
-        except (SafetensorError, json.JSONDecodeError):
-            damaged.append(str(path))
-    return damaged
+    try:
+        config_file = cached_file(pretrained_model_name_or_path, "config.json", local_files_only=True, **hub_kwargs)
+    except OSError:  # no such checkpoint
+        config_file = None
+    if config_file is None:
+        return []
+    return [str(path) for path in sorted(Path(config_file).parent.glob("*.safetensors*")) if not is_readable(path)]

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .routing_grinmoe import ROUTER_ESTIMATORS
 
@@ -111,28 +111,40 @@ class GrinMoeConfig(PreTrainedConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs):
-        if not self.is_remote_code():
-            # The release's remote code no longer imports; this class stands in for it, also when it is saved again.
-            kwargs.pop("auto_map", None)
+        # The release's remote code (GRINMoE...) no longer imports; this class stands in for it, also when it is saved
+        # again. Our own is kept where `save_pretrained` writes the code, too.
+        auto_map = kwargs.pop("auto_map", None) or {}
+        if self.is_remote_code():
+            kwargs["auto_map"] = {auto: name for auto, name in auto_map.items() if "GrinMoe" in str(name)}
+        # transformers would set this alias only after the values have been checked.
+        self.num_local_experts = kwargs.pop("num_experts", self.num_local_experts)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self._check_values()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
-        if (self.rope_parameters or {}).get("rope_type") == "longrope":
-            raise ValueError(
-                f"rope_parameters={self.rope_parameters}: LongRoPE with the scaling of Phi-3.5-MoE is not supported; "
-                "use a checkpoint with default RoPE"
-            )
+        self._check_rope()
+
+    def _require(self, condition: bool, field: str, reason: str) -> None:
+        if not condition:
+            raise ValueError(f"{type(self).__name__}: {field}={getattr(self, field)!r} {reason}")
+
+    def _check_rope(self) -> None:
+        """Raise ValueError for RoPE settings (read by transformers, so after it) that the model does not have."""
+        rope = self.rope_parameters or {}
+        rope_type = rope.get("rope_type", "default")
+        known = sorted({"default", *ROPE_INIT_FUNCTIONS} - {"longrope"})  # "longrope": the scaling of Phi-3.5-MoE
+        if rope_type not in known:  # not the whole field: LongRoPE's has a hundred numbers
+            name = f"{type(self).__name__}: rope_parameters with rope_type={rope_type!r}"
+            raise ValueError(f"{name} are not supported; use one of {known}")
+        self._require(
+            rope.get("rope_theta", self.default_theta) > 0, "rope_parameters", "must have rope_theta above 0"
+        )
 
     def _check_values(self) -> None:
         """Raise ValueError for the first field whose value no model can be built from."""
-
-        def require(condition: bool, field: str, reason: str) -> None:
-            if not condition:
-                raise ValueError(f"{type(self).__name__}: {field}={getattr(self, field)!r} {reason}")
-
+        require = self._require
         for field in (
             "vocab_size",
             "hidden_size",
@@ -170,8 +182,9 @@ class GrinMoeConfig(PreTrainedConfig):
             "router_estimator",
             f"is unknown; use one of {sorted(ROUTER_ESTIMATORS)}",
         )
-        require(self.router_jitter_noise >= 0, "router_jitter_noise", "must not be negative")
-        require(self.router_aux_loss_coef >= 0, "router_aux_loss_coef", "must not be negative")
+        require(self.rms_norm_eps > 0, "rms_norm_eps", "must be above 0")
+        for field in ("router_jitter_noise", "router_aux_loss_coef", "initializer_range"):
+            require(getattr(self, field) >= 0, field, "must not be negative")
         for field in ("input_jitter_noise", "attention_dropout", "expert_dropout"):
             require(0 <= getattr(self, field) < 1, field, "must be in [0, 1)")
         require(self.hidden_dropout == 0, "hidden_dropout", "is not part of the model; only 0 is supported")
@@ -193,7 +206,13 @@ class GrinMoeConfig(PreTrainedConfig):
                 f"The config says model_type={model_type!r}; {cls.__name__} reads 'grinmoe' and 'phimoe'. "
                 "Load this checkpoint with the Auto classes or with its own model class."
             )
-        return super().from_dict(config_dict, **kwargs)
+        # transformers would keep the file's type, and look for the layout of the experts under it.
+        loaded = super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)
+        # Overrides, as in `from_pretrained(path, num_experts_per_tok=4)`, were set after the values had been checked.
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config._check_values()
+        config._check_rope()
+        return loaded
 
 
 __all__ = ["GrinMoeConfig"]

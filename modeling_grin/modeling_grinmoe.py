@@ -4,13 +4,11 @@ Module and parameter names follow the release; `checkpoint_grinmoe.py` says how 
 Shapes: T tokens, H hidden_size, F intermediate_size, E num_local_experts, K num_experts_per_tok.
 """
 
-import json
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -168,11 +166,14 @@ class GrinMoePreTrainedModel(PreTrainedModel):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
-        except (SafetensorError, json.JSONDecodeError) as error:
-            damaged = find_damaged_files(pretrained_model_name_or_path, **kwargs)
-            raise ValueError(
-                f"{', '.join(damaged) or pretrained_model_name_or_path}: damaged ({error}). Download or copy it again."
-            ) from error
+        except Exception as error:  # damaged files end in many types: SafetensorError, JSONDecodeError, KeyError, ...
+            if pretrained_model_name_or_path is not None and (
+                damaged := find_damaged_files(pretrained_model_name_or_path, **kwargs)
+            ):
+                raise ValueError(
+                    f"{', '.join(damaged)}: damaged ({type(error).__name__}: {error}). Download or copy it again."
+                ) from error
+            raise
         if missing := sorted(set(info["missing_keys"]) - NEW_TASK_HEADS):
             raise ValueError(f"{pretrained_model_name_or_path} lacks tensors of {cls.__name__}: {', '.join(missing)}")
         if not getattr(model, "is_quantized", False):
@@ -183,17 +184,20 @@ class GrinMoePreTrainedModel(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         if checkpoint_files and checkpoint_files[0].endswith(".safetensors") and not load_config.is_quantized:
-            check_tensors(model, checkpoint_files)
+            check_tensors(model, checkpoint_files, new_head_shape=load_config.ignore_mismatched_sizes)
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
 
 
-def create_mask(config: GrinMoeConfig, **kwargs) -> Any:
+def create_mask(config: GrinMoeConfig, *, past_key_values: Cache | None, **kwargs) -> Any:
     """The causal mask with the released window, in the form the config's attention implementation takes."""
+    if config._attn_implementation == "flex_attention" and getattr(past_key_values, "is_compileable", False):
+        # transformers 5.23 fails in `generate`, and without a window reads the cache's length after it has grown.
+        raise ValueError("flex_attention cannot use a static cache; use a dynamic one, or attn_implementation='sdpa'")
     visible = VisibleWindowConfig(config)
     create = create_causal_mask if visible.sliding_window is None else create_sliding_window_causal_mask
-    return create(config=visible, **kwargs)
+    return create(config=visible, past_key_values=past_key_values, **kwargs)
 
 
 class GrinMoeModel(GrinMoePreTrainedModel):
@@ -235,8 +239,6 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             positions = torch.arange(past_length, past_length + inputs_embeds.shape[1], device=inputs_embeds.device)
@@ -249,6 +251,9 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if use_cache and past_key_values is None:
+            # Only now: transformers does not look for packed sequences where there is a cache.
+            past_key_values = DynamicCache(config=self.config)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -349,6 +354,12 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             position_ids=position_ids,
         )
 
+    def _prepare_static_cache(self, *args, **kwargs) -> Cache:
+        """As in transformers, which offloads no sliding layers by default, and fails where every layer is one."""
+        cache = super()._prepare_static_cache(*args, **kwargs)
+        cache.only_non_sliding = False
+        return cache
+
     def adjust_generation_fn(self, *args, **kwargs):
         """Read the generation config; where it stops at <|endoftext|> alone, stop at the end of a chat turn, too."""
         super().adjust_generation_fn(*args, **kwargs)
@@ -359,9 +370,17 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
 class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoePreTrainedModel):
     """GRIN-MoE with a linear classifier on the last token that is not padding."""
 
+    def __init__(self, config: GrinMoeConfig):
+        # Not the mixin's, which asks AutoModel for the decoder: as remote code, this file has its own copy of the
+        # config class, and AutoModel does not know the one that AutoConfig has loaded.
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = GrinMoeModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
-# Here and not in the package's __init__, because these lines travel to the Hub with a checkpoint's code.
+
+# Here and not in the package's __init__, because this line travels to the Hub with a checkpoint's code.
 register_expert_layout(GrinMoeConfig.model_type)
-AutoModel.register(GrinMoeConfig, GrinMoeModel, exist_ok=True)
 
 __all__ = ["GrinMoeForCausalLM", "GrinMoeForSequenceClassification", "GrinMoeModel", "GrinMoePreTrainedModel"]

@@ -1,0 +1,116 @@
+"""torch.compile of the forward pass in eval: no graph breaks, and the same logits."""
+
+import pytest
+import torch
+from checkpoints import released_config, released_tensors
+from transformers import CompileConfig
+
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+
+WINDOW, LENGTH = 7, 20  # beyond the window
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+def build(attention="sdpa", experts="grouped_mm", **overrides):
+    """A float32 model with the tensors of a tiny released checkpoint; it stops at no token."""
+    settings = {"sliding_window": WINDOW, "eos_token_id": None, "pad_token_id": 0, **overrides}
+    config = released_config(torch_dtype="float32", **settings)
+    model = GrinMoeForCausalLM(
+        GrinMoeConfig.from_dict(config, attn_implementation=attention, experts_implementation=experts)
+    )
+    model.load_state_dict(released_tensors(config))
+    return model.eval()
+
+
+def random_ids(*shape):
+    return torch.randint(1, 131, shape, generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    assert actual.shape == expected.shape
+    assert ((actual - expected).abs().max() / expected.abs().max()).item() < tolerance
+
+
+def assert_compiled_equals_eager(model, backend, **inputs):
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    expected = model(**inputs)
+    outputs = compiled(**inputs)
+    assert_close(outputs.logits, expected.logits)
+    if inputs.get("use_cache"):
+        for layer, expected_layer in zip(outputs.past_key_values.layers, expected.past_key_values.layers, strict=True):
+            assert layer.keys.shape[2] == WINDOW
+            assert_close(layer.keys, expected_layer.keys)
+            assert_close(layer.values, expected_layer.values)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_fullgraph_equals_eager(attention, experts, use_cache):
+    model = build(attention, experts)
+    assert_compiled_equals_eager(model, "aot_eager", input_ids=random_ids(2, LENGTH), use_cache=use_cache)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+def test_fullgraph_in_inductor_equals_eager(experts, use_cache):
+    model = build(experts=experts, num_hidden_layers=1)
+    assert_compiled_equals_eager(model, "inductor", input_ids=random_ids(2, LENGTH), use_cache=use_cache)
+
+
+def test_fullgraph_without_a_window():
+    assert_compiled_equals_eager(build(sliding_window=None), "aot_eager", input_ids=random_ids(2, LENGTH))
+
+
+def test_fullgraph_of_a_padded_batch():
+    mask = torch.stack([torch.arange(LENGTH) >= start for start in (0, 9)]).long()
+    assert_compiled_equals_eager(
+        build(), "aot_eager", input_ids=random_ids(2, LENGTH) * mask, attention_mask=mask, use_cache=True
+    )
+
+
+def test_fullgraph_of_packed_sequences():
+    position_ids = torch.tensor([[*range(LENGTH - 8), *range(8)]])
+    model, ids = build(), random_ids(1, LENGTH)
+    assert_compiled_equals_eager(model, "aot_eager", input_ids=ids, position_ids=position_ids)
+    plain = torch.compile(model, fullgraph=True, backend="aot_eager")(ids).logits
+    assert (model(ids, position_ids=position_ids).logits - plain)[:, -8:].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+def test_no_graph_breaks(experts, use_cache):
+    explanation = torch._dynamo.explain(build(experts=experts))(random_ids(2, LENGTH), use_cache=use_cache)
+    assert explanation.graph_break_count == 0, explanation.break_reasons
+    assert explanation.graph_count == 1
+
+
+def test_router_logits_compile_in_several_graphs():
+    """transformers collects such outputs under a lock, which breaks the graph; fullgraph=True refuses it."""
+    model, ids = build(), random_ids(2, LENGTH)
+    expected = model(ids, output_router_logits=True)
+    outputs = torch.compile(model, backend="aot_eager")(ids, output_router_logits=True)
+    assert_close(outputs.logits, expected.logits)
+    assert_close(torch.stack(outputs.router_logits), torch.stack(expected.router_logits))
+    assert_close(outputs.aux_loss, expected.aux_loss)
+
+
+def test_compiled_generation_with_a_static_cache():
+    """What `generate(cache_implementation="static")` does by itself on a GPU, across the end of the window."""
+    model, ids = build(), random_ids(2, 5)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False}
+    expected = model.generate(ids * mask, **settings)
+    compile_config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compile_config._compile_all_devices = True
+    torch._dynamo.utils.counters.clear()
+    actual = model.generate(ids * mask, **settings, cache_implementation="static", compile_config=compile_config)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert torch.equal(actual, expected)

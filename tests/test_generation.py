@@ -1,0 +1,367 @@
+"""Cached decoding and `generate`: against full forward passes, and against loops and searches written out here."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from checkpoints import released_config, released_tensors, write_checkpoint
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
+
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+
+WINDOW, LENGTH = 7, 30
+END_OF_TEXT, ASSISTANT, END_OF_TURN, USERS_OWN = 32000, 32001, 32007, 5
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # flex_attention compiles for every mask: 6 s each
+        yield
+
+
+def build(attention=None, seed=0, **overrides):
+    """A float32 model with the tensors of a tiny released checkpoint; it stops at no token."""
+    settings = {"sliding_window": WINDOW, "eos_token_id": None, "pad_token_id": 0, **overrides}
+    config = released_config(torch_dtype="float32", **settings)
+    model = GrinMoeForCausalLM(GrinMoeConfig.from_dict(config, attn_implementation=attention))
+    model.load_state_dict(released_tensors(config, seed))
+    return model.eval()
+
+
+def random_ids(*shape, vocab_size=131):
+    return torch.randint(1, vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    assert actual.shape == expected.shape
+    assert ((actual - expected).abs().max() / expected.abs().max()).item() < tolerance
+
+
+@pytest.fixture
+def cpu_streams(monkeypatch):
+    """Let offloaded caches run without a GPU: they copy layers on a CUDA stream, where a CPU has nothing to copy."""
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: Stream())
+
+
+CACHES = {
+    "made by the model": lambda config: None,
+    "dynamic": lambda config: DynamicCache(config=config),
+    "dynamic, unaware of the window": lambda config: DynamicCache(),
+    "static": lambda config: StaticCache(config=config, max_cache_len=LENGTH),
+    "offloaded": lambda config: DynamicCache(config=config, offloading=True),
+    "offloaded static": lambda config: StaticCache(
+        config=config, max_cache_len=LENGTH, offloading=True, offload_only_non_sliding=False
+    ),
+}
+STEPS = {
+    "one by one": [5] + [1] * 25,
+    "from the window's edge": [WINDOW] + [1] * 23,
+    "from just beyond the window's edge": [WINDOW + 1] + [1] * 22,
+    "from far beyond": [20] + [1] * 10,
+    "in chunks": [5, 10, 15],
+    "in mixed chunks": [1, 6, 2, 1, 9, 1, 1, 9],
+}
+
+
+ATTENTION_AND_CACHE = [
+    (attention, cache)
+    for attention in ("eager", "sdpa", "flex_attention")
+    for cache in CACHES
+    if not (attention == "flex_attention" and "static" in cache)  # refused
+]
+
+
+def cached_logits(model, ids, cache, steps, mask=None, position_ids=None):
+    logits, end = [], 0
+    for step in ids.split(steps, dim=1):
+        start, end = end, end + step.shape[1]
+        outputs = model(
+            step,
+            attention_mask=None if mask is None else mask[:, :end],
+            position_ids=None if position_ids is None else position_ids[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = outputs.past_key_values
+        logits.append(outputs.logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("window", [WINDOW, None])
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize(("attention", "cache"), ATTENTION_AND_CACHE)
+def test_cached_decoding_equals_the_full_forward(cpu_streams, attention, cache, steps, window):
+    model, ids = build(attention, sliding_window=window), random_ids(2, LENGTH)
+    cache = CACHES[cache](model.config)
+    assert_close(cached_logits(model, ids, cache, STEPS[steps]), model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize(("attention", "cache"), ATTENTION_AND_CACHE)
+def test_cached_decoding_of_a_left_padded_batch_equals_its_sequences(cpu_streams, attention, cache, steps):
+    model, ids = build(attention), random_ids(3, LENGTH)
+    mask = torch.stack([torch.arange(LENGTH) >= start for start in (0, 3, 12)]).long()
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # as `generate` makes them
+    logits = cached_logits(model, ids, CACHES[cache](model.config), STEPS[steps], mask, position_ids)
+    for row, row_mask in enumerate(mask.bool()):
+        assert_close(logits[row, row_mask], model(ids[row : row + 1, row_mask], use_cache=False).logits[0])
+
+
+@pytest.mark.parametrize("cache", ["made by the model", "dynamic", "static"])
+def test_caches_keep_the_keys_that_the_next_query_sees_and_no_more(cache):
+    """The released W = 7 keys beside the query's own; a static cache holds that one, too."""
+    model = build()
+    outputs = model(random_ids(1, LENGTH), past_key_values=CACHES[cache](model.config), use_cache=True)
+    expected = WINDOW + 1 if cache == "static" else WINDOW
+    assert [layer.keys.shape[2] for layer in outputs.past_key_values.layers] == [expected] * 2
+
+
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_flex_attention_with_a_static_cache_is_refused(window):
+    """In transformers 5.23 `generate` fails on the mask; without a window, a static cache changes the mask's offset
+    after the mask was made, so that logits would be wrong."""
+    model, ids = build("flex_attention", sliding_window=window), random_ids(1, 5)
+    with pytest.raises(ValueError, match="flex_attention cannot use a static cache"):
+        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=LENGTH))
+    with pytest.raises(ValueError, match="flex_attention cannot use a static cache"):
+        model.generate(ids, max_new_tokens=3, cache_implementation="static")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_offloaded_cache_without_a_gpu_is_refused(implementation):
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        build().generate(random_ids(1, 5), max_new_tokens=3, cache_implementation=implementation)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: offloaded caches move layers to and from one")
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_offloaded_cache_on_a_gpu(implementation):
+    model, ids = build().cuda(), random_ids(2, 5).cuda()
+    mask = torch.ones_like(ids)
+    settings = {"max_new_tokens": 20, "do_sample": False, "attention_mask": mask, "disable_compile": True}
+    expected = model.generate(ids, **settings, use_cache=False)
+    assert torch.equal(model.generate(ids, **settings, cache_implementation=implementation), expected)
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+PROMPT, NEW_TOKENS = 5, 20  # the window ends within the new tokens
+
+
+@pytest.fixture
+def prompts():
+    """A left-padded batch: ids and mask."""
+    ids, mask = random_ids(3, PROMPT + 6), torch.ones(3, PROMPT + 6, dtype=torch.long)
+    mask[1, :3] = mask[2, :6] = 0
+    return ids * mask, mask
+
+
+def continue_by_hand(model, ids, mask, choose):
+    """The continuations that `choose(logits [batch, vocab])` makes of full forward passes without padding or cache."""
+    rows = [row[row_mask.bool()][None] for row, row_mask in zip(ids, mask, strict=True)]
+    for _ in range(NEW_TOKENS):
+        chosen = choose(torch.cat([model(row, use_cache=False).logits[:, -1] for row in rows]))
+        rows = [torch.cat([row, token.view(1, 1)], dim=1) for row, token in zip(rows, chosen, strict=True)]
+    return torch.stack([row[0, -NEW_TOKENS:] for row in rows])
+
+
+def generate(model, ids, mask, **settings):
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, **settings)
+    assert torch.equal(output[:, : ids.shape[1]], ids)
+    return output[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize(
+    ("attention", "settings"),
+    [
+        *itertools.product(
+            ["eager", "sdpa", "flex_attention"],
+            [{}, {"use_cache": False}, {"cache_implementation": "offloaded"}, {"prefill_chunk_size": 4}],
+        ),
+        *itertools.product(
+            ["eager", "sdpa"], [{"cache_implementation": "static"}, {"cache_implementation": "offloaded_static"}]
+        ),
+    ],
+    ids=str,
+)
+def test_greedy_generation_equals_a_loop_of_full_forwards(cpu_streams, prompts, attention, settings):
+    model = build(attention)
+    by_hand = continue_by_hand(model, *prompts, lambda logits: logits.argmax(-1))
+    assert len(by_hand.unique()) > 5
+    assert torch.equal(generate(model, *prompts, do_sample=False, **settings), by_hand)
+
+
+def processed_probabilities(logits, temperature, top_p, top_k):
+    """Temperature, then the top-k tokens, then the smallest set of them that reaches top-p; one row at a time."""
+    out = torch.zeros_like(logits)
+    for row, row_logits in enumerate(logits):
+        order = row_logits.argsort(descending=True)[:top_k]
+        probabilities = (row_logits[order] / temperature).softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        kept = order[before < top_p]
+        out[row, kept] = (row_logits[kept] / temperature).softmax(-1)
+    return out
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [(1.0, 1.0, 131), (3.0, 1.0, 131), (2.0, 0.7, 131), (2.0, 1.0, 4), (3.0, 0.9, 9)],
+)
+def test_sampling_equals_a_loop_with_the_same_seed(prompts, temperature, top_p, top_k, cache):
+    model = build()
+    settings = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+
+    def choose(logits):
+        return torch.multinomial(processed_probabilities(logits, temperature, top_p, top_k), 1)
+
+    torch.manual_seed(3)
+    by_hand = continue_by_hand(model, *prompts, choose)
+    torch.manual_seed(3)
+    assert torch.equal(generate(model, *prompts, cache_implementation=cache, **settings), by_hand)
+    torch.manual_seed(4)
+    assert not torch.equal(generate(model, *prompts, cache_implementation=cache, **settings), by_hand)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_beam_search_finds_the_best_of_all_continuations(cache):
+    """With vocabulary^(horizon - 1) beams the search is exhaustive; the prompt ends beyond the window."""
+    vocabulary, horizon, returned = 6, 3, 10
+    model = build(vocab_size=vocabulary, bos_token_id=1, sliding_window=4)
+    prompt = random_ids(1, 5, vocab_size=vocabulary)
+    continuations = torch.tensor(list(itertools.product(range(vocabulary), repeat=horizon)))
+    sequences = torch.cat([prompt.expand(len(continuations), -1), continuations], dim=1)
+    log_probabilities = model(sequences, use_cache=False).logits.log_softmax(-1)[:, -horizon - 1 : -1]
+    scores = log_probabilities.gather(-1, continuations[..., None]).sum((1, 2))
+    best_scores, best = scores.topk(returned)
+
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=horizon,
+        num_beams=vocabulary ** (horizon - 1),
+        num_return_sequences=returned,
+        length_penalty=0.0,
+        do_sample=False,
+        cache_implementation=cache,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(output.sequences, sequences[best])
+    assert_close(output.sequences_scores, best_scores)
+
+
+@pytest.mark.parametrize("helper", ["assistant", "prompt lookup"])
+def test_speculative_generation_gives_greedy_output(helper):
+    model, ids = build(), random_ids(1, PROMPT).repeat(1, 3)
+    settings = {"assistant_model": build(seed=1)} if helper == "assistant" else {"prompt_lookup_num_tokens": 3}
+    mask = torch.ones_like(ids)
+    greedy = generate(model, ids, mask, do_sample=False)
+    assert torch.equal(generate(model, ids, mask, do_sample=False, **settings), greedy)
+
+
+@pytest.mark.parametrize(
+    ("kept", "positions"),
+    [(0, range(8)), (1, [7]), (5, range(3, 8)), (8, range(8)), (torch.tensor([2, 5]), [2, 5])],
+    ids=str,
+)
+def test_logits_to_keep(kept, positions):
+    model, ids = build(), random_ids(2, 8)
+    assert_close(model(ids, logits_to_keep=kept).logits, model(ids).logits[:, list(positions)], 1e-6)
+
+
+# --- where generation stops ------------------------------------------------------------------------------------------
+
+
+def released_folder(folder, generation_config=None, always=None):
+    """A checkpoint with the released vocabulary that generates token `always` for ever."""
+    sizes = {"vocab_size": 32064, "hidden_size": 16, "num_hidden_layers": 1}
+    config = released_config(torch_dtype="float32", **sizes)
+    tensors = released_tensors(config)
+    if always is not None:
+        tensors["lm_head.bias"][always] += 1000
+    write_checkpoint(folder, config, tensors)
+    if generation_config is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation_config))
+    return folder
+
+
+GENERATION_CONFIGS = {  # generation_config.json -> the tokens that generation stops at
+    "none": (None, [END_OF_TEXT, END_OF_TURN]),
+    "<|endoftext|>": ({"eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT}, [END_OF_TEXT, END_OF_TURN]),
+    "list of <|endoftext|>": ({"eos_token_id": [END_OF_TEXT]}, [END_OF_TEXT, END_OF_TURN]),
+    "the Phi-3 list": ({"eos_token_id": [END_OF_TEXT, ASSISTANT, END_OF_TURN]}, [END_OF_TEXT, ASSISTANT, END_OF_TURN]),
+    "the user's own": ({"eos_token_id": [USERS_OWN, END_OF_TURN]}, [USERS_OWN, END_OF_TURN]),
+    "the user's own one": ({"eos_token_id": USERS_OWN}, USERS_OWN),
+}
+
+
+@pytest.mark.parametrize("case", GENERATION_CONFIGS)
+def test_generation_config_of_a_loaded_checkpoint(tmp_path, case):
+    generation_config, expected = GENERATION_CONFIGS[case]
+    model = AutoModelForCausalLM.from_pretrained(released_folder(tmp_path / "released", generation_config))
+    assert model.generation_config.eos_token_id == expected
+    model.save_pretrained(tmp_path / "saved")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert reloaded.generation_config.eos_token_id == expected
+
+
+@pytest.mark.parametrize("token", [END_OF_TEXT, END_OF_TURN, ASSISTANT, USERS_OWN])
+@pytest.mark.parametrize("case", GENERATION_CONFIGS)
+def test_generation_stops_at_these_tokens_only(tmp_path, case, token):
+    generation_config, stops = GENERATION_CONFIGS[case]
+    model = AutoModelForCausalLM.from_pretrained(released_folder(tmp_path, generation_config, always=token))
+    prompt = random_ids(1, 4)
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False, pad_token_id=0
+    )
+    length = 1 if token in (stops if isinstance(stops, list) else [stops]) else 3
+    assert output[0, 4:].tolist() == [token] * length
+
+
+def test_a_stopped_row_is_padded_while_the_others_go_on(prompts):
+    model = build()
+    free = generate(model, *prompts, do_sample=False)
+    stop = free[0, 2].item()
+    stopped = generate(model, *prompts, do_sample=False, eos_token_id=stop, pad_token_id=0)
+    for row, row_free in zip(stopped.tolist(), free.tolist(), strict=True):
+        end = row_free.index(stop) + 1 if stop in row_free else NEW_TOKENS
+        assert row == (row_free[:end] + [0] * NEW_TOKENS)[: len(row)]
+
+
+# --- pipeline --------------------------------------------------------------------------------------------------------
+
+
+def test_text_generation_pipeline_on_chat_messages(trained_tokenizer):
+    stops = trained_tokenizer.stop_token_ids
+    model = build(vocab_size=len(trained_tokenizer), pad_token_id=trained_tokenizer.pad_token_id, seed=2)
+    model.generation_config.eos_token_id = stops
+    chats = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a list?"}],
+        [{"role": "user", "content": "def f(x):"}],
+    ]
+    answers = pipeline("text-generation", model=model, tokenizer=trained_tokenizer)(
+        chats, max_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    for chat, answer in zip(chats, answers, strict=True):
+        prompt = trained_tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+        ids = prompt["input_ids"]
+        by_hand = continue_by_hand(model, ids, torch.ones_like(ids), lambda logits: logits.argmax(-1))[0].tolist()
+        end = next((i for i, token in enumerate(by_hand) if token in stops), NEW_TOKENS)
+        text = trained_tokenizer.decode(by_hand[:end], skip_special_tokens=True)
+        assert answer[0]["generated_text"] == [*chat, {"role": "assistant", "content": text}]
+        assert text
