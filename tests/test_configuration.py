@@ -1,0 +1,252 @@
+"""The configuration: the release's values, what is refused, and the window as transformers' caches read it."""
+
+import json
+
+import pytest
+from checkpoints import RELEASED_CONFIG, released_config
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoConfig, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
+
+from modeling_grin import GrinMoeConfig
+from modeling_grin.configuration_grinmoe import VisibleWindowConfig
+
+RELEASED_SIZES = {
+    "vocab_size": 32064,
+    "hidden_size": 4096,
+    "intermediate_size": 6400,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 16,
+}
+# Fields of the released file that say something about the file, not about the model.
+ABOUT_THE_FILE = {"_name_or_path", "architectures", "auto_map", "torch_dtype", "transformers_version"}
+# What another model needs, so that no value below is a default.
+UNUSUAL = {
+    "vocab_size": 77,
+    "hidden_size": 24,
+    "intermediate_size": 10,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 99,
+    "initializer_range": 0.03,
+    "rms_norm_eps": 1e-4,
+    "use_cache": False,
+    "bos_token_id": 3,
+    "eos_token_id": [4, 5],
+    "pad_token_id": None,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+    "sliding_window": None,
+    "attention_bias": False,
+    "lm_head_bias": False,
+    "attention_dropout": 0.1,
+    "expert_dropout": 0.2,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 3,
+    "router_jitter_noise": 0.3,
+    "input_jitter_noise": 0.0,
+    "router_aux_loss_coef": 0.5,
+    "output_router_logits": True,
+}
+LONGROPE = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+
+
+def write_config(folder, config):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_defaults_are_the_release():
+    defaults = GrinMoeConfig().to_dict()
+    expected = {**RELEASED_CONFIG, **RELEASED_SIZES}
+    theta = expected.pop("rope_theta")
+    assert defaults["rope_parameters"] == {"rope_type": "default", "rope_theta": theta}
+    assert {name: defaults[name] for name in expected.keys() - ABOUT_THE_FILE} == {
+        name: value for name, value in expected.items() if name not in ABOUT_THE_FILE
+    }
+    new = {"head_dim": 128, "pad_token_id": 32000, "router_estimator": "sparsemixer_v2", "expert_dropout": 0.0}
+    assert {name: defaults[name] for name in new} == new
+
+
+def test_old_style_fields_are_translated(tmp_path):
+    folder = write_config(tmp_path, released_config(rope_theta=1234.0, torch_dtype="float16"))
+    config = AutoConfig.from_pretrained(folder)
+    assert type(config) is GrinMoeConfig
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1234.0}
+    assert str(config.dtype).removeprefix("torch.") == "float16"
+    assert config.head_dim == 8
+    assert config.sliding_window == 2047
+    saved = config.to_dict()
+    assert not {"rope_theta", "torch_dtype", "auto_map"} & saved.keys()
+
+
+def test_num_experts_is_num_local_experts():
+    config = GrinMoeConfig(num_experts=8)
+    assert config.num_local_experts == config.num_experts == 8
+    config.num_experts = 4
+    assert config.num_local_experts == 4
+    assert config.to_dict()["num_local_experts"] == 4
+    assert "num_experts" not in config.to_dict()
+
+
+def test_key_value_heads_default_to_the_heads():
+    assert GrinMoeConfig(num_key_value_heads=None).num_key_value_heads == 32
+
+
+def test_round_trip(tmp_path):
+    defaults = GrinMoeConfig()
+    same = [name for name, value in UNUSUAL.items() if getattr(defaults, name) == value]
+    assert not same, "values that a lost field would have anyway"
+    config = GrinMoeConfig(**UNUSUAL)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is GrinMoeConfig
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert {name: getattr(loaded, name) for name in UNUSUAL} == UNUSUAL
+
+
+def test_config_json_is_explicit(tmp_path):
+    """Other tools have other defaults (vLLM's phimoe: no router_jitter_noise), so every field is written."""
+    GrinMoeConfig().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["router_jitter_noise"] == 0.01
+    assert RELEASED_SIZES.items() <= written.items()
+    missing = RELEASED_CONFIG.keys() - ABOUT_THE_FILE - {"rope_theta"} - written.keys()
+    assert not missing
+    assert written["model_type"] == "grinmoe"
+    assert written["head_dim"] == 128
+
+
+IMPOSSIBLE = [
+    ({"hidden_size": 4095}, "hidden_size=4095"),
+    ({"hidden_size": 96, "num_attention_heads": 32}, "hidden_size=96"),  # 3 dimensions per head: odd
+    ({"num_attention_heads": 31, "head_dim": 128}, "num_attention_heads=31"),
+    ({"num_key_value_heads": 5}, "num_attention_heads=32"),
+    ({"head_dim": 7}, "head_dim=7"),
+    ({"head_dim": 0}, "head_dim=0"),
+    ({"num_experts_per_tok": 17}, "num_experts_per_tok=17"),
+    ({"num_experts": 1}, "num_experts_per_tok=2"),
+    *(
+        ({field: value}, f"{field}={value}")
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "num_local_experts",
+            "num_experts_per_tok",
+            "max_position_embeddings",
+            "sliding_window",
+        )
+        for value in (0, -1)
+    ),
+    ({"hidden_act": "sillu"}, "hidden_act='sillu'"),
+    ({"router_estimator": "reinforce"}, "router_estimator='reinforce'"),
+    ({"router_jitter_noise": -0.01}, "router_jitter_noise=-0.01"),
+    ({"router_jitter_noise": float("nan")}, "router_jitter_noise=nan"),
+    ({"router_aux_loss_coef": -1}, "router_aux_loss_coef=-1"),
+    ({"input_jitter_noise": -0.01}, "input_jitter_noise=-0.01"),
+    ({"input_jitter_noise": 1.0}, "input_jitter_noise=1.0"),
+    ({"attention_dropout": 1.0}, "attention_dropout=1.0"),
+    ({"expert_dropout": -0.5}, "expert_dropout=-0.5"),
+    ({"hidden_dropout": 0.1}, "hidden_dropout=0.1"),
+    ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0"),
+    ({"initializer_range": -0.02}, "initializer_range=-0.02"),
+    ({"rope_theta": -10000.0}, r"rope_parameters=\{'rope_theta': -10000.0"),
+    ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "rope_parameters .*rope_type='nope'"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **LONGROPE}}, "rope_type='longrope'"),
+    ({"rope_scaling": {"type": "longrope", **LONGROPE}}, "rope_type='longrope'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), IMPOSSIBLE, ids=lambda value: str(value)[:40])
+def test_impossible_values_are_refused(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        GrinMoeConfig(**fields)
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(write_config(tmp_path, {"model_type": "grinmoe", **fields}))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"num_experts_per_tok": 17}, "num_experts_per_tok=17"),
+        ({"router_estimator": "reinforce"}, "router_estimator='reinforce'"),
+        ({"hidden_dropout": 0.1}, "hidden_dropout=0.1"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type='longrope'"),
+    ],
+)
+@pytest.mark.parametrize("unused", [False, True])
+def test_overrides_are_checked_too(override, message, unused, tmp_path):
+    folder = write_config(tmp_path, {"model_type": "grinmoe"})
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(folder, return_unused_kwargs=unused, **override)
+
+
+def test_overrides_are_honoured(tmp_path):
+    folder = write_config(tmp_path, {"model_type": "grinmoe"})
+    config, unused = AutoConfig.from_pretrained(folder, num_experts=8, nonsense=1, return_unused_kwargs=True)
+    assert config.num_local_experts == 8
+    assert unused == {"nonsense": 1}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", "4096"),
+        ("num_experts_per_tok", 2.5),
+        ("num_local_experts", True),
+        ("hidden_act", 3),
+        ("sliding_window", 2047.5),
+        ("router_jitter_noise", "0.01"),
+        ("attention_bias", "yes"),
+        ("num_hidden_layers", None),
+    ],
+)
+def test_wrong_types_are_refused(field, value, tmp_path):
+    with pytest.raises(StrictDataclassFieldValidationError, match=rf"'{field}'(?s:.)*{value}"):
+        GrinMoeConfig(**{field: value})
+    with pytest.raises(StrictDataclassFieldValidationError, match=rf"'{field}'(?s:.)*{value}"):
+        AutoConfig.from_pretrained(write_config(tmp_path, {"model_type": "grinmoe", field: value}))
+
+
+def test_another_model_type_is_refused(tmp_path):
+    folder = write_config(tmp_path, released_config(model_type="mixtral"))
+    with pytest.raises(ValueError, match="model_type='mixtral'"):
+        GrinMoeConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("window", "visible"), [(2047, 2048), (1, 2), (None, None)])
+def test_the_visible_window_counts_the_query(window, visible):
+    config = GrinMoeConfig(sliding_window=window)
+    view = VisibleWindowConfig(config)
+    assert view.sliding_window == visible
+    assert view.num_attention_heads == config.num_attention_heads
+    assert config.sliding_window == window, "the released meaning"
+    with pytest.raises(AttributeError, match="no_such_field"):
+        _ = view.no_such_field
+
+
+def test_caches_hold_the_visible_window():
+    config = GrinMoeConfig()
+    dynamic = DynamicCache(config=config)
+    assert [(type(layer), layer.sliding_window) for layer in dynamic.layers] == [
+        (DynamicSlidingWindowLayer, 2048)
+    ] * 32
+    static = StaticCache(config=config, max_cache_len=4096)
+    assert [(type(layer), layer.max_cache_len) for layer in static.layers] == [(StaticSlidingWindowLayer, 2048)] * 32
+
+
+def test_caches_without_a_window_are_full():
+    config = GrinMoeConfig(sliding_window=None, num_hidden_layers=3)
+    assert [layer.is_sliding for layer in DynamicCache(config=config).layers] == [False] * 3
+    static = StaticCache(config=config, max_cache_len=4096)
+    assert [(layer.is_sliding, layer.max_cache_len) for layer in static.layers] == [(False, 4096)] * 3

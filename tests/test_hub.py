@@ -1,0 +1,221 @@
+"""Remote code: what `save_pretrained` (and so `push_to_hub`) writes runs where `modeling_grin` is not installed."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import released_config, released_tensors, write_checkpoint
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import modeling_grin
+from modeling_grin import (
+    GrinMoeConfig,
+    GrinMoeForCausalLM,
+    GrinMoeForSequenceClassification,
+    GrinMoeModel,
+    GrinMoeTokenizer,
+)
+
+PACKAGE = Path(modeling_grin.__file__).parent
+TRAVELLING = sorted(PACKAGE.glob("*_grinmoe.py"))
+# transformers itself cannot be imported without these, so that they are wherever it is.
+ALLOWED_PACKAGES = {"torch", "transformers", "safetensors", "huggingface_hub", "tokenizers"}
+
+AUTO_CLASSES = {
+    GrinMoeConfig: "AutoConfig",
+    GrinMoeModel: "AutoModel",
+    GrinMoeForCausalLM: "AutoModelForCausalLM",
+    GrinMoeForSequenceClassification: "AutoModelForSequenceClassification",
+    GrinMoeTokenizer: "AutoTokenizer",
+}
+MODELS = {
+    "AutoModelForCausalLM": GrinMoeForCausalLM,
+    "AutoModelForSequenceClassification": GrinMoeForSequenceClassification,
+}
+TEXT = "def f(x):\n    return x  # <|end|> done"
+
+# Loads a folder, says what it got, writes the logits, and saves everything once more.
+CLEAN_PROCESS = """
+import json, sys
+sys.modules["modeling_grin"] = None  # `import modeling_grin` raises ImportError, installed or not
+import torch, transformers
+
+auto_class, source, target, logits, text = sys.argv[1:]
+auto_class = getattr(transformers, auto_class)
+try:
+    auto_class.from_pretrained(source, trust_remote_code=False)
+    sys.exit("loaded without its code")
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+model = auto_class.from_pretrained(source, trust_remote_code=True)
+tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+ids = tokenizer(text, return_tensors="pt").input_ids
+with torch.no_grad():
+    torch.save(model(input_ids=ids).logits, logits)
+model.save_pretrained(target)
+tokenizer.save_pretrained(target)
+objects = [model, model.config, tokenizer]
+facts = {
+    "classes": [type(item).__name__ for item in objects],
+    "files": [sys.modules[type(item).__module__].__file__ for item in objects],
+    "ours": [name for name, module in sys.modules.items() if name.startswith("modeling_grin.") and module],
+    "ids": ids[0].tolist(),
+}
+print(json.dumps(facts))
+"""
+
+
+@pytest.fixture(scope="module")
+def registered():
+    """The classes as after `register_for_auto_class`; undone for the other test modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        for cls, auto_class in AUTO_CLASSES.items():
+            patch.setattr(cls, "_auto_class", None)
+            cls.register_for_auto_class(auto_class)
+        yield
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def saved(request, registered, trained_tokenizer, tmp_path_factory):
+    """Auto class, model, folder: loaded from a checkpoint in the released layout, saved with code and tokenizer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = released_config(vocab_size=len(trained_tokenizer), num_labels=3, torch_dtype="float32", pad_token_id=3)
+    tensors = {**released_tensors(config), "score.weight": torch.randn(3, config["hidden_size"])}
+    released = write_checkpoint(folder / "released", config, tensors, num_shards=2)
+    model = MODELS[request.param].from_pretrained(released)
+    model.save_pretrained(folder / "first")
+    trained_tokenizer.save_pretrained(folder / "first")
+    return request.param, model, folder
+
+
+def logits(model, tokenizer):
+    with torch.no_grad():
+        return model(input_ids=tokenizer(TEXT, return_tensors="pt").input_ids).logits
+
+
+def test_the_code_travels(saved):
+    auto_class, _, folder = saved
+    written = sorted((folder / "first").glob("*.py"))
+    assert [file.name for file in written] == [file.name for file in TRAVELLING]
+    for file in written:
+        assert file.read_bytes() == (PACKAGE / file.name).read_bytes(), file.name
+    config = json.loads((folder / "first" / "config.json").read_text())
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_grinmoe.GrinMoeConfig",
+        auto_class: f"modeling_grinmoe.{MODELS[auto_class].__name__}",
+    }, "with nothing left of the release's own"
+    assert config["router_jitter_noise"] == 0.01
+    tokenizer_config = json.loads((folder / "first" / "tokenizer_config.json").read_text())
+    assert tokenizer_config["auto_map"]["AutoTokenizer"][0] == "tokenization_grinmoe.GrinMoeTokenizer"
+
+
+def test_loads_in_a_clean_process(saved, trained_tokenizer, tmp_path):
+    """Also what the clean process saves, in another clean process."""
+    auto_class, model, folder = saved
+    expected = logits(model, trained_tokenizer)
+    for source, target in (("first", "second"), ("second", "third")):
+        cache = tmp_path / f"cache of {source}"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+        environment |= {"HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules"), "HF_HUB_OFFLINE": "1"}
+        arguments = [auto_class, folder / source, folder / target, tmp_path / "logits.pt", TEXT]
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", CLEAN_PROCESS, *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+        )
+        assert done.returncode == 0, f"{source}: {done.stderr}"
+        facts = json.loads(done.stdout)
+        assert facts["classes"] == [MODELS[auto_class].__name__, "GrinMoeConfig", "GrinMoeTokenizer"]
+        assert all(Path(file).is_relative_to(cache / "modules") for file in facts["files"]), facts["files"]
+        assert not facts["ours"]
+        assert facts["ids"] == trained_tokenizer(TEXT)["input_ids"]
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), expected), source
+
+        # The next generation is the same folder: code, weights, settings.
+        for name in [file.name for file in TRAVELLING] + ["model.safetensors", "tokenizer.json"]:
+            assert (folder / target / name).read_bytes() == (folder / source / name).read_bytes(), name
+        before, after = (json.loads((folder / name / "config.json").read_text()) for name in (source, target))
+        assert after == before
+
+
+@pytest.mark.parametrize("trust", [None, False, True])
+def test_the_installed_package_comes_first(saved, trained_tokenizer, trust):
+    """No question either; models that are installed are never replaced by what a folder brings."""
+    auto_class, model, folder = saved
+    auto = {cls.__name__: cls for cls in (AutoModelForCausalLM, AutoModelForSequenceClassification)}[auto_class]
+    loaded = auto.from_pretrained(folder / "first", trust_remote_code=trust)
+    assert type(loaded) is MODELS[auto_class]
+    assert type(loaded.config) is GrinMoeConfig
+    assert torch.equal(logits(loaded, trained_tokenizer), logits(model, trained_tokenizer))
+    if not trust:  # where it is trusted, transformers takes a folder's tokenizer, which the clean process tests
+        tokenizer = AutoTokenizer.from_pretrained(folder / "first", trust_remote_code=trust)
+        assert type(tokenizer) is GrinMoeTokenizer
+
+
+def test_without_registration_no_code_is_named(saved, tmp_path):
+    """A model loaded from a folder with code and saved without it must not point at it."""
+    auto_class, _, folder = saved
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in AUTO_CLASSES:
+            patch.setattr(cls, "_auto_class", None)
+        model = MODELS[auto_class].from_pretrained(folder / "first")
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+# The rules that make this work (what transformers finds by regular expression, and what it does not)
+
+
+@pytest.fixture(params=TRAVELLING, ids=lambda file: file.name)
+def source(request):
+    return request.param.read_text()
+
+
+def test_travelling_files_are_there():
+    names = {file.name for file in TRAVELLING}
+    assert {
+        "configuration_grinmoe.py",
+        "modeling_grinmoe.py",
+        "routing_grinmoe.py",
+        "tokenization_grinmoe.py",
+    } <= names
+    for cls in AUTO_CLASSES:
+        assert Path(sys.modules[cls.__module__].__file__) in TRAVELLING, "defined in a file that is copied"
+    assert "Tokenizer" in GrinMoeTokenizer.__name__
+
+
+def test_imports(source):
+    """The standard library, what transformers needs anyway, and siblings as `from .name_grinmoe import ...`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            assert node.level == 1, ast.unparse(node)
+            assert node.module is not None, f"{ast.unparse(node)}: the file would not be copied"
+            assert f"{node.module}.py" in {file.name for file in TRAVELLING}, ast.unparse(node)
+            assert node.col_offset == 0, f"{ast.unparse(node)}: inside a function or a condition"
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            packages = {name.split(".")[0] for name in names}
+            assert packages <= ALLOWED_PACKAGES | sys.stdlib_module_names, ast.unparse(node)
+
+
+def test_no_text_reads_like_an_import(source):
+    """transformers looks for lines, not for statements: one in a docstring makes `save_pretrained` fail."""
+    statements = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+    for number, line in enumerate(source.splitlines(), start=1):
+        if number not in statements:
+            assert not re.match(r"[\s#\"']*(from\s+\.|import\s+\.)", line), f"line {number}: {line}"

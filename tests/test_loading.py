@@ -1,0 +1,845 @@
+"""Checkpoints in and out: every tensor, bit for bit, or an error that names what is wrong."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import RELEASED_CONFIG, fused, released_config, released_tensors, write_checkpoint
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import PhimoeForCausalLM as StockPhimoe
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.testing_utils import CaptureLogger
+from transformers.trainer_utils import load_sharded_checkpoint
+from transformers.utils import logging
+
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
+from modeling_grin.checkpoint_grinmoe import check_tensors
+
+CONFIG = released_config()
+TENSORS = released_tensors(CONFIG)
+EXPERT = "model.layers.1.block_sparse_moe.experts.3"
+IDS = torch.arange(2, 26).reshape(2, 12)
+
+
+def read_files(folder):
+    """All tensors of a folder; that the index, if any, names each in its file is checked on the way."""
+    tensors = {}
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else None
+    for file in sorted(folder.glob("*.safetensors")):
+        part = load_file(file)
+        assert not part.keys() & tensors.keys()
+        if weight_map is not None:
+            assert {weight_map[name] for name in part} == {file.name}
+        tensors |= part
+    assert weight_map is None or weight_map.keys() == tensors.keys()
+    return tensors
+
+
+def assert_same_tensors(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
+
+
+def assert_holds(model, tensors, config=CONFIG):
+    """The model's parameters are the file's tensors; it has no others."""
+    assert_same_tensors(dict(model.state_dict()), fused(tensors, config))
+
+
+def logits(model, ids=IDS, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=ids, **kwargs).logits
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A checkpoint as the release has it: five shards with an index, each layer's experts in every shard."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("released"), CONFIG, TENSORS, num_shards=5)
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len({file for name, file in weight_map.items() if "layers.1.block_sparse_moe.experts" in name}) == 5
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_memory():
+    """The same model, filled without any checkpoint code."""
+    model = AutoModelForCausalLM.from_config(GrinMoeConfig.from_dict(dict(CONFIG)), dtype=torch.bfloat16).eval()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in fused(TENSORS, CONFIG).items():
+            parameters.pop(name).copy_(tensor)
+    assert not parameters
+    return model
+
+
+# Loading
+
+
+def test_released_checkpoint_asks_no_question(released, tmp_path):
+    """In a process of its own, where nobody could answer."""
+    script = """
+import sys
+import modeling_grin
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(config).__module__, type(model).__module__, type(model).__name__, model.dtype)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(released)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "modeling_grin.configuration_grinmoe",
+        "modeling_grin.modeling_grinmoe",
+        "GrinMoeForCausalLM",
+        "torch.bfloat16",
+    ]
+    assert "y/N" not in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir()), "remote code has been copied"
+
+
+def test_released_checkpoint(released, in_memory):
+    config = AutoConfig.from_pretrained(released)
+    assert type(config) is GrinMoeConfig
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert config.dtype == torch.bfloat16
+    assert config.head_dim == 8
+    assert config.sliding_window == 2047
+    assert config.num_experts == config.num_local_experts == 6
+    model, info = AutoModelForCausalLM.from_pretrained(released, output_loading_info=True)
+    assert type(model) is GrinMoeForCausalLM
+    assert not any(info.values()), info
+    assert not model.training
+    assert_holds(model, TENSORS)
+    assert torch.equal(logits(model), logits(in_memory))
+
+
+@pytest.mark.parametrize("layout", ["released", "fused"])
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("architecture", ["GRIN-MoE", "GRINMoEForCausalLM"])
+def test_layouts(layout, num_shards, architecture, tmp_path):
+    tensors = TENSORS if layout == "released" else fused(TENSORS, CONFIG)
+    config = {**CONFIG, "architectures": [architecture]}
+    folder = write_checkpoint(tmp_path, config, tensors, num_shards)
+    assert_holds(AutoModelForCausalLM.from_pretrained(folder), TENSORS)
+
+
+def test_layouts_may_be_mixed(tmp_path):
+    """One layer fused, one not."""
+    whole = fused(TENSORS, CONFIG)
+    mixed = {name: tensor for name, tensor in TENSORS.items() if ".layers.0.block_sparse_moe.experts" not in name}
+    mixed |= {name: tensor for name, tensor in whole.items() if ".layers.0.block_sparse_moe.experts" in name}
+    assert_holds(AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path, CONFIG, mixed, 2)), TENSORS)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("asked", [None, "auto", torch.bfloat16, torch.float16, torch.float32])
+def test_dtypes(stored, asked, tmp_path):
+    config = {**CONFIG, "torch_dtype": stored}
+    tensors = released_tensors(config)
+    folder = write_checkpoint(tmp_path, config, tensors, num_shards=2)
+    model = AutoModelForCausalLM.from_pretrained(folder, **({} if asked is None else {"dtype": asked}))
+    if asked not in (None, "auto"):
+        tensors = {name: tensor.to(asked) for name, tensor in tensors.items()}
+    assert_holds(model, tensors)
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True},
+        {"tie_word_embeddings": True, "lm_head_bias": False},
+        {"lm_head_bias": False},
+        {"attention_bias": False},
+        {"head_dim": 6},
+        {"num_local_experts": 2},
+    ],
+    ids=str,
+)
+def test_variants(changes, tmp_path):
+    config = released_config(**changes)
+    tensors = released_tensors(config)
+    model = AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path / "from", config, tensors, num_shards=2))
+    expected = dict(tensors)
+    if config["tie_word_embeddings"]:
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        expected["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    assert_holds(model, expected, config)
+    model.save_pretrained(tmp_path / "to")
+    assert_same_tensors(read_files(tmp_path / "to"), tensors)
+
+
+ON_CPU_AND_DISK = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "disk",
+    "lm_head": "cpu",
+}
+
+
+@pytest.mark.parametrize("layout", ["released", "fused"])
+@pytest.mark.parametrize(
+    ("device_map", "max_memory", "on_disk"),
+    [
+        ({"": "cpu"}, None, set()),
+        ("auto", None, set()),
+        ("auto", {"cpu": "40KB"}, {""}),
+        (ON_CPU_AND_DISK, None, {"model.layers.1", "model.norm"}),
+        ({"": "disk"}, None, {""}),
+    ],
+    ids=["cpu", "auto", "auto-small-memory", "cpu-and-disk", "disk"],
+)
+def test_device_maps(layout, device_map, max_memory, on_disk, in_memory, tmp_path):
+    tensors = TENSORS if layout == "released" else fused(TENSORS, CONFIG)
+    folder = write_checkpoint(tmp_path / "from", CONFIG, tensors, num_shards=3)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=device_map, max_memory=max_memory, offload_folder=tmp_path / "offload"
+    )
+    placed = getattr(model, "hf_device_map", {})  # transformers sets none where all is on one device
+    assert {name for name, device in placed.items() if device == "disk"} == on_disk
+    assert torch.equal(logits(model), logits(in_memory))
+    # And out again, whole and in shards; the offloaded tensors are read back.
+    for max_shard_size in ("1GB", "20KB"):
+        model.save_pretrained(tmp_path / max_shard_size, max_shard_size=max_shard_size)
+        assert_same_tensors(read_files(tmp_path / max_shard_size), TENSORS)
+
+
+# Saving
+
+
+@pytest.mark.parametrize("origin", ["released", "fused", "config"])
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_save_writes_the_released_layout(origin, max_shard_size, dtype, tmp_path):
+    config = released_config(torch_dtype=dtype)
+    tensors = released_tensors(config)
+    if origin == "config":
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        assert not hasattr(model, "_weight_conversions"), "made without from_pretrained"
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_()
+    else:
+        source = tensors if origin == "released" else fused(tensors, config)
+        model = AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path / "from", config, source, 3))
+    for trip in ("first", "second"):
+        folder = tmp_path / trip
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        written = read_files(folder)
+        assert len(list(folder.glob("*.safetensors"))) > 1 or max_shard_size == "1GB"
+        if origin == "config":
+            assert_holds(model, written, config)
+            tensors = written if trip == "first" else tensors
+            shapes = {name: tensor.shape for name, tensor in released_tensors(config).items()}
+            assert {name: tensor.shape for name, tensor in written.items()} == shapes
+        assert_same_tensors(written, tensors)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    first, second = ((tmp_path / trip / "config.json").read_text() for trip in ("first", "second"))
+    assert first == second
+
+
+def test_saved_config(released, tmp_path):
+    AutoModelForCausalLM.from_pretrained(released).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert not {"auto_map", "rope_theta", "torch_dtype"} & saved.keys()
+    assert saved["architectures"] == ["GrinMoeForCausalLM"]
+    assert saved["model_type"] == "grinmoe"
+    assert saved["dtype"] == "bfloat16"
+    assert saved["router_jitter_noise"] == 0.01
+    assert saved["sliding_window"] == 2047
+    assert saved["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    unchanged = CONFIG.keys() - {"_name_or_path", "architectures", "auto_map", "rope_theta", "torch_dtype"}
+    unchanged -= {"transformers_version"}
+    assert {name: saved[name] for name in unchanged} == {name: CONFIG[name] for name in unchanged}
+
+
+def test_what_was_trained_is_saved(released, tmp_path):
+    """Not the tensors that were loaded."""
+    model = AutoModelForCausalLM.from_pretrained(released)
+    expected = {name: tensor * 2 for name, tensor in TENSORS.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    model.save_pretrained(tmp_path)
+    assert_same_tensors(read_files(tmp_path), expected)
+
+
+# State dicts
+
+
+@pytest.fixture
+def fresh():
+    return GrinMoeForCausalLM(GrinMoeConfig.from_dict(dict(CONFIG))).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", ["released", "fused"])
+def test_load_state_dict(layout, fresh):
+    given = dict(TENSORS) if layout == "released" else fused(TENSORS, CONFIG)
+    names = list(given)
+    result = fresh.load_state_dict(given, strict=True)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert_holds(fresh, TENSORS)
+    assert list(given) == names, "the caller's dict has changed"
+
+
+@pytest.mark.parametrize("layout", ["released", "fused"])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_load_state_dict_assign(layout, device):
+    """`assign=True` keeps the checkpoint's dtype, and fills models made on the meta device."""
+    with torch.device(device):
+        model = GrinMoeForCausalLM(GrinMoeConfig.from_dict(dict(CONFIG)))  # float32
+    given = dict(TENSORS) if layout == "released" else fused(TENSORS, CONFIG)
+    model.load_state_dict(given, strict=True, assign=True)
+    assert_holds(model, TENSORS)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_load_state_dict_assign_in_parts(device):
+    with torch.device(device):
+        model = GrinMoeForCausalLM(GrinMoeConfig.from_dict(dict(CONFIG)))
+    names = list(TENSORS)
+    for part in range(3):
+        model.load_state_dict({name: TENSORS[name] for name in names[part::3]}, strict=False, assign=True)
+    assert_holds(model, TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({f"{EXPERT}.w1.weight": None}, rf'Missing key.*"{EXPERT}.w1.weight"'),
+        ({f"{EXPERT}.w2.weight": None}, rf'Missing key.*"{EXPERT}.w2.weight"'),
+        ({f"{EXPERT}.w3.weight": torch.ones(24, 31)}, rf"size mismatch for {EXPERT}.w3.weight: \(24, 31\)"),
+        ({f"{EXPERT}.w2.weight": torch.ones(24, 32)}, rf"size mismatch for {EXPERT}.w2.weight: \(24, 32\)"),
+        ({f"{EXPERT[:-1]}6.w1.weight": torch.ones(24, 32)}, rf'Unexpected key.*"{EXPERT[:-1]}6.w1.weight"'),
+        ({f"{EXPERT}.w4.weight": torch.ones(24, 32)}, rf'Unexpected key.*"{EXPERT}.w4.weight"'),
+        ({"model.norm.bias": None}, r'Missing key.*"model.norm.bias"'),
+    ],
+)
+def test_load_state_dict_names_what_is_wrong(change, message, fresh):
+    given = {name: tensor for name, tensor in {**TENSORS, **change}.items() if tensor is not None}
+    with pytest.raises(RuntimeError, match=message):
+        fresh.load_state_dict(given)
+
+
+def test_load_state_dict_without_any_expert(fresh):
+    given = {name: tensor for name, tensor in TENSORS.items() if ".experts." not in name}
+    with pytest.raises(RuntimeError, match=r'Missing key.*"model.layers.0.block_sparse_moe.experts.gate_up_proj"'):
+        fresh.load_state_dict(given)
+
+
+def test_load_sharded_checkpoint(released, fresh):
+    """What Trainer resumes with: shard by shard, not strict."""
+    load_sharded_checkpoint(fresh, released, strict=False)
+    assert_holds(fresh, TENSORS)
+
+
+# The full size, on the meta device
+
+
+def full_size_shapes():
+    """Names and shapes in the release."""
+    vocab, hidden, ffn, query, key = 32064, 4096, 6400, 32 * 128, 8 * 128
+    shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(32):
+        prefix = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= {f"{prefix}.{norm}.{part}": (hidden,) for part in ("weight", "bias")}
+        for name, rows, columns in (
+            ("q", query, hidden),
+            ("k", key, hidden),
+            ("v", key, hidden),
+            ("o", hidden, query),
+        ):
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, columns)
+            shapes[f"{prefix}.self_attn.{name}_proj.bias"] = (rows,)
+        shapes[f"{prefix}.block_sparse_moe.gate.weight"] = (16, hidden)
+        for expert in range(16):
+            for part, shape in (("w1", (ffn, hidden)), ("w2", (hidden, ffn)), ("w3", (ffn, hidden))):
+                shapes[f"{prefix}.block_sparse_moe.experts.{expert}.{part}.weight"] = shape
+    shapes |= {"model.norm.weight": (hidden,), "model.norm.bias": (hidden,)}
+    return shapes | {"lm_head.weight": (vocab, hidden), "lm_head.bias": (vocab,)}
+
+
+FULL_SIZE = {
+    **RELEASED_CONFIG,
+    "vocab_size": 32064,
+    "hidden_size": 4096,
+    "intermediate_size": 6400,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**FULL_SIZE))
+
+
+def test_full_size_names_and_shapes(full_size):
+    expected = {}
+    for name, shape in full_size_shapes().items():
+        if ".experts." not in name:
+            expected[name] = shape
+    for layer in range(32):
+        experts = f"model.layers.{layer}.block_sparse_moe.experts"
+        expected[f"{experts}.gate_up_proj"] = (16, 2 * 6400, 4096)
+        expected[f"{experts}.down_proj"] = (16, 4096, 6400)
+    assert {name: tuple(parameter.shape) for name, parameter in full_size.named_parameters()} == expected
+    assert full_size.state_dict().keys() == expected.keys(), "no buffer is saved"
+    assert {parameter.dtype for parameter in full_size.parameters()} == {torch.bfloat16}
+
+
+def test_full_size_saves_under_the_released_names(full_size):
+    """`revert_weight_conversion` is what `save_pretrained` calls before it writes."""
+    saved = revert_weight_conversion(full_size, full_size.state_dict())
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == full_size_shapes()
+
+
+def test_full_size_parameter_counts(full_size):
+    total = sum(parameter.numel() for parameter in full_size.parameters())
+    attention = 2 * (4096 * 4096 + 4096) + 2 * (1024 * 4096 + 1024)  # q, o; k, v
+    expert = 3 * 4096 * 6400
+    layer = attention + 2 * 2 * 4096 + 16 * 4096 + 16 * expert  # with two norms and the router
+    ends = 2 * 32064 * 4096 + 32064 + 2 * 4096  # embedding, head with bias, last norm
+    assert total == 32 * layer + ends == 41_873_153_344
+    assert f"{total / 1e9:.1f}B" == "41.9B"
+    experts = [parameter for name, parameter in full_size.named_parameters() if ".experts." in name]
+    unused = sum(parameter.numel() for parameter in experts) * (16 - 2) // 16
+    assert total - unused == 32 * (layer - 14 * expert) + ends == 6_640_999_744
+    assert f"{(total - unused) / 1e9:.1f}B" == "6.6B"
+
+
+def write_sparse_shards(folder, config, shapes, num_shards):
+    """A checkpoint whose bf16 tensors are holes: it takes no room on the disk, whatever its size."""
+    write_checkpoint(folder, config, {})
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for shard in range(num_shards):
+        file = folder / f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+        header, end = {}, 0
+        for name in list(shapes)[shard::num_shards]:
+            begin, end = end, end + 2 * torch.Size(shapes[name]).numel()
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [begin, end]}
+            weight_map[name] = file.name
+        encoded = json.dumps(header).encode()
+        with file.open("wb") as stream:
+            stream.write(len(encoded).to_bytes(8, "little") + encoded)
+            stream.truncate(stream.tell() + end)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_full_size_checkpoint(full_size, tmp_path):
+    """All of 84 GB in 17 shards, by their headers: it fits, and one transposed matrix in the last layer does not."""
+    shapes = full_size_shapes()
+    folder = write_sparse_shards(tmp_path, FULL_SIZE, shapes, num_shards=17)
+    files = [str(file) for file in sorted(folder.glob("*.safetensors"))]
+    check_tensors(full_size, files)
+    shapes["model.layers.31.block_sparse_moe.experts.15.w2.weight"] = (6400, 4096)
+    write_sparse_shards(tmp_path, FULL_SIZE, shapes, num_shards=17)
+    # Not with from_pretrained: were nothing wrong, it would read 84 GB of zeros.
+    with pytest.raises(
+        ValueError, match=r"^1 tensor.*layers\.31\.block_sparse_moe\.experts\.15\.w2\.weight in .*-of-00017"
+    ):
+        check_tensors(full_size, files)
+
+
+# Kin and other model types
+
+
+def phimoe_checkpoint(folder):
+    """Phi-tiny-MoE's config at tiny sizes: heads x head_dim is not hidden_size; a window shorter than the text."""
+    config = released_config(
+        model_type="phimoe",
+        architectures=["PhiMoEForCausalLM"],
+        auto_map={
+            "AutoConfig": "configuration_slimmoe.PhiMoEConfig",
+            "AutoModelForCausalLM": "modeling_slimmoe.PhiMoEForCausalLM",
+        },
+        num_attention_heads=4,
+        head_dim=10,
+        expert_dropout=0.0,
+        rope_scaling=None,
+        sliding_window=5,
+        torch_dtype="float32",
+    )
+    tensors = released_tensors(config)
+    return write_checkpoint(folder, config, tensors, num_shards=2), config, tensors
+
+
+def test_phimoe_checkpoint_gives_stock_logits(tmp_path):
+    folder, config, tensors = phimoe_checkpoint(tmp_path)
+    model = GrinMoeForCausalLM.from_pretrained(folder)
+    assert_holds(model, tensors, config)
+    assert model.config.model_type == "grinmoe"
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_tensors(read_files(tmp_path / "saved"), tensors)
+    assert type(AutoConfig.from_pretrained(tmp_path / "saved")) is GrinMoeConfig
+    stock = AutoModelForCausalLM.from_pretrained(folder, sliding_window=config["sliding_window"] + 1)
+    assert type(stock) is StockPhimoe, "importing modeling_grin leaves phimoe alone"
+    expected = logits(stock)
+    assert (logits(model) - expected).norm() <= 1e-5 * expected.norm()
+    # The comparison can tell one key more from one key less.
+    off_by_one = AutoModelForCausalLM.from_pretrained(folder, sliding_window=config["sliding_window"])
+    assert (logits(off_by_one) - expected).norm() > 1e-2 * expected.norm()
+
+
+def test_importing_changes_no_other_model_type():
+    script = """
+import importlib
+from transformers import conversion_mapping, modeling_utils
+from transformers.integrations import moe
+from transformers.models.auto import auto_factory, configuration_auto, modeling_auto, tokenization_auto
+from transformers.models.llama import modeling_llama
+from transformers.models.phimoe import modeling_phimoe
+
+conversion_mapping.get_checkpoint_conversion_mapping("phimoe")  # build it
+
+
+def snapshot():
+    # name -> what an import could add to, as {key: value}
+    state = {}
+    for module in (configuration_auto, modeling_auto, tokenization_auto):
+        for name, value in vars(module).items():
+            if isinstance(value, auto_factory._LazyAutoMapping):
+                for part in ("_config_mapping", "_model_mapping", "_extra_content"):
+                    state[name, part] = {str(key): str(item) for key, item in getattr(value, part).items()}
+            elif isinstance(value, configuration_auto._LazyConfigMapping):
+                for part in ("_mapping", "_extra_content"):
+                    state[name, part] = {str(key): str(item) for key, item in getattr(value, part).items()}
+            elif name.isupper() and isinstance(value, dict):
+                state[name] = {str(key): str(item) for key, item in value.items()}
+            elif name.isupper() and isinstance(value, set):
+                state[name] = dict.fromkeys(value)
+    state["conversions"] = {
+        key: [(str(item._original_source_patterns), str(item._original_target_patterns)) for item in value]
+        for key, value in conversion_mapping._checkpoint_conversion_mapping_cache.items()
+    }
+    state["registered conversions"] = dict.fromkeys(conversion_mapping.USER_REGISTERED_MAPPINGS)
+    state["attention"] = dict(modeling_utils.ALL_ATTENTION_FUNCTIONS)
+    state["experts"] = dict(moe.ALL_EXPERTS_FUNCTIONS)
+    for module in (modeling_llama, modeling_phimoe):
+        for name, value in vars(module).items():
+            if isinstance(value, type):
+                state[module.__name__, name] = dict(vars(value))
+    return state
+
+
+before = snapshot()
+import modeling_grin
+importlib.reload(modeling_grin)
+after = snapshot()
+assert after.keys() == before.keys()
+changed = set()
+for name in before:
+    assert before[name].items() <= after[name].items(), (name, "something is gone or changed")
+    added = after[name].keys() - before[name].keys()
+    assert all("grinmoe" in key.lower() for key in added), (name, added)
+    changed |= {name} if added else set()
+# The snapshot sees what is meant to be added.
+expected = {"conversions", "registered conversions", ("CONFIG_MAPPING", "_extra_content")}
+expected |= {(f"MODEL{task}_MAPPING", "_extra_content") for task in ("", "_FOR_CAUSAL_LM")}
+assert expected <= changed, changed
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# Other heads
+
+
+def classification_config(**changes):
+    return released_config(
+        torch_dtype="float32", num_labels=3, pad_token_id=0, eos_token_id=1, sliding_window=6, **changes
+    )
+
+
+def test_new_classification_head(tmp_path):
+    config = classification_config()
+    tensors = released_tensors(config)
+    folder = write_checkpoint(tmp_path / "causal", config, tensors, num_shards=2)
+    with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as log:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=3, output_loading_info=True
+        )
+    assert type(model) is GrinMoeForSequenceClassification
+    assert set(info["missing_keys"]) == {"score.weight"}
+    assert "score.weight" in log.out
+    assert model.score.weight.shape == (3, 32)
+    assert model.score.weight.std().item() == pytest.approx(config["initializer_range"], rel=0.5)
+    body = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head")}
+    body["score.weight"] = model.score.weight.detach()
+    assert_holds(model, body, config)
+
+    model.save_pretrained(tmp_path / "classifier", max_shard_size="40KB")
+    assert_same_tensors(read_files(tmp_path / "classifier"), body)
+    with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as log:
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
+    assert not log.out
+    assert again.config.num_labels == 3
+    assert_holds(again, body, config)
+
+    # Another number of labels is an error, unless a new head is asked for.
+    with pytest.raises(ValueError, match=r"score\.weight .*\[3, 32\], the config says \[5, 32\]"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier", num_labels=5)
+    other = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "classifier", num_labels=5, ignore_mismatched_sizes=True
+    )
+    body["score.weight"] = other.score.weight.detach()
+    assert other.score.weight.shape == (5, 32)
+    assert_holds(other, body, config)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_classification_ignores_padding(side, tmp_path):
+    config = classification_config()
+    tensors = {**released_tensors(config), "score.weight": torch.randn(3, 32)}
+    folder = write_checkpoint(tmp_path, config, tensors)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    texts = [
+        torch.randint(2, 131, (length,), generator=torch.Generator().manual_seed(length)) for length in (3, 11, 7)
+    ]
+    alone = torch.cat([logits(model, text[None]) for text in texts])
+    batch = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_side=side, padding_value=0)
+    padded = logits(model, batch, attention_mask=(batch != 0).long())
+    torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        loss = model(input_ids=batch, attention_mask=(batch != 0).long(), labels=torch.tensor([0, 1, 2])).loss
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(alone, torch.arange(3)), rtol=1e-4, atol=1e-4)
+
+
+def test_bare_model_and_back(released, tmp_path):
+    body = {name.removeprefix("model."): tensor for name, tensor in TENSORS.items() if name.startswith("model.")}
+    bare = AutoModel.from_pretrained(released)
+    assert type(bare) is GrinMoeModel
+    whole = fused(TENSORS, CONFIG)
+    expected = {name.removeprefix("model."): tensor for name, tensor in whole.items() if name.startswith("model.")}
+    assert_same_tensors(dict(bare.state_dict()), expected)
+    bare.save_pretrained(tmp_path / "bare")
+    assert_same_tensors(read_files(tmp_path / "bare"), body)
+    assert_same_tensors(dict(AutoModel.from_pretrained(tmp_path / "bare").state_dict()), expected)
+    # A causal model needs a head, which is not there; a classifier's may be new.
+    with pytest.raises(ValueError, match=r"lm_head\.weight is missing; lm_head\.bias is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bare")
+    assert_same_tensors(dict(classifier.model.state_dict()), expected)
+
+
+# Errors
+
+
+def without(*prefixes):
+    return {name: tensor for name, tensor in TENSORS.items() if not name.startswith(prefixes)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes", "message"),
+    [
+        (without("model.norm.weight"), {}, r"model\.norm\.weight is missing"),
+        (without("model.layers.0.self_attn.k_proj.bias"), {}, r"model\.layers\.0\.self_attn\.k_proj\.bias is missing"),
+        (without("model.layers.1.block_sparse_moe.gate"), {}, r"layers\.1\.block_sparse_moe\.gate\.weight is missing"),
+        (without(f"{EXPERT}.w1"), {}, rf"{EXPERT}\.w1\.weight is missing"),
+        (without(EXPERT), {}, rf"3 tensor.*{EXPERT}\.w1.*{EXPERT}\.w3.*{EXPERT}\.w2\.weight is missing"),
+        (without("model.layers.1.block_sparse_moe.experts"), {}, r"18 tensor.*layers\.1.*experts\.0\.w1\.weight is"),
+        (without("lm_head.weight"), {}, r"lm_head\.weight is missing"),
+        (without("lm_head.bias"), {}, r"lm_head\.bias is missing"),
+        (without("model.embed_tokens"), {}, r"model\.embed_tokens\.weight is missing"),
+        (without("model.embed_tokens"), {"tie_word_embeddings": True}, r"model\.embed_tokens\.weight is missing"),
+        (
+            {"model.norm.weight": torch.ones(5)},
+            {},
+            r"norm\.weight in .*model-.*-of-00003\.safetensors has shape \[5\]",
+        ),
+        ({f"{EXPERT}.w1.weight": torch.ones(32, 24)}, {}, rf"{EXPERT}\.w1\.weight in .*\[32, 24\].*\[24, 32\]"),
+        ({f"{EXPERT}.w2.weight": torch.ones(1)}, {}, rf"{EXPERT}\.w2\.weight in .* has shape \[1\].*\[32, 24\]"),
+        ({f"{EXPERT[:-1]}6.w1.weight": torch.ones(24, 32)}, {}, rf"{EXPERT[:-1]}6\.w1\.weight in .*not part"),
+        ({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}, {}, r"self_attn\.q_norm\.weight in .*not part"),
+        ({}, {"attention_bias": False}, r"8 tensor.*self_attn\.\w_proj\.bias in .* not part of the model"),
+        ({}, {"lm_head_bias": False}, r"1 tensor.*lm_head\.bias in .*not part of the model"),
+        ({}, {"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is missing"),
+        ({}, {"num_hidden_layers": 1}, r"model\.layers\.1\..* is not part of the model"),
+        ({}, {"num_local_experts": 7}, r"experts\.6\.w1\.weight is missing"),
+        ({}, {"num_local_experts": 5}, r"experts\.5\.w\d\.weight in .* is not part of the model"),
+        ({}, {"hidden_size": 64}, r"embed_tokens\.weight in .* has shape \[131, 32\], the config says \[131, 64\]"),
+        ({}, {"vocab_size": 132}, r"embed_tokens\.weight in .* has shape \[131, 32\], the config says \[132, 32\]"),
+    ],
+    ids=lambda value: value.replace("\\", "") if isinstance(value, str) else "",
+)
+def test_tensors_that_do_not_fit(tensors, changes, message, tmp_path):
+    if len(tensors) < 2:
+        tensors = {**TENSORS, **tensors}
+    folder = write_checkpoint(tmp_path, {**CONFIG, **changes}, tensors, num_shards=3)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+    # Nor with the option that would initialise what is mis-shaped.
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+
+
+def test_fused_tensors_that_do_not_fit(tmp_path):
+    tensors = fused(TENSORS, CONFIG)
+    down = "model.layers.1.block_sparse_moe.experts.down_proj"
+    swapped = {**tensors, down: tensors[down].transpose(1, 2).contiguous()}
+    with pytest.raises(ValueError, match=rf"{down} in .*\[6, 24, 32\], the config says \[6, 32, 24\]"):
+        AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path / "swapped", CONFIG, swapped))
+    both = {**tensors, f"{EXPERT}.w2.weight": TENSORS[f"{EXPERT}.w2.weight"]}
+    with pytest.raises(ValueError, match=rf"{EXPERT}\.w2\.weight in .* is not part of the model"):
+        AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path / "both", CONFIG, both))
+    del tensors[down]
+    with pytest.raises(ValueError, match=r"layers\.1\.block_sparse_moe\.experts\.0\.w2\.weight is missing"):
+        AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path / "missing", CONFIG, tensors))
+
+
+SHARD = "model-00002-of-00003.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, GrinMoeForCausalLM.from_pretrained])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (SHARD, lambda content: content[:-100]),
+        (SHARD, lambda content: content[:100]),
+        (SHARD, lambda content: b""),
+        (SHARD, lambda content: bytes(range(256)) * 20),
+        (SHARD, lambda content: content + b"more"),
+        (INDEX, lambda content: content[:-9]),
+        (INDEX, lambda content: b""),
+        (INDEX, lambda content: b"\xff\xfe\x80"),
+        (INDEX, lambda content: b"[]"),
+        (INDEX, lambda content: b'{"metadata": {}}'),
+        (INDEX, lambda content: b'{"metadata": {}, "weight_map": {}}'),
+        (INDEX, lambda content: b'{"metadata": {}, "weight_map": ["a"]}'),
+        (INDEX, lambda content: b'{"weight_map": {"model.norm.weight": "a.safetensors"}}'),
+    ],
+    ids=[
+        "truncated",
+        "truncated-header",
+        "empty",
+        "garbage",
+        "too-long",
+        "index-truncated",
+        "index-empty",
+        "index-binary",
+        "index-list",
+        "index-without-map",
+        "index-empty-map",
+        "index-map-list",
+        "index-without-metadata",
+    ],
+)
+def test_damaged_files(load, name, damage, tmp_path):
+    folder = write_checkpoint(tmp_path, CONFIG, TENSORS, num_shards=3)
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/{name}: damaged \(\w+: .*\)") as error:
+        load(folder)
+    others = {SHARD, SHARD.replace("2", "1", 1), SHARD.replace("-00002", "-00003"), INDEX} - {name}
+    assert not [other for other in others if other in str(error.value)], "files that are whole"
+
+
+def test_damaged_single_file(tmp_path):
+    folder = write_checkpoint(tmp_path, CONFIG, TENSORS)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{file}: damaged"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_index_naming_a_missing_file(tmp_path):
+    folder = write_checkpoint(tmp_path, CONFIG, TENSORS, num_shards=3)
+    (folder / SHARD).unlink()
+    with pytest.raises(FileNotFoundError, match=SHARD):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_no_weights(tmp_path):
+    folder = write_checkpoint(tmp_path, CONFIG, TENSORS)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=rf"no file named model\.safetensors .*{folder}"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(OSError, match="absent"):
+        GrinMoeForCausalLM.from_pretrained(tmp_path / "absent")
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("use_safetensors", [None, False, True])
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, GrinMoeForCausalLM.from_pretrained])
+def test_pickles_are_never_read(use_safetensors, load, tmp_path):
+    marker = tmp_path / "marker"
+    folder = write_checkpoint(tmp_path / "model", CONFIG, TENSORS)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(marker)))
+    options = {} if use_safetensors is None else {"use_safetensors": use_safetensors}
+    refused = use_safetensors is False
+    message = "use_safetensors=False would load a pickle" if refused else r"no file named model\.safetensors"
+    with pytest.raises(ValueError if refused else OSError, match=message):
+        load(folder, weights_only=False, **options)
+    assert not marker.exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert marker.exists(), "the bomb works"
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "llama", "nonsense"])
+def test_another_model_type(model_type, tmp_path):
+    folder = write_checkpoint(tmp_path, {**CONFIG, "model_type": model_type}, TENSORS)
+    with pytest.raises(ValueError, match=f"model_type='{model_type}'"):
+        GrinMoeForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, GrinMoeForCausalLM.from_pretrained])
+def test_config_that_is_not_json(load, tmp_path):
+    folder = write_checkpoint(tmp_path, CONFIG, TENSORS)
+    (folder / "config.json").write_text('{"model_type": ')
+    with pytest.raises(OSError, match=rf"{tmp_path}/config\.json.*not a valid JSON"):
+        load(folder)
+
+
+def test_impossible_config(tmp_path):
+    folder = write_checkpoint(tmp_path, {**CONFIG, "num_experts_per_tok": 7}, TENSORS)
+    with pytest.raises(ValueError, match="num_experts_per_tok=7"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_state_dict_in_memory_is_complete_too():
+    config = GrinMoeConfig.from_dict(dict(CONFIG))
+    model = GrinMoeForCausalLM.from_pretrained(None, config=config, state_dict=dict(TENSORS), dtype=torch.bfloat16)
+    assert_holds(model, TENSORS)
+    with pytest.raises(ValueError, match=r"model\.norm\.bias"):
+        GrinMoeForCausalLM.from_pretrained(None, config=config, state_dict=without("model.norm.bias"))
