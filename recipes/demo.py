@@ -42,7 +42,9 @@ def read_standard_library() -> list[str]:
 
 def pack(texts: list[str], tokenizer: GrinMoeTokenizer) -> Dataset:
     """One long stream of tokens, texts separated by <|endoftext|>, cut into rows of SEQUENCE_LENGTH."""
-    stream = [token for ids in tokenizer(texts)["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
+    stream = [
+        token for ids in tokenizer(texts, verbose=False)["input_ids"] for token in [*ids, tokenizer.eos_token_id]
+    ]
     rows = [stream[i : i + SEQUENCE_LENGTH] for i in range(0, len(stream) - SEQUENCE_LENGTH + 1, SEQUENCE_LENGTH)]
     return Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
 
@@ -81,7 +83,7 @@ def plot_loss(log_history: list[dict], path: Path) -> None:
 
 def main(
     output_dir: Annotated[Path, typer.Option(help="where checkpoints and pictures go")] = Path("demo_output"),
-    max_steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 200,
+    max_steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 900,
     seed: Annotated[int, typer.Option(help="of weights, data order and routing")] = 0,
 ) -> None:
     """Train, save, reload and ask a tiny GRIN-MoE.
@@ -109,15 +111,16 @@ def main(
         args=TrainingArguments(
             output_dir=output_dir / "checkpoints",
             max_steps=max_steps,
-            per_device_train_batch_size=16,
-            learning_rate=2e-3,
-            warmup_steps=min(20, max_steps // 10),
+            per_device_train_batch_size=8,
+            learning_rate=1.5e-3,
+            warmup_steps=max_steps // 20,
             lr_scheduler_type="cosine",
             weight_decay=0.1,
-            logging_steps=max(1, max_steps // 20),
+            logging_steps=max(1, max_steps // 30),
             eval_strategy="steps",
-            eval_steps=max(1, max_steps // 4),
+            eval_steps=max(1, max_steps // 6),
             save_strategy="no",
+            dataloader_pin_memory=False,
             report_to="none",
             seed=seed,
         ),
@@ -139,7 +142,7 @@ def main(
     load = expert_load(model, validation.iter(batch_size=16))
     plot_expert_load(load, output_dir / "expert_load.png", "Expert load on validation text")
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=60, do_sample=False, repetition_penalty=1.1)
+    output = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.5)
     console.print(tokenizer.decode(output[0]), markup=False, highlight=False, style="cyan")
     console.print(
         f"checkpoint {trained}, loss curve {output_dir / 'loss.png'}, routing {output_dir / 'expert_load.png'}"
