@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .routing_grinmoe import ROUTER_ESTIMATORS
+from .routing_grinmoe import ROUTER_ESTIMATORS, TOP_1_ESTIMATORS
 
 
 class VisibleWindowConfig:
@@ -51,7 +51,11 @@ class GrinMoeConfig(PreTrainedConfig):
         hidden_dropout: part of the released file; only 0 exists.
         router_jitter_noise: r of Equation 2, width of the keep set of MaskedSoftmax. Part of inference too.
         input_jitter_noise: in training, the MoE input is multiplied by U(1 - e, 1 + e).
-        router_estimator: how the router's gradient is estimated, a key of `routing_grinmoe.ROUTER_ESTIMATORS`.
+        router_estimator: how the router's gradient is estimated, a key of `routing_grinmoe.ROUTER_ESTIMATORS`;
+            inference follows its rule, too.
+        router_sampling: whether training samples experts. If not, it takes the best ones, as inference does.
+        freeze_router: keep the routers' weights as they are.
+        moe_output_scale: whether each mixture's output has a learnt scale per channel, omega of SparseMixer.
         router_aux_loss_coef: alpha of the load-balance loss (section 3.3), added to the training loss.
         output_router_logits: whether forward passes return `router_logits` and `aux_loss`.
 
@@ -107,6 +111,9 @@ class GrinMoeConfig(PreTrainedConfig):
     router_jitter_noise: float | int = 0.01
     input_jitter_noise: float | int = 0.01
     router_estimator: str = "sparsemixer_v2"
+    router_sampling: bool = True
+    freeze_router: bool = False
+    moe_output_scale: bool = False
     router_aux_loss_coef: float | int = 0.0
     output_router_logits: bool = False
 
@@ -182,6 +189,9 @@ class GrinMoeConfig(PreTrainedConfig):
             "router_estimator",
             f"is unknown; use one of {sorted(ROUTER_ESTIMATORS)}",
         )
+        if self.router_estimator in TOP_1_ESTIMATORS:
+            reason = f"must be 1: router_estimator={self.router_estimator!r} is defined for a single choice"
+            require(self.num_experts_per_tok == 1, "num_experts_per_tok", reason)
         require(self.rms_norm_eps > 0, "rms_norm_eps", "must be above 0")
         for field in ("router_jitter_noise", "router_aux_loss_coef", "initializer_range"):
             require(getattr(self, field) >= 0, field, "must not be negative")

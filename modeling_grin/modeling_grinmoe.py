@@ -31,7 +31,7 @@ from .checkpoint_grinmoe import (
     register_expert_layout,
 )
 from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
-from .routing_grinmoe import jitter_input, route
+from .routing_grinmoe import Mixture, jitter_input, mix_outputs, route
 
 END_OF_TEXT_ID, END_OF_TURN_ID = 32000, 32007  # <|endoftext|> and <|end|> of the released tokenizer
 
@@ -86,7 +86,20 @@ class GrinMoeSparseMoeBlock(nn.Module):
         super().__init__()
         self.config = config
         self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.gate.requires_grad_(not config.freeze_router)
         self.experts = GrinMoeExperts(config)
+        # omega of SparseMixer (arXiv 2310.00811); GRIN does without it (Appendix A.4).
+        self.output_scale = nn.Parameter(torch.ones(config.hidden_size)) if config.moe_output_scale else None
+
+    def mix(self, tokens: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+        """Each slot's expert by itself, one slot a row, so that any experts implementation does; then their sum."""
+        num_slots = mixture.experts.shape[1]
+        outputs = self.experts(
+            tokens.repeat_interleave(num_slots, dim=0),
+            mixture.experts.reshape(-1, 1),
+            tokens.new_ones(mixture.experts.numel(), 1),
+        )
+        return mix_outputs(outputs.reshape(-1, num_slots, tokens.shape[-1]), mixture)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`[batch, sequence, H]` -> output of the same shape, router logits `[T, E]`, selected experts `[T, K]`."""
@@ -101,8 +114,14 @@ class GrinMoeSparseMoeBlock(nn.Module):
             config.router_jitter_noise,
             estimator=config.router_estimator,
             training=self.training,
+            sampling=config.router_sampling,
         )
-        output = self.experts(tokens, routing.experts, routing.weights.to(tokens.dtype))
+        if routing.mixture is None:
+            output = self.experts(tokens, routing.experts, routing.weights.to(tokens.dtype))
+        else:
+            output = self.mix(tokens, routing.mixture)
+        if self.output_scale is not None:
+            output = output * self.output_scale
         return output.reshape(hidden_states.shape), router_logits, routing.experts
 
 

@@ -7,9 +7,9 @@ Read beside Appendix A of "GRIN: GRadient-INformed MoE" (arXiv 2409.12136). Shap
 | `router_logits` | z, `[T, E]`                                        |
 | `jitter_eps`    | r of Equation 2, `router_jitter_noise` in configs  |
 | `probs`         | p = MaskedSoftmax(z), Equation 2                   |
-| `sampled`       | D, the expert drawn from p                         |
-| `is_argmax`     | delta_D                                            |
-| `scale`         | max(delta_D, (1 + 2 B) / 3) of Algorithm 1, line 6 |
+| `expert`        | D, the expert drawn from p                         |
+| `prob`          | p_D                                                |
+| `at_end`        | max(delta_D, B): f' is taken at the end of the ray |
 """
 
 from collections.abc import Callable
@@ -20,8 +20,15 @@ import torch
 # Heun's third-order rule evaluates f' at the end of the ray with weight 1/4 and at its first third with weight 3/4
 # (below Equation 5): B ~ Bernoulli(1/4) chooses between the two points.
 HEUN_END_PROBABILITY = 1 / 4
+HEUN_POINT = 1 / 3
 # The authors' code rounds the third to four digits; checkpoints were trained with it.
-HEUN_THIRD = 0.3333
+HEUN_POINT_IN_CODE = 0.3333
+# Equation 4's own term adds f' at the end of the ray once more: weights 5/4 and 3/4, so B ~ Bernoulli(5/8) and a
+# factor of 2 (Equation 6).
+HEUN_STAR_END_PROBABILITY = 5 / 8
+# The mid-point rule of SparseMixer (arXiv 2310.00811), likewise with the term of Equation 4: B ~ Bernoulli(1/2).
+MID_POINT = 1 / 2
+MID_POINT_END_PROBABILITY = 1 / 2
 
 
 class RoutingNoise(NamedTuple):
@@ -30,7 +37,22 @@ class RoutingNoise(NamedTuple):
     gumbel: torch.Tensor
     """Standard Gumbel noise `[K, T, E]`: argmax(z + gumbel) is a draw from softmax(z)."""
     uniform: torch.Tensor
-    """Uniform noise in [0, 1) `[K, T]`: B = [uniform < HEUN_END_PROBABILITY]."""
+    """Uniform noise in [0, 1) `[K, T]`: B = [uniform < P(B = 1)]."""
+
+
+class Mixture(NamedTuple):
+    """The sum over experts that a layer computes where it is not plainly `sum_k weights_k Expert_k(x)`.
+
+    Its value is `sum_s weights_s Expert_s(x)` over S slots. The router gets the gradient of `weights`; the experts get
+    the gradient that `sum_s expert_weights_s Expert_s(x)` would give them.
+    """
+
+    weights: torch.Tensor
+    """`[T, S]`."""
+    experts: torch.Tensor
+    """`[T, S]`, int64."""
+    expert_weights: torch.Tensor
+    """`[T, S]`, no gradient."""
 
 
 class Routing(NamedTuple):
@@ -40,6 +62,8 @@ class Routing(NamedTuple):
     """What each chosen expert's output is multiplied with, `[T, K]`, float32 (float64 for float64 logits)."""
     experts: torch.Tensor
     """The chosen experts, `[T, K]`, int64."""
+    mixture: Mixture | None = None
+    """What to compute in training, for the estimators whose gradients the weighted sum of the K experts lacks."""
 
 
 def draw_noise(router_logits: torch.Tensor, top_k: int, generator: torch.Generator | None = None) -> RoutingNoise:
@@ -50,6 +74,13 @@ def draw_noise(router_logits: torch.Tensor, top_k: int, generator: torch.Generat
     gumbel = -exponential.exponential_(generator=generator).log_()
     uniform = torch.rand(top_k, num_tokens, device=device, dtype=torch.float32, generator=generator)
     return RoutingNoise(gumbel, uniform)
+
+
+def no_noise(router_logits: torch.Tensor, top_k: int) -> RoutingNoise:
+    """The noise with which every draw is the best expert."""
+    num_tokens, num_experts = router_logits.shape
+    zero = torch.zeros((), device=router_logits.device)
+    return RoutingNoise(zero.expand(top_k, num_tokens, num_experts), zero.expand(top_k, num_tokens))
 
 
 @torch.no_grad()
@@ -78,49 +109,164 @@ def with_value(gradient: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return gradient + (value - gradient).detach()
 
 
-def sparsemixer_v2(
-    router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: RoutingNoise | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """SparseMixer-v2 as the authors' code has it (Algorithms 1 and 3, Equation 8).
+class Choices(NamedTuple):
+    """The K choices of the SparseMixer family."""
 
-    In training each of the K choices samples an expert D from MaskedSoftmax(z) without replacement, and its weight
-    is `scale * p_D` with the gradient of p_D alone: for a loss gradient g with respect to the weight, the router gets
-    dz = g p_D (onehot(D) - p), and nothing through the keep set, the scale or the sampling. Algorithm 1 hands the
-    expert an unscaled gradient; the authors' code, and so this function, multiplies the expert's output by the scaled
-    weight, so that the expert's gradient is scaled too.
+    experts: torch.Tensor
+    """D, `[T, K]`."""
+    probs: torch.Tensor
+    """p_D, `[T, K]`, with the gradient of MaskedSoftmax."""
+    at_end: torch.Tensor
+    """max(delta_D, B), bool `[T, K]`: f' is taken at the end of the ray, and not at the rule's other point. If D is
+    the argmax it always is, which makes the rule Euler's (above Equation 6)."""
 
-    In inference (no noise) each choice is the best expert that is left, and the weights are not renormalised: they
-    are both 1 but for near-ties.
+
+def choose(
+    router_logits: torch.Tensor,
+    top_k: int,
+    jitter_eps: float,
+    noise: RoutingNoise | None,
+    end_probability: float,
+    argmax_exception: bool,
+) -> Choices:
+    """Algorithm 3: K times, draw D from MaskedSoftmax over the experts that are left; take the best without noise.
+
+    Args:
+        end_probability: P(B = 1).
+        argmax_exception: whether delta_D counts, as in all of the paper's algorithms, or only B does.
     """
     available = torch.ones_like(router_logits, dtype=torch.bool)
-    weights, experts = [], []
+    choices = []
     for k in range(top_k):
         kept = keep_set(router_logits, available, jitter_eps)
         masked_logits = router_logits.masked_fill(~kept, -torch.inf)
         probs = masked_logits.softmax(dim=-1)
-        best = probs.argmax(dim=-1, keepdim=True)
-        if noise is None:
-            chosen = best
-            weight = probs.gather(-1, chosen)
-        else:
-            chosen = (masked_logits.detach() + noise.gumbel[k]).argmax(dim=-1, keepdim=True)
-            is_argmax = chosen == best
-            at_end = is_argmax | (noise.uniform[k].unsqueeze(-1) < HEUN_END_PROBABILITY)
-            prob = probs.gather(-1, chosen)
-            weight = with_value(prob, torch.where(at_end, prob, HEUN_THIRD * prob))
-        available = available.scatter(-1, chosen, False)
-        weights.append(weight)
-        experts.append(chosen)
-    return torch.cat(weights, dim=-1), torch.cat(experts, dim=-1)
+        best = expert = probs.argmax(dim=-1, keepdim=True)
+        at_end = torch.ones_like(best, dtype=torch.bool)
+        if noise is not None:
+            expert = (masked_logits.detach() + noise.gumbel[k]).argmax(dim=-1, keepdim=True)
+            at_end = noise.uniform[k].unsqueeze(-1) < end_probability
+            if argmax_exception:
+                at_end = at_end | (expert == best)
+        available = available.scatter(-1, expert, False)
+        choices.append((expert, probs.gather(-1, expert), at_end))
+    return Choices(*(torch.cat(column, dim=-1) for column in zip(*choices, strict=True)))
 
 
-RouterEstimator = Callable[[torch.Tensor, int, float, RoutingNoise | None], tuple[torch.Tensor, torch.Tensor]]
+def sparsemixer_v2(
+    router_logits: torch.Tensor,
+    top_k: int,
+    jitter_eps: float,
+    noise: RoutingNoise | None,
+    *,
+    argmax_exception: bool = True,
+) -> Routing:
+    """SparseMixer-v2 as the authors' code has it (Algorithms 1 and 3, Equation 8).
+
+    In training each of the K choices samples an expert D from MaskedSoftmax(z) without replacement, and its weight
+    is `c p_D` (c = 1 at the end of the ray, 1/3 else) with the gradient of p_D alone: for a loss gradient g with
+    respect to the weight, the router gets dz = g p_D (onehot(D) - p), and nothing through the keep set, c or the
+    sampling. The expert's output is multiplied by the same weight, so that its gradient is scaled by c, too.
+
+    In inference (no noise) each choice is the best expert that is left, and the weights are not renormalised: they
+    are both 1 but for near-ties.
+    """
+    choices = choose(router_logits, top_k, jitter_eps, noise, HEUN_END_PROBABILITY, argmax_exception)
+    probs = choices.probs
+    value = torch.where(choices.at_end, probs, HEUN_POINT_IN_CODE * probs)
+    return Routing(with_value(probs, value), choices.experts)
+
+
+def sparsemixer_v2_paper(
+    router_logits: torch.Tensor,
+    top_k: int,
+    jitter_eps: float,
+    noise: RoutingNoise | None,
+    *,
+    argmax_exception: bool = True,
+) -> Routing:
+    """SparseMixer-v2 as Algorithm 1 has it, `y = h + detach(c h - h)`: the expert gets the gradient of h, unscaled."""
+    experts, probs, at_end = choose(router_logits, top_k, jitter_eps, noise, HEUN_END_PROBABILITY, argmax_exception)
+    weights = with_value(probs, torch.where(at_end, probs, HEUN_POINT * probs))
+    return Routing(weights, experts, None if noise is None else Mixture(weights, experts, probs.detach()))
+
+
+def sparsemixer_v2_star(
+    router_logits: torch.Tensor,
+    top_k: int,
+    jitter_eps: float,
+    noise: RoutingNoise | None,
+    *,
+    argmax_exception: bool = True,
+) -> Routing:
+    """SparseMixer-v2* (Algorithm 2, Equation 6), the estimator of Equation 4: `y = 2 h + detach(c h - 2 h)`.
+
+    The temperature of 2 in Algorithm 2, line 1 is kept in inference: the model that was trained is the one that runs.
+    """
+    experts, probs, at_end = choose(
+        router_logits / 2, top_k, jitter_eps, noise, HEUN_STAR_END_PROBABILITY, argmax_exception
+    )
+    if noise is None:
+        return Routing(probs, experts)
+    weights = with_value(2 * probs, torch.where(at_end, probs, HEUN_POINT * probs))
+    return Routing(weights, experts, Mixture(weights, experts, 2 * probs.detach()))
+
+
+def sparsemixer(
+    router_logits: torch.Tensor,
+    top_k: int,
+    jitter_eps: float,
+    noise: RoutingNoise | None,
+    *,
+    argmax_exception: bool = True,
+) -> Routing:
+    """SparseMixer (arXiv 2310.00811), top-1: the mid-point rule for Equation 4, scale 1 or 1/2, gradient doubled."""
+    choices = choose(router_logits, top_k, jitter_eps, noise, MID_POINT_END_PROBABILITY, argmax_exception)
+    probs = choices.probs
+    if noise is None:
+        return Routing(probs, choices.experts)
+    value = torch.where(choices.at_end, probs, MID_POINT * probs)
+    return Routing(with_value(2 * probs, value), choices.experts)
+
+
+def gshard(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> Routing:
+    """The control recipe of the paper's Figure 2: top-k of softmax(z), gradient through the gate weights alone.
+
+    One expert is weighted with softmax(z)_i (Switch), several with their shares of the sum (GShard). Training and
+    inference are alike; the keep set and the noise have no part in it.
+    """
+    weights, experts = router_logits.softmax(dim=-1).topk(top_k, dim=-1)
+    return Routing(weights if top_k == 1 else weights / weights.sum(dim=-1, keepdim=True), experts)
+
+
+def dense(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> Routing:
+    """Straight-through over all experts, as in DenseMixer: the router gets the soft mixture's gradient.
+
+    Forward, the top-k of softmax(z), not renormalised; backward, the router learns as if every expert had been mixed
+    in with softmax(z)_i, for which training computes them all. The experts learn from the tokens that chose them.
+    """
+    probs = router_logits.softmax(dim=-1)
+    weights, experts = probs.topk(top_k, dim=-1)
+    if noise is None:
+        return Routing(weights, experts)
+    chosen = torch.zeros_like(probs).scatter(-1, experts, weights.detach())
+    everyone = torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
+    return Routing(weights, experts, Mixture(with_value(probs, chosen), everyone, chosen))
+
+
+RouterEstimator = Callable[[torch.Tensor, int, float, RoutingNoise | None], Routing]
 
 ROUTER_ESTIMATORS: dict[str, RouterEstimator] = {
     "sparsemixer_v2": sparsemixer_v2,
+    "sparsemixer_v2_paper": sparsemixer_v2_paper,
+    "sparsemixer_v2_star": sparsemixer_v2_star,
+    "sparsemixer": sparsemixer,
+    "gshard": gshard,
+    "dense": dense,
 }
-"""`config.router_estimator` -> `(router_logits, top_k, jitter_eps, noise) -> (weights, experts)`; no noise means
-inference."""
+"""`config.router_estimator` -> `(router_logits, top_k, jitter_eps, noise) -> Routing`; no noise means inference."""
+
+TOP_1_ESTIMATORS = {"sparsemixer"}  # defined for a single choice
 
 
 def route(
@@ -130,6 +276,7 @@ def route(
     *,
     estimator: str = "sparsemixer_v2",
     training: bool,
+    sampling: bool = True,
     noise: RoutingNoise | None = None,
 ) -> Routing:
     """Choose `top_k` experts per token, in float32 (float64 for float64 logits) whatever the model's precision.
@@ -137,9 +284,10 @@ def route(
     Args:
         router_logits: z, `[T, E]`.
         top_k: experts per token, K <= E.
-        jitter_eps: r, the width of the keep set; 0 keeps exact ties only, so that training routes greedily.
+        jitter_eps: r, the width of the keep set; at 0 only exact ties are kept, and sampling has no choice.
         estimator: a key of `ROUTER_ESTIMATORS`.
         training: sample the experts and estimate the router's gradient; otherwise take the best ones.
+        sampling: whether training samples, or takes the best experts, too, with the estimator's gradient at them.
         noise: the draws to sample with in training; by default fresh ones from torch's generator.
 
     Returns:
@@ -149,9 +297,20 @@ def route(
         KeyError: `estimator` is not registered.
     """
     logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
-    if training and noise is None:
+    if not training:
+        noise = None
+    elif not sampling:
+        noise = no_noise(logits, top_k)
+    elif noise is None:
         noise = draw_noise(logits, top_k)
-    return Routing(*ROUTER_ESTIMATORS[estimator](logits, top_k, jitter_eps, noise if training else None))
+    return ROUTER_ESTIMATORS[estimator](logits, top_k, jitter_eps, noise)
+
+
+def mix_outputs(outputs: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+    """Sum the outputs of the slots' experts, `[T, S, H]` -> `[T, H]`, with the gradients that `Mixture` promises."""
+    value = (mixture.weights.to(outputs.dtype).unsqueeze(-1) * outputs.detach()).sum(dim=1)
+    learnt = (mixture.expert_weights.to(outputs.dtype).unsqueeze(-1) * outputs).sum(dim=1)
+    return value + (learnt - learnt.detach())
 
 
 def jitter_input(hidden_states: torch.Tensor, input_jitter_noise: float) -> torch.Tensor:
