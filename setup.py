@@ -53,6 +53,7 @@ setup(
     # Recipes are scripts to copy and edit: one folder, named here because it needs no __init__.py.
     packages=[*find_packages(include=["modeling_grin*", "conversion*"]), "recipes"],
     package_data={"modeling_grin": ["py.typed"], "recipes": ["**/*.yaml"]},
+    entry_points={"console_scripts": ["grin-moe = modeling_grin.cli:main"]},
     zip_safe=False,
     classifiers=[
         "Development Status :: 3 - Alpha",

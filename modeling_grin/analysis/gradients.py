@@ -1,0 +1,378 @@
+"""How good a router-gradient estimator is: its bias and variance against the exact gradient, by enumeration.
+
+A mixture-of-experts layer with one token: router logits z `[E]`, input x `[H]`, experts, and a loss f of the layer's
+output. Training draws K experts in order and K points B, so every outcome can be listed with its probability, and both
+an estimator's expectation and the gradient it estimates are sums instead of samples: float64, no Monte Carlo error.
+
+The estimators are the ones that train (`ROUTER_ESTIMATORS` and `mix_outputs`), with the draws forced.
+Shapes: R outcomes, E experts, K = top_k, S slots of a mixture, H hidden size, P parameters of an expert.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch.func import jacrev, vmap
+
+from ..routing_grinmoe import (
+    ROUTER_ESTIMATORS,
+    TOP_1_ESTIMATORS,
+    Mixture,
+    RouterEstimator,
+    RoutingNoise,
+    keep_set,
+    mix_outputs,
+)
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
+"""f: layer outputs `[R, H]` -> losses `[R]`."""
+
+FORCE = 1e6  # Gumbel noise that decides a draw
+# Where some estimator's P(B = 1) lies: noise in one of these cells of [0, 1) gives one B, whatever the estimator.
+UNIFORM_CELLS = ((0.0, 1 / 4), (1 / 4, 1 / 2), (1 / 2, 5 / 8), (5 / 8, 1.0))
+TEMPERATURES = {"sparsemixer_v2_star": 2.0}  # of the softmax that is sampled from (Algorithm 2, line 1)
+
+# The equation whose gradient each estimator is made for. Conventional recipes are not derived from either; they are
+# held against Equation 4.
+OBJECTIVES = {
+    "sparsemixer_v2": 7,
+    "sparsemixer_v2_paper": 7,
+    "sparsemixer_v2_star": 4,
+    "sparsemixer": 4,
+    "gshard": 4,
+    "dense": 4,
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One token's view of a mixture-of-experts layer, float64."""
+
+    router: torch.Tensor
+    """`[E, H]`; z = router x."""
+    expert_parameters: torch.Tensor
+    """`[E, P]`: the flattened w1, w3 and transposed w2 of each SwiGLU expert, all `[F, H]`."""
+    x: torch.Tensor
+    """The layer's input, `[H]`."""
+
+    @property
+    def router_logits(self) -> torch.Tensor:
+        """z, `[E]`."""
+        return self.router @ self.x
+
+    @staticmethod
+    def expert(parameters: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """One expert's output `[H]` from its flat parameters `[P]`."""
+        w1, w3, w2 = parameters.reshape(3, -1, x.shape[0])
+        return (torch.nn.functional.silu(w1 @ x) * (w3 @ x)) @ w2
+
+    def linearised(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The experts' outputs `[E, H]`, and their Jacobians by parameters `[E, H, P]` and by input `[E, H, H]`."""
+        outputs = vmap(self.expert, in_dims=(0, None))(self.expert_parameters, self.x)
+        by_parameters, by_input = vmap(jacrev(self.expert, argnums=(0, 1)), in_dims=(0, None))(
+            self.expert_parameters, self.x
+        )
+        return outputs, by_parameters, by_input
+
+
+def random_layer(
+    num_experts: int, *, hidden_size: int = 4, intermediate_size: int = 4, logit_scale: float = 1.0, seed: int = 0
+) -> Layer:
+    """A layer with normal weights whose router logits are `logit_scale` times a standard normal draw."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    x, z = normal(hidden_size), logit_scale * normal(num_experts)
+    router = normal(num_experts, hidden_size)
+    router += torch.outer(z - router @ x, x) / (x @ x)  # so that router x = z
+    return Layer(router, normal(num_experts, 3 * intermediate_size * hidden_size), x)
+
+
+def direction(hidden_size: int, seed: int) -> torch.Tensor:
+    """A random unit vector `[H]`."""
+    a = torch.randn(hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return a / a.norm()
+
+
+def polynomial_loss(coefficients: list[float], hidden_size: int = 4, seed: int = 1) -> Loss:
+    """f(y) = sum_m coefficients[m] (a y)^(m + 1): along every ray a polynomial of that degree."""
+    a = direction(hidden_size, seed)
+    return lambda y: torch.stack([c * (y @ a) ** (m + 1) for m, c in enumerate(coefficients)]).sum(dim=0)
+
+
+def curved_loss(curvature: float, hidden_size: int = 4, seed: int = 1) -> Loss:
+    """f(y) = (exp(c a y) - 1) / c: slope 1 at the origin, curvature c relative to it; linear for c = 0."""
+    a = direction(hidden_size, seed)
+    return lambda y: torch.expm1(curvature * (y @ a)) / curvature if curvature else y @ a
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A gradient in the three places that matter, each flat."""
+
+    router_logits: torch.Tensor
+    """`[E]`."""
+    experts: torch.Tensor
+    """`[E P]`."""
+    input: torch.Tensor
+    """`[H]`, through experts and router."""
+
+
+def ordered_choices(
+    z: torch.Tensor, top_k: int, jitter_eps: float, temperature: float
+) -> Iterator[tuple[tuple[int, ...], tuple[torch.Tensor, ...]]]:
+    """The ordered K-tuples of experts that can be drawn, each with its K conditional probabilities p_D."""
+
+    def extend(taken: tuple[int, ...], probs: tuple[torch.Tensor, ...]):
+        if len(taken) == top_k:
+            yield taken, probs
+            return
+        available = torch.ones(1, len(z), dtype=torch.bool)
+        available[0, list(taken)] = False
+        kept = keep_set(z.detach()[None], available, jitter_eps)[0]
+        p = (z / temperature).masked_fill(~kept, -torch.inf).softmax(dim=0)
+        for expert in kept.nonzero().flatten().tolist():
+            yield from extend((*taken, expert), (*probs, p[expert]))
+
+    yield from extend((), ())
+
+
+def exact_gradient(
+    layer: Layer, loss: Loss, top_k: int, jitter_eps: float, *, equation: int = 4, temperature: float = 1.0
+) -> Gradient:
+    """The gradient of the expected loss, by summing over every ordered choice of experts.
+
+    Args:
+        equation: 4, the objective L = E_D f(sum_k p_k Expert_k(x)); or 7, the surrogate that SparseMixer-v2 optimises,
+            in which the p inside f are detached.
+        temperature: of MaskedSoftmax.
+    """
+    outputs, by_parameters, by_input = layer.linearised()
+    z, outputs = layer.router_logits.requires_grad_(), outputs.requires_grad_()
+    choices, probs = zip(*ordered_choices(z, top_k, jitter_eps, temperature), strict=True)
+    p = torch.stack([torch.stack(row) for row in probs])  # [choices, K]
+    weights = p.detach() if equation == 7 else p
+    y = (weights.unsqueeze(-1) * outputs[torch.tensor(choices)]).sum(dim=1)
+    expected = (p.prod(dim=1) * loss(y)).sum()
+    dz, d_outputs = torch.autograd.grad(expected, (z, outputs))
+    return Gradient(
+        dz,
+        torch.einsum("eh,ehp->ep", d_outputs, by_parameters).flatten(),
+        layer.router.T @ dz + torch.einsum("eh,ehi->i", d_outputs, by_input),
+    )
+
+
+def list_outcomes(
+    z: torch.Tensor, top_k: int, jitter_eps: float, temperature: float
+) -> tuple[torch.Tensor, RoutingNoise]:
+    """Every draw that training can make, with its probability.
+
+    Returns:
+        Probabilities `[R]`, which sum to 1, and the noise that forces each outcome, `[K, R, E]` and `[K, R]`.
+    """
+    probabilities, gumbel, uniform = [], [], []
+    for experts, probs in ordered_choices(z, top_k, jitter_eps, temperature):
+        forced = torch.zeros(top_k, len(z), dtype=torch.float64)
+        forced[range(top_k), list(experts)] = FORCE
+        for cells in itertools.product(UNIFORM_CELLS, repeat=top_k):
+            sizes = torch.tensor([end - start for start, end in cells], dtype=torch.float64)
+            probabilities.append(torch.stack(probs).prod() * sizes.prod())
+            gumbel.append(forced)
+            uniform.append(torch.tensor([start for start, _ in cells], dtype=torch.float64))
+    return torch.stack(probabilities), RoutingNoise(torch.stack(gumbel, dim=1), torch.stack(uniform, dim=1))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Expectation and total variance (sum over components) of an estimator's gradient."""
+
+    mean: Gradient
+    variance: dict[str, float]
+
+
+def estimator_moments(
+    layer: Layer, loss: Loss, top_k: int, jitter_eps: float, estimator: RouterEstimator, temperature: float = 1.0
+) -> Moments:
+    """What `estimator` gives in expectation over its draws, and how it scatters, without sampling.
+
+    Args:
+        temperature: of the MaskedSoftmax that the estimator samples from.
+    """
+    z = layer.router_logits
+    probabilities, noise = list_outcomes(z, top_k, jitter_eps, temperature)
+    outputs, by_parameters, by_input = layer.linearised()
+
+    logits = z.expand(len(probabilities), -1).clone().requires_grad_()
+    routing = estimator(logits, top_k, jitter_eps, noise)
+    mixture = routing.mixture or Mixture(routing.weights, routing.experts, routing.weights.detach())
+    chosen = outputs[mixture.experts].requires_grad_()  # [R, S, H]
+    dz, d_chosen = torch.autograd.grad(loss(mix_outputs(chosen, mixture)).sum(), (logits, chosen))
+
+    # Gradient by each expert's output, [R, E, H]; the experts' parameters and the input follow linearly.
+    slots = mixture.experts.unsqueeze(-1).expand_as(d_chosen)
+    d_outputs = d_chosen.new_zeros(len(probabilities), *outputs.shape).scatter_add(1, slots, d_chosen)
+    d_input = dz @ layer.router + torch.einsum("reh,ehi->ri", d_outputs, by_input)
+    gram = by_parameters @ by_parameters.mT  # [E, H, H]
+    squares = {
+        "router_logits": dz.square().sum(dim=-1),
+        "experts": torch.einsum("reh,ehj,rej->r", d_outputs, gram, d_outputs),
+        "input": d_input.square().sum(dim=-1),
+    }
+    mean = Gradient(
+        probabilities @ dz,
+        torch.einsum("r,reh,ehp->ep", probabilities, d_outputs, by_parameters).flatten(),
+        probabilities @ d_input,
+    )
+    variance = {
+        name: max((probabilities @ square).item() - getattr(mean, name).square().sum().item(), 0.0)
+        for name, square in squares.items()
+    }
+    return Moments(mean, variance)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good an estimator is for one quantity."""
+
+    bias: float
+    """|E[estimate] - exact| / |exact|."""
+    cosine: float
+    """Between E[estimate] and the exact gradient."""
+    variance: float
+    """Total variance / |exact|^2."""
+
+    def signal_to_noise(self, batch: int) -> float:
+        """|exact| over the root mean square error of the average over `batch` tokens that share the exact gradient."""
+        return (self.bias**2 + self.variance / batch) ** -0.5 if self.bias or self.variance else float("inf")
+
+
+def compare(moments: Moments, exact: Gradient) -> dict[str, Quality]:
+    """`Quality` for `router_logits`, `experts` and `input`; NaN where the exact gradient is zero."""
+    qualities = {}
+    for name, variance in moments.variance.items():
+        mean, target = getattr(moments.mean, name), getattr(exact, name)
+        norm = target.norm()
+        cosine = torch.nn.functional.cosine_similarity(mean, target, dim=0, eps=1e-300)
+        qualities[name] = Quality(((mean - target).norm() / norm).item(), cosine.item(), variance / norm.item() ** 2)
+    return qualities
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of a sweep."""
+
+    num_experts: int = 8
+    top_k: int = 1
+    jitter_eps: float = 0.5
+    logit_scale: float = 1.0
+    curvature: float = 0.5
+
+
+SWEEPS: dict[str, tuple] = {
+    "num_experts": (4, 8, 16, 32, 64),
+    "top_k": (1, 2, 3),
+    "jitter_eps": (0.05, 0.1, 0.2, 0.5, 1.0),
+    "logit_scale": (0.25, 0.5, 1.0, 2.0, 4.0),
+    "curvature": (0.0, 0.25, 0.5, 1.0, 2.0),
+}
+
+
+def measure(setting: Setting, num_layers: int = 20) -> list[dict]:
+    """Every estimator at one setting, against Equations 4 and 7: medians over `num_layers` random layers.
+
+    Layers on which only one choice is possible have no router gradient to estimate; others are drawn in their place.
+
+    Returns:
+        One row per estimator, equation and quantity: bias, cosine, variance, signal-to-noise ratios.
+
+    Raises:
+        ValueError: there are hardly any layers with a choice, because the keep set is too narrow.
+    """
+    loss = curved_loss(setting.curvature)
+    layers = []
+    for seed in range(100 * num_layers):
+        layer = random_layer(setting.num_experts, logit_scale=setting.logit_scale, seed=seed)
+        choices = ordered_choices(layer.router_logits, setting.top_k, setting.jitter_eps, temperature=1.0)
+        if len(list(itertools.islice(choices, 2))) == 2:
+            layers.append(layer)
+        if len(layers) == num_layers:
+            break
+    else:
+        raise ValueError(f"jitter_eps={setting.jitter_eps} leaves next to no layers with a choice; use a wider one")
+
+    rows = []
+    for name, estimator in ROUTER_ESTIMATORS.items():
+        if name in TOP_1_ESTIMATORS and setting.top_k > 1:
+            continue
+        temperature = TEMPERATURES.get(name, 1.0)
+        collected: dict[tuple[int, str], list[Quality]] = {}
+        for layer in layers:
+            arguments = (layer, loss, setting.top_k, setting.jitter_eps)
+            moments = estimator_moments(*arguments, estimator, temperature)
+            for equation in (4, 7):
+                exact = exact_gradient(*arguments, equation=equation, temperature=temperature)
+                for quantity, quality in compare(moments, exact).items():
+                    collected.setdefault((equation, quantity), []).append(quality)
+        for (equation, quantity), qualities in collected.items():
+            columns = torch.tensor(
+                [(q.bias, q.cosine, q.variance, q.signal_to_noise(1), q.signal_to_noise(1024)) for q in qualities]
+            )
+            names = ("bias", "cosine", "variance", "snr_1", "snr_1024")
+            medians = dict(zip(names, columns.median(dim=0).values.tolist(), strict=True))
+            rows.append({**vars(setting), "estimator": name, "equation": equation, "quantity": quantity, **medians})
+    return rows
+
+
+def sweep(variables: list[str], num_layers: int = 20) -> Iterator[tuple[str, list[dict]]]:
+    """`measure` along each of `variables`, one at a time around the default `Setting`; yields after every point.
+
+    Raises:
+        ValueError: a variable is not a key of `SWEEPS`.
+    """
+    if unknown := [variable for variable in variables if variable not in SWEEPS]:
+        raise ValueError(f"cannot sweep over {', '.join(unknown)}; use {', '.join(SWEEPS)}")
+    for variable in variables:
+        for value in SWEEPS[variable]:
+            yield variable, measure(replace(Setting(), **{variable: value}), num_layers)
+
+
+def plot_sweep(rows: list[dict], variable: str, path: str | Path, quantity: str = "router_logits") -> None:
+    """Bias, variance and signal-to-noise along one sweep, each estimator against the objective it estimates."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    columns = {
+        "bias": "|bias| / |exact|",
+        "variance": "variance / |exact|²",
+        "snr_1024": "signal to noise, average of 1024 tokens",
+    }
+    for axes, (column, label) in zip(panels, columns.items(), strict=True):
+        for number, (estimator, equation) in enumerate(OBJECTIVES.items()):
+            points = [
+                (row[variable], row[column])
+                for row in rows
+                if (row["estimator"], row["equation"], row["quantity"]) == (estimator, equation, quantity)
+            ]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    "o-" if equation == 4 else "s--",
+                    color=f"C{number}",
+                    linewidth=5 if estimator == "sparsemixer_v2" else 1.5,  # it hides under its paper form
+                    alpha=0.4 if estimator == "sparsemixer_v2" else 1,
+                    label=f"{estimator} (Eq. {equation})",
+                )
+        axes.set(xlabel=variable, title=label)
+        axes.set_yscale("symlog", linthresh=1e-3)
+        if variable != "top_k" and 0.0 not in SWEEPS[variable]:
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(SWEEPS[variable], labels=[f"{value:g}" for value in SWEEPS[variable]])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"Gradient of the {quantity.replace('_', ' ')}")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,74 @@
+"""The `grin-moe` command."""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+app = typer.Typer(help="Tools for gradient-informed mixture-of-experts models.", no_args_is_help=True)
+console = Console()
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option(help="show the whole traceback of an error")] = False) -> None:
+    """Tools for gradient-informed mixture-of-experts models."""
+
+
+@app.command()
+def gradients(
+    output_dir: Annotated[Path, typer.Option(help="where gradients.csv and the plots go")] = Path("gradients"),
+    over: Annotated[list[str] | None, typer.Option(help="what to sweep over; may be repeated; all by default")] = None,
+    layers: Annotated[int, typer.Option(min=1, help="random layers per point, of which the median is taken")] = 20,
+) -> None:
+    """Measure the router-gradient estimators: exact bias, cosine, variance and signal to noise, by enumeration.
+
+    Example: grin-moe gradients --over num_experts --over curvature --layers 5
+    """
+    from .analysis.gradients import OBJECTIVES, SWEEPS, Setting, plot_sweep, sweep
+
+    variables = over or list(SWEEPS)
+    rows: dict[str, list[dict]] = {variable: [] for variable in variables}
+    with Progress(console=console) as progress:
+        task = progress.add_task("measuring", total=sum(len(SWEEPS.get(variable, ())) for variable in variables))
+        for variable, measured in sweep(variables, layers):
+            rows[variable] += measured
+            progress.advance(task)
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    everything = [{"sweep": variable, **row} for variable in variables for row in rows[variable]]
+    with (output_dir / "gradients.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(everything[0]))
+        writer.writeheader()
+        writer.writerows(everything)
+    for variable in variables:
+        plot_sweep(rows[variable], variable, output_dir / f"gradients_{variable}.png")
+
+    console.print("Router logits, each estimator against the objective it is made for:")
+    for variable in variables:
+        table = Table(title=f"over {variable}, default {getattr(Setting(), variable)}", title_justify="left")
+        for column in (variable, "estimator", "Eq.", "bias", "cosine", "variance", "SNR 1024"):
+            table.add_column(column, justify="left" if column == "estimator" else "right", no_wrap=True)
+        for row in rows[variable]:
+            if row["quantity"] == "router_logits" and OBJECTIVES[row["estimator"]] == row["equation"]:
+                figures = (row[key] for key in ("bias", "cosine", "variance", "snr_1024"))
+                table.add_row(
+                    f"{row[variable]:g}", row["estimator"], str(row["equation"]), *(f"{x:.2g}" for x in figures)
+                )
+        console.print(table)
+    console.print(f"{output_dir / 'gradients.csv'} has every quantity and both equations; plots are beside it")
+
+
+def main() -> None:
+    """Run the command; an error is one sentence and exit code 1, unless `--debug` asks for the traceback."""
+    try:
+        app()
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(1)
