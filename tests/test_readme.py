@@ -1,4 +1,4 @@
-"""The README's snippets, run as they stand; only the name of the released checkpoint is replaced by a tiny one."""
+"""The snippets of README and docs, run as they stand; only the released checkpoint's name becomes a tiny one's."""
 
 import re
 import subprocess
@@ -9,7 +9,12 @@ import pytest
 from checkpoints import released_config, released_tensors, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = [
+    pytest.param(snippet, id=f"{document.name}-{number}")
+    for document in DOCUMENTS
+    for number, snippet in enumerate(re.findall(r"```python\n(.*?)```", document.read_text("utf-8"), re.DOTALL))
+]
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +25,9 @@ def tiny_release(trained_tokenizer, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_snippet_runs(number, tiny_release, tmp_path):
-    snippet = SNIPPETS[number].replace("microsoft/GRIN-MoE", str(tiny_release))
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippet_runs(snippet, tiny_release, tmp_path):
+    snippet = snippet.replace("microsoft/GRIN-MoE", str(tiny_release))
     (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
     result = subprocess.run(
         [sys.executable, "snippet.py"], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL
@@ -36,6 +41,6 @@ def test_snippet_runs(number, tiny_release, tmp_path):
 
 
 def test_links_lead_somewhere():
-    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+    for document in DOCUMENTS:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"

@@ -343,7 +343,7 @@ def sweep(variables: list[str], num_layers: int = 20) -> Iterator[tuple[str, lis
 
 def plot_sweep(rows: list[dict], variable: str, path: str | Path, quantity: str = "router_logits") -> None:
     """Bias, variance and signal-to-noise along one sweep, each estimator against the objective it estimates."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
     panels = figure.subplots(1, 3)
     columns = {
         "bias": "|bias| / |exact|",
@@ -373,6 +373,6 @@ def plot_sweep(rows: list[dict], variable: str, path: str | Path, quantity: str 
         axes.set_xticks(SWEEPS[variable], labels=[f"{value:g}" for value in SWEEPS[variable]])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     figure.suptitle(f"Gradient of the {quantity.replace('_', ' ')}")
     figure.savefig(path, dpi=150)
