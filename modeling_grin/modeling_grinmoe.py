@@ -33,6 +33,8 @@ from .checkpoint_grinmoe import (
 from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
 from .routing_grinmoe import Mixture, jitter_input, mix_outputs, route
 
+FUSED_EXPERTS = {"sonicmoe"}  # implementations that do not call `GrinMoeExperts._apply_gate`
+
 END_OF_TEXT_ID, END_OF_TURN_ID = 32000, 32007  # <|endoftext|> and <|end|> of the released tokenizer
 
 
@@ -62,7 +64,7 @@ class GrinMoeExperts(nn.Module):
         self.register_load_state_dict_pre_hook(fuse_expert_weights)
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """`[tokens, 2F] -> [tokens, F]`; every experts implementation of transformers calls this."""
+        """`[tokens, 2F] -> [tokens, F]`, for every experts implementation that is not one fused kernel."""
         gate, up = gate_up.chunk(2, dim=-1)
         return self.dropout(self.act_fn(gate) * up)
 
@@ -86,10 +88,14 @@ class GrinMoeSparseMoeBlock(nn.Module):
         super().__init__()
         self.config = config
         self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
-        self.gate.requires_grad_(not config.freeze_router)
+        self.freeze_router()
         self.experts = GrinMoeExperts(config)
         # omega of SparseMixer (arXiv 2310.00811); GRIN does without it (Appendix A.4).
         self.output_scale = nn.Parameter(torch.ones(config.hidden_size)) if config.moe_output_scale else None
+
+    def freeze_router(self) -> None:
+        """Do what `config.freeze_router` says."""
+        self.gate.requires_grad_(not self.config.freeze_router)
 
     def mix(self, tokens: torch.Tensor, mixture: Mixture) -> torch.Tensor:
         """Each slot's expert by itself, one slot a row, so that any experts implementation does; then their sum."""
@@ -162,6 +168,13 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         "selected_experts": OutputRecorder(GrinMoeSparseMoeBlock, index=2),
     }
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As in transformers, but an implementation that would ignore `expert_dropout` is refused."""
+        implementation = super().get_correct_experts_implementation(requested_experts)
+        if implementation in FUSED_EXPERTS and self.config.expert_dropout > 0:
+            raise ValueError(f"experts_implementation={implementation!r} has no dropout; set expert_dropout=0")
+        return implementation
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -198,6 +211,9 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         if not getattr(model, "is_quantized", False):
             # Forget which conversions this checkpoint needed: the released layout is written whatever was read.
             model._weight_conversions = None
+        for module in model.modules():
+            if isinstance(module, GrinMoeSparseMoeBlock):
+                module.freeze_router()  # once more: loading has made new parameters
         return (model, info) if with_loading_info else model
 
     @staticmethod

@@ -224,12 +224,19 @@ def tiny_model(**settings):
     )  # fmt: skip
 
 
-def test_frozen_router_learns_nothing_and_everything_else_does():
-    model = tiny_model(freeze_router=True).train()
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_frozen_router_learns_nothing_and_everything_else_does(reloaded, tmp_path):
+    model = tiny_model(freeze_router=True)
+    if reloaded:
+        model.save_pretrained(tmp_path)
+        model = GrinMoeForCausalLM.from_pretrained(tmp_path)
     ids = torch.arange(40).reshape(2, 20)
-    model(ids, labels=ids).loss.backward()
+    model.train()(ids, labels=ids).loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == [f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2)]
+    model.save_pretrained(tmp_path)
+    thawed = GrinMoeForCausalLM.from_pretrained(tmp_path, freeze_router=False)
+    assert all(parameter.requires_grad for parameter in thawed.parameters())
 
 
 @pytest.mark.parametrize("estimator", ROUTER_ESTIMATORS)

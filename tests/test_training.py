@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, DefaultDataCollator, Trainer, TrainingArguments, set_seed
 
-from modeling_grin import GrinMoeForCausalLM
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 from modeling_grin.analysis import expert_load, plot_expert_load
 
 
@@ -131,6 +131,13 @@ def test_expert_dropout_acts_in_training_only(checkpoint, experts_implementation
     ids = torch.arange(12)[None]
     assert not torch.equal(model.train()(ids).logits, model(ids).logits)
     assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+
+
+def test_an_experts_implementation_without_dropout_is_refused():
+    settings = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="'sonicmoe' has no dropout"):
+        GrinMoeForCausalLM(GrinMoeConfig(**settings, num_key_value_heads=1, num_local_experts=2, vocab_size=32,
+                                         expert_dropout=0.1, experts_implementation="sonicmoe"))  # fmt: skip
 
 
 def test_lora_on_attention(checkpoint, dataset, tmp_path):
