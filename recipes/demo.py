@@ -88,7 +88,7 @@ def main(
 ) -> None:
     """Train, save, reload and ask a tiny GRIN-MoE.
 
-    Example: python recipes/demo.py --max-steps 50 --output-dir /tmp/demo
+    Example: python recipes/demo.py --max-steps 50 --output-dir short_demo
     """
     set_seed(seed)
     base, trained = output_dir / "base", output_dir / "trained"
