@@ -10,12 +10,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-app = typer.Typer(help="Tools for gradient-informed mixture-of-experts models.", no_args_is_help=True)
+app = typer.Typer(
+    help="Tools for gradient-informed mixture-of-experts models.", no_args_is_help=True, add_completion=False
+)
 console = Console()
 
 
 @app.callback()
-def options(debug: Annotated[bool, typer.Option(help="show the whole traceback of an error")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the whole traceback of an error")] = False,
+) -> None:
     """Tools for gradient-informed mixture-of-experts models."""
 
 
