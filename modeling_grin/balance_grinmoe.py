@@ -30,11 +30,12 @@ def load_balancing_loss(
         counted = attention_mask[:, -sequence_length:].reshape(-1).to(counted)
 
     losses = []
-    for logits, experts in zip(router_logits, selected_experts, strict=True):
-        weight = counted.to(logits.device)
-        weight = weight / weight.sum().clamp(min=1)
-        probability = weight @ logits.float().softmax(dim=-1)  # E[softmax(z)_i], [num_experts]
-        fraction = torch.zeros_like(probability)  # f_i, [num_experts]
-        fraction.scatter_add_(0, experts.reshape(-1), weight.repeat_interleave(experts.shape[-1]))
-        losses.append(num_experts * (fraction / experts.shape[-1]) @ probability)
+    with torch.autocast(router_logits[0].device.type, enabled=False):  # in float32, whatever the model runs in
+        for logits, experts in zip(router_logits, selected_experts, strict=True):
+            weight = counted.to(logits.device)
+            weight = weight / weight.sum().clamp(min=1)
+            probability = weight @ logits.float().softmax(dim=-1)  # E[softmax(z)_i], [num_experts]
+            fraction = torch.zeros_like(probability)  # f_i, [num_experts]
+            fraction.scatter_add_(0, experts.reshape(-1), weight.repeat_interleave(experts.shape[-1]))
+            losses.append(num_experts * (fraction / experts.shape[-1]) @ probability)
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()

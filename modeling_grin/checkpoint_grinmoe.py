@@ -14,13 +14,25 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+)
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.hub import cached_file
 
 # Fused parameter -> the released matrices of each expert that it holds, in this order.
 EXPERT_WEIGHTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
-NEW_TASK_HEADS = {"score.weight"}  # the only tensors a checkpoint may lack
+NEW_TASK_HEAD = "score.weight"
+
+
+def may_be_new(name: str) -> bool:
+    """Whether a checkpoint may lack this tensor: the head of a new task, or a scale that begins as ones."""
+    return name == NEW_TASK_HEAD or name.endswith(".output_scale")
 
 
 def register_expert_layout(model_type: str) -> None:
@@ -77,22 +89,25 @@ def fuse_expert_weights(
         missing_keys.extend(key for key in slots if key not in found)
 
 
-def check_tensors(model: PreTrainedModel, checkpoint_files: list[str], new_head_shape: bool = False) -> None:
+def check_tensors(model: PreTrainedModel, checkpoint_files: list[str], load_config: LoadStateDictConfig) -> None:
     """Compare the names and shapes in the files' headers with what `model` needs, in either layout of the experts.
 
     Args:
-        new_head_shape: accept the head of a task in another shape (`ignore_mismatched_sizes`), to be trained anew.
+        load_config: transformers' settings of this load: its renamings (`key_mapping`) are applied first, and with
+            `ignore_mismatched_sizes` the head of a task may have another shape, to be trained anew.
 
     Raises:
         ValueError: tensors are missing or mis-shaped, or there are some that the model has no place for (those of
             another task's head aside).
     """
     prefix = f"{model.base_model_prefix}."  # checkpoints of the bare model lack it
+    renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
     found: dict[str, tuple[list[int], str]] = {}  # name without the prefix -> shape, "name in file"
     for file in checkpoint_files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                found[name.removeprefix(prefix)] = tensors.get_slice(name).get_shape(), f"{name} in {file}"
+                renamed = apply_renamings(name, renamings).removeprefix(prefix)
+                found[renamed] = tensors.get_slice(name).get_shape(), f"{name} in {file}"
 
     needed: dict[str, list[int]] = {}
     for name, parameter in model.state_dict().items():
@@ -107,13 +122,12 @@ def check_tensors(model: PreTrainedModel, checkpoint_files: list[str], new_head_
             needed[name] = list(parameter.shape)
 
     problems = []
-    optional = NEW_TASK_HEADS | set(model.all_tied_weights_keys)
     for name, shape in needed.items():
         found_shape, where = found.pop(name.removeprefix(prefix), (None, ""))
         if found_shape is None:
-            if name not in optional:
+            if not may_be_new(name) and name not in model.all_tied_weights_keys:
                 problems.append(f"{name} is missing")
-        elif found_shape != shape and not (new_head_shape and name in NEW_TASK_HEADS):
+        elif found_shape != shape and not (load_config.ignore_mismatched_sizes and name == NEW_TASK_HEAD):
             problems.append(f"{where} has shape {found_shape}, the config says {shape}")
     # What is left has no place: layers, experts or biases that the config does not know of. The head of another task
     # may be left; this model has no module of its name.

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
 app = typer.Typer(
     help="Tools for gradient-informed mixture-of-experts models.", no_args_is_help=True, add_completion=False
 )
-console = Console()
+console, errors = Console(), Console(stderr=True)
 
 
 @app.callback()
@@ -28,22 +29,24 @@ def gradients(
     output_dir: Annotated[Path, typer.Option(help="where gradients.csv and the plots go")] = Path("gradients"),
     over: Annotated[list[str] | None, typer.Option(help="what to sweep over; may be repeated; all by default")] = None,
     layers: Annotated[int, typer.Option(min=1, help="random layers per point, of which the median is taken")] = 20,
+    batch: Annotated[int, typer.Option(min=1, help="tokens averaged in the signal-to-noise ratio (SNR)")] = 1024,
 ) -> None:
     """Measure the router-gradient estimators: exact bias, cosine, variance and signal to noise, by enumeration.
 
     Example: grin-moe gradients --over num_experts --over curvature --layers 5
     """
-    from .analysis.gradients import OBJECTIVES, SWEEPS, Setting, plot_sweep, sweep
+    from .analysis.gradients import SWEEPS, Setting, objective, plot_sweep, sweep
 
     variables = over or list(SWEEPS)
+    points = sweep(variables, layers, batch)
+    output_dir.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[dict]] = {variable: [] for variable in variables}
     with Progress(console=console) as progress:
         task = progress.add_task("measuring", total=sum(len(SWEEPS.get(variable, ())) for variable in variables))
-        for variable, measured in sweep(variables, layers):
+        for variable, measured in points:
             rows[variable] += measured
             progress.advance(task)
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     everything = [{"sweep": variable, **row} for variable in variables for row in rows[variable]]
     with (output_dir / "gradients.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(everything[0]))
@@ -55,11 +58,11 @@ def gradients(
     console.print("Router logits, each estimator against the objective it is made for:")
     for variable in variables:
         table = Table(title=f"over {variable}, default {getattr(Setting(), variable)}", title_justify="left")
-        for column in (variable, "estimator", "Eq.", "bias", "cosine", "variance", "SNR 1024"):
+        for column in (variable, "estimator", "Eq.", "bias", "cosine", "variance", "SNR"):
             table.add_column(column, justify="left" if column == "estimator" else "right", no_wrap=True)
         for row in rows[variable]:
-            if row["quantity"] == "router_logits" and OBJECTIVES[row["estimator"]] == row["equation"]:
-                figures = (row[key] for key in ("bias", "cosine", "variance", "snr_1024"))
+            if row["quantity"] == "router_logits" and objective(row["estimator"]) == row["equation"]:
+                figures = (row[key] for key in ("bias", "cosine", "variance", "snr"))
                 table.add_row(
                     f"{row[variable]:g}", row["estimator"], str(row["equation"]), *(f"{x:.2g}" for x in figures)
                 )
@@ -74,5 +77,5 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         sys.exit(1)

@@ -34,7 +34,8 @@ class VisibleWindowConfig:
 class GrinMoeConfig(PreTrainedConfig):
     r"""Configuration of a GRIN mixture-of-experts model; the defaults are `microsoft/GRIN-MoE` (16x3.8B, top-2).
 
-    Field names are those of the released `config.json`; `router_estimator`, `expert_dropout` and `head_dim` are new.
+    Field names are those of the released `config.json`; `head_dim`,
+    `expert_dropout`, `router_estimator`, `router_sampling`, `freeze_router` and `moe_output_scale` are new.
 
     Args:
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size:
@@ -54,9 +55,12 @@ class GrinMoeConfig(PreTrainedConfig):
         router_estimator: how the router's gradient is estimated, a key of `routing_grinmoe.ROUTER_ESTIMATORS`;
             inference follows its rule, too.
         router_sampling: whether training samples experts. If not, it takes the best ones, as inference does.
-        freeze_router: keep the routers' weights as they are.
+        freeze_router: build and load the routers' weights with `requires_grad=False`. (In a LoRA configuration, leave
+            `gate` out of the targets as well.)
         moe_output_scale: whether each mixture's output has a learnt scale per channel, omega of SparseMixer.
-        router_aux_loss_coef: alpha of the load-balance loss (section 3.3), added to the training loss.
+        router_aux_loss_coef: alpha of the load-balance loss (section 3.3), added to the loss that a model in training
+            returns. A trainer that computes its own loss from the logits (label smoothing) does not see it, and one
+            that scales returned losses (gradient accumulation) scales it, too.
         output_router_logits: whether forward passes return `router_logits` and `aux_loss`.
 
     Raises:
@@ -65,7 +69,7 @@ class GrinMoeConfig(PreTrainedConfig):
     """
 
     model_type = "grinmoe"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
     attribute_map = {"num_experts": "num_local_experts"}
     default_theta = 10000.0
     base_model_tp_plan = {
@@ -145,6 +149,7 @@ class GrinMoeConfig(PreTrainedConfig):
         if rope_type not in known:  # not the whole field: LongRoPE's has a hundred numbers
             name = f"{type(self).__name__}: rope_parameters with rope_type={rope_type!r}"
             raise ValueError(f"{name} are not supported; use one of {known}")
+        self._require(rope.get("partial_rotary_factor", 1) == 1, "rope_parameters", "must turn whole heads")
         self._require(
             rope.get("rope_theta", self.default_theta) > 0, "rope_parameters", "must have rope_theta above 0"
         )
@@ -211,7 +216,7 @@ class GrinMoeConfig(PreTrainedConfig):
         `phimoe`, the sibling releases' type, has the same architecture and fields.
         """
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type not in (cls.model_type, "phimoe"):
+        if model_type not in (cls.model_type, "grinmoe", "phimoe"):
             raise ValueError(
                 f"The config says model_type={model_type!r}; {cls.__name__} reads 'grinmoe' and 'phimoe'. "
                 "Load this checkpoint with the Auto classes or with its own model class."

@@ -14,8 +14,12 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -24,10 +28,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .balance_grinmoe import load_balancing_loss
 from .checkpoint_grinmoe import (
     EXPERT_WEIGHTS,
-    NEW_TASK_HEADS,
     check_tensors,
     find_damaged_files,
     fuse_expert_weights,
+    may_be_new,
     register_expert_layout,
 )
 from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
@@ -168,6 +172,12 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         "selected_experts": OutputRecorder(GrinMoeSparseMoeBlock, index=2),
     }
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # For every class, so that one with a model type of its own reads and writes the released layout, too; and here
+        # and not in the package's __init__, because these lines travel to the Hub with a checkpoint's code.
+        register_expert_layout(cls.config_class.model_type)
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As in transformers, but an implementation that would ignore `expert_dropout` is refused."""
         implementation = super().get_correct_experts_implementation(requested_experts)
@@ -181,6 +191,8 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         if isinstance(module, GrinMoeExperts):
             for name in EXPERT_WEIGHTS:
                 init.normal_(getattr(module, name), std=self.config.initializer_range)
+        elif isinstance(module, GrinMoeSparseMoeBlock) and module.output_scale is not None:
+            init.ones_(module.output_scale)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -206,7 +218,7 @@ class GrinMoePreTrainedModel(PreTrainedModel):
                     f"{', '.join(damaged)}: damaged ({type(error).__name__}: {error}). Download or copy it again."
                 ) from error
             raise
-        if missing := sorted(set(info["missing_keys"]) - NEW_TASK_HEADS):
+        if missing := sorted(key for key in info["missing_keys"] if not may_be_new(key)):
             raise ValueError(f"{pretrained_model_name_or_path} lacks tensors of {cls.__name__}: {', '.join(missing)}")
         if not getattr(model, "is_quantized", False):
             # Forget which conversions this checkpoint needed: the released layout is written whatever was read.
@@ -217,12 +229,12 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         return (model, info) if with_loading_info else model
 
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        if checkpoint_files and checkpoint_files[0].endswith(".safetensors") and not load_config.is_quantized:
-            check_tensors(model, checkpoint_files, new_head_shape=load_config.ignore_mismatched_sizes)
-        return PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
-        )
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        # Only where a whole model is read: `expected_keys` are those of an adapter.
+        whole = expected_keys is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors")
+        if whole and not load_config.is_quantized:
+            check_tensors(model, checkpoint_files, load_config)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
 
 def create_mask(config: GrinMoeConfig, *, past_key_values: Cache | None, **kwargs) -> Any:
@@ -263,7 +275,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         Args:
             input_ids: `[batch, sequence]`, or `inputs_embeds` `[batch, sequence, H]` instead.
             attention_mask: `[batch, past + sequence]`, 0 for padding; or a prepared 4-D mask.
-            position_ids: `[batch, sequence]`; positions that start again at 0 mark packed sequences.
+            position_ids: `[batch, sequence]`; where neither mask nor cache is given, positions that start again at 0
+                mark packed sequences.
             kwargs: `output_router_logits`, `output_hidden_states`, ... and what the attention implementation takes.
 
         Returns:
@@ -328,6 +341,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        output_selected_experts: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
@@ -335,6 +349,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         Args:
             labels: `[batch, sequence]`, -100 where no prediction is asked; shifted inside.
             output_router_logits: return `router_logits` and `aux_loss`.
+            output_selected_experts: return `selected_experts`, too.
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of these positions.
             Others as in `GrinMoeModel.forward`.
 
@@ -354,7 +369,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits or balance,
-            output_selected_experts=output_router_logits or balance,
+            output_selected_experts=output_selected_experts or output_router_logits or balance,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -367,7 +382,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)
             if balance:
                 loss = loss + config.router_aux_loss_coef * aux_loss.to(logits.device)
-        return MoeCausalLMOutputWithPast(
+        output = MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
@@ -376,6 +391,9 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
+        if output_selected_experts:
+            output["selected_experts"] = outputs.selected_experts
+        return output
 
     def create_masks_for_generate(
         self, config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs
@@ -388,6 +406,15 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in transformers, whose paged cache reads `config.sliding_window` itself and would see one key too few."""
+        if self.config.sliding_window is not None:
+            raise ValueError(
+                "continuous batching does not know the released meaning of sliding_window; use `generate`, or set "
+                "config.sliding_window=None if no sequence is longer than the window"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _prepare_static_cache(self, *args, **kwargs) -> Cache:
         """As in transformers, which offloads no sliding layers by default, and fails where every layer is one."""
@@ -402,20 +429,64 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             self.generation_config.eos_token_id = [END_OF_TEXT_ID, END_OF_TURN_ID]
 
 
-class GrinMoeForSequenceClassification(GenericForSequenceClassification, GrinMoePreTrainedModel):
-    """GRIN-MoE with a linear classifier on the last token that is not padding."""
+class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
+    """GRIN-MoE with a linear classifier on the last token of each sequence."""
 
     def __init__(self, config: GrinMoeConfig):
-        # Not the mixin's, which asks AutoModel for the decoder: as remote code, this file has its own copy of the
-        # config class, and AutoModel does not know the one that AutoConfig has loaded.
-        PreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = GrinMoeModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """
+        Args:
+            attention_mask: `[batch, sequence]`, 0 for padding on either side. Without one, the last token that is not
+                `config.pad_token_id` is taken.
+            labels: `[batch]`; classes, or numbers with `config.problem_type="regression"`.
+            Others as in `GrinMoeModel.forward`.
 
-# Here and not in the package's __init__, because this line travels to the Hub with a checkpoint's code.
-register_expert_layout(GrinMoeConfig.model_type)
+        Returns:
+            `logits` `[batch, num_labels]`; with labels, `loss`, in training with the load-balance loss as in
+            `GrinMoeForCausalLM`.
+        """
+        config = self.config
+        kwargs["output_router_logits"] = balance = (
+            self.training and labels is not None and config.router_aux_loss_coef > 0
+        )
+        outputs = self.model(input_ids, attention_mask, output_selected_experts=balance, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        batch_size, length = hidden_states.shape[:2]
+        if attention_mask is not None and attention_mask.dim() == 2:
+            real = attention_mask[:, -length:] != 0
+        elif input_ids is not None and config.pad_token_id is not None:
+            real = input_ids != config.pad_token_id
+        else:
+            real = torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
+        last = (real * torch.arange(length, device=real.device)).argmax(dim=-1).to(hidden_states.device)
+        logits = self.score(hidden_states[torch.arange(batch_size, device=last.device), last])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=config)
+            if balance:
+                aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)
+                loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
 
 __all__ = ["GrinMoeForCausalLM", "GrinMoeForSequenceClassification", "GrinMoeModel", "GrinMoePreTrainedModel"]

@@ -141,7 +141,7 @@ def choose(
         kept = keep_set(router_logits, available, jitter_eps)
         masked_logits = router_logits.masked_fill(~kept, -torch.inf)
         probs = masked_logits.softmax(dim=-1)
-        best = expert = probs.argmax(dim=-1, keepdim=True)
+        best = expert = masked_logits.argmax(dim=-1, keepdim=True)
         at_end = torch.ones_like(best, dtype=torch.bool)
         if noise is not None:
             expert = (masked_logits.detach() + noise.gumbel[k]).argmax(dim=-1, keepdim=True)
@@ -267,6 +267,7 @@ ROUTER_ESTIMATORS: dict[str, RouterEstimator] = {
 """`config.router_estimator` -> `(router_logits, top_k, jitter_eps, noise) -> Routing`; no noise means inference."""
 
 TOP_1_ESTIMATORS = {"sparsemixer"}  # defined for a single choice
+DETERMINISTIC_ESTIMATORS = {"gshard", "dense"}  # have no use for noise, so that none is drawn
 
 
 def route(
@@ -294,12 +295,17 @@ def route(
         `Routing` with `weights` and `experts`, both `[T, K]`.
 
     Raises:
-        KeyError: `estimator` is not registered.
+        ValueError: `estimator` is not registered, or not defined for `top_k` of that many experts.
     """
+    num_experts = router_logits.shape[-1]
+    if estimator not in ROUTER_ESTIMATORS:
+        raise ValueError(f"router estimator {estimator!r} is unknown; use one of {sorted(ROUTER_ESTIMATORS)}")
+    if not 1 <= top_k <= (1 if estimator in TOP_1_ESTIMATORS else num_experts):
+        raise ValueError(f"router estimator {estimator!r} is not defined for top_k={top_k} of {num_experts} experts")
     logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
     if not training:
         noise = None
-    elif not sampling:
+    elif not sampling or estimator in DETERMINISTIC_ESTIMATORS:
         noise = no_noise(logits, top_k)
     elif noise is None:
         noise = draw_noise(logits, top_k)

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, load_balancing_loss
+from modeling_grin import (
+    GrinMoeConfig,
+    GrinMoeForCausalLM,
+    GrinMoeForSequenceClassification,
+    load_balancing_loss,
+)
 
 
 def one_hot_logits(experts, num_experts):
@@ -77,7 +82,36 @@ def test_gradient_reaches_the_router_through_the_softmax_alone(model):
     assert last.experts.down_proj.grad is None
 
 
-@pytest.mark.parametrize("attention_mask", [torch.zeros(2, 1, 10, 10), torch.ones(2, 10)], ids=["4-D", "2-D"])
-def test_masks_of_any_rank(model, attention_mask):
-    output = model.eval()(torch.arange(20).reshape(2, 10), attention_mask=attention_mask, output_router_logits=True)
-    assert torch.isfinite(output.aux_loss)
+def test_a_mask_that_says_nothing_of_padding_counts_every_token(model):
+    ids = torch.arange(20).reshape(2, 10)
+    causal = torch.ones(10, 10).tril().log()[None, None].expand(2, 1, 10, 10)
+    four_d = model.eval()(ids, attention_mask=causal, output_router_logits=True).aux_loss
+    assert four_d.item() == pytest.approx(model(ids, output_router_logits=True).aux_loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["sparsemixer_v2", "sparsemixer_v2_star", "gshard", "dense"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_it_stays_in_float32(model, dtype, estimator):
+    model.config.router_aux_loss_coef, model.config.router_estimator = 0.5, estimator
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.autocast("cpu", dtype=dtype):
+        output = model.train()(ids, labels=ids)
+    output.loss.backward()
+    assert output.aux_loss.dtype == torch.float32
+    assert output.aux_loss.item() == pytest.approx(model(ids, labels=ids).aux_loss.item(), rel=0.3)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_classifier_learns_with_it_too(model):
+    torch.manual_seed(0)
+    classifier = GrinMoeForSequenceClassification(model.config).train()
+    ids, labels = torch.arange(20).reshape(2, 10), torch.tensor([0, 1])
+    plain = classifier(ids, labels=labels).loss
+    model.config.router_aux_loss_coef = 0.5
+    balanced = classifier(ids, labels=labels).loss
+    logits, experts = (
+        classifier.model(ids, output_router_logits=True, output_selected_experts=True)[key]
+        for key in ("router_logits", "selected_experts")
+    )
+    assert balanced.item() == pytest.approx((plain + 0.5 * load_balancing_loss(logits, experts)).item(), rel=1e-5)
+    assert classifier.eval()(ids, labels=labels).loss.item() == pytest.approx(plain.item(), rel=1e-5)

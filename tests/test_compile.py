@@ -1,8 +1,11 @@
 """torch.compile of the forward pass in eval: no graph breaks, and the same logits."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
-from checkpoints import released_config, released_tensors
+from checkpoints import released_config, released_tensors, write_checkpoint
 from transformers import CompileConfig
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
@@ -114,3 +117,23 @@ def test_compiled_generation_with_a_static_cache():
     actual = model.generate(ids * mask, **settings, cache_implementation="static", compile_config=compile_config)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("estimator", ["sparsemixer_v2", "sparsemixer_v2_star", "gshard", "dense"])
+@torch.enable_grad()
+def test_compiled_training_step_equals_eager(estimator):
+    """Loss and every gradient, draws and all, in one graph (aot_eager draws the same random numbers)."""
+    config = released_config(torch_dtype="float32", router_jitter_noise=0.3, router_estimator=estimator)
+    with tempfile.TemporaryDirectory() as folder:
+        model = GrinMoeForCausalLM.from_pretrained(write_checkpoint(Path(folder), config, released_tensors(config)))
+    ids = torch.randint(0, 131, (2, 16), generator=torch.Generator().manual_seed(0))
+    results = []
+    for step in (model.train(), torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        torch.manual_seed(3)
+        loss = step(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        results.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
+    for compiled, eager in zip(results[1][1], results[0][1], strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)

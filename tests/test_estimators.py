@@ -213,6 +213,28 @@ def test_greedy_training_takes_the_best_experts_with_the_estimators_gradient():
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("estimator", ROUTER_ESTIMATORS)
+def test_greedy_training_is_one_setting(estimator):
+    """`router_sampling=False`: training routes as inference does, and twice alike."""
+    model = tiny_model(
+        router_estimator=estimator, num_experts_per_tok=TOP_K.get(estimator, 2), router_sampling=False,
+        input_jitter_noise=0.0,
+    )  # fmt: skip
+    ids = torch.arange(40).reshape(2, 20)
+    logits = model.train()(ids).logits
+    assert torch.equal(logits, model(ids).logits)
+    torch.testing.assert_close(logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
+    model.config.router_sampling = True
+    sampled = [model.train()(ids).logits for _ in range(2)]
+    assert torch.equal(*sampled) == (estimator in ("gshard", "dense"))
+
+
+@pytest.mark.parametrize(("estimator", "top_k"), [("sparsemixer", 2), ("gshard", 5), ("sparsemixer_v2", 0)])
+def test_route_refuses_what_a_method_is_not_defined_for(estimator, top_k):
+    with pytest.raises(ValueError, match=f"{estimator}' is not defined for top_k={top_k} of 4 experts"):
+        route(torch.zeros(3, 4), top_k, EPS, estimator=estimator, training=True)
+
+
 def tiny_model(**settings):
     torch.manual_seed(0)
     return GrinMoeForCausalLM(
@@ -273,6 +295,15 @@ def test_output_scale_of_sparsemixer_is_learnt_and_saved(tmp_path):
     model.save_pretrained(tmp_path)
     reloaded = GrinMoeForCausalLM.from_pretrained(tmp_path).model.layers[0].block_sparse_moe
     assert torch.equal(reloaded.output_scale, block.output_scale)
+
+
+def test_output_scale_begins_as_ones_on_a_checkpoint_without_it(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    scaled = GrinMoeForCausalLM.from_pretrained(tmp_path, moe_output_scale=True)
+    ids = torch.arange(20)[None]
+    assert torch.equal(scaled.model.layers[1].block_sparse_moe.output_scale, torch.ones(16))
+    assert torch.equal(scaled.eval()(ids).logits, model.eval()(ids).logits)
 
 
 def test_sparsemixer_is_refused_for_more_than_one_choice():

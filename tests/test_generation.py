@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache, pipeline
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 
@@ -365,3 +367,23 @@ def test_text_generation_pipeline_on_chat_messages(trained_tokenizer):
         text = trained_tokenizer.decode(by_hand[:end], skip_special_tokens=True)
         assert answer[0]["generated_text"] == [*chat, {"role": "assistant", "content": text}]
         assert text
+
+
+def test_continuous_batching_is_refused_where_it_would_see_one_key_too_few():
+    """transformers' paged cache takes `config.sliding_window` as it stands."""
+    config = released_config(torch_dtype="float32", sliding_window=3, eos_token_id=130)
+    with tempfile.TemporaryDirectory() as folder:
+        model = GrinMoeForCausalLM.from_pretrained(write_checkpoint(Path(folder), config, released_tensors(config)))
+    with pytest.raises(ValueError, match="continuous batching does not know the released meaning of sliding_window"):
+        model.eval().generate_batch([[5, 6, 7]], generation_config=GenerationConfig(max_new_tokens=3))
+
+
+def test_selected_experts_come_with_the_logits():
+    config = released_config(torch_dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        model = GrinMoeForCausalLM.from_pretrained(write_checkpoint(Path(folder), config, released_tensors(config)))
+    output = model.eval()(torch.arange(6)[None], output_selected_experts=True)
+    inner = model.model(torch.arange(6)[None], output_selected_experts=True)
+    assert len(output.selected_experts) == 2
+    assert all(map(torch.equal, output.selected_experts, inner.selected_experts))
+    assert "router_logits" not in output

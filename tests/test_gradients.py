@@ -6,13 +6,13 @@ import math
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from modeling_grin import ROUTER_ESTIMATORS, draw_noise
+from modeling_grin import ROUTER_ESTIMATORS, Routing, draw_noise
 from modeling_grin.analysis.gradients import (
-    OBJECTIVES,
     TEMPERATURES,
     Setting,
     compare,
@@ -22,10 +22,12 @@ from modeling_grin.analysis.gradients import (
     exact_gradient,
     list_outcomes,
     measure,
+    objective,
+    plot_sweep,
     polynomial_loss,
     random_layer,
 )
-from modeling_grin.routing_grinmoe import Mixture, mix_outputs
+from modeling_grin.routing_grinmoe import Mixture, choose, mix_outputs, with_value
 
 ALL_KEPT = 10.0
 COEFFICIENTS = [0.7, 0.9, -0.5, 0.3]
@@ -69,6 +71,24 @@ def test_exact_gradient_equals_finite_differences(top_k, jitter_eps, equation):
         numeric.append((expected_loss(up, inside[0]) - expected_loss(down, inside[1])) / (2 * step))
     exact = exact_gradient(layer, loss, top_k, jitter_eps, equation=equation)
     assert relative(exact.router_logits, torch.tensor(numeric).double()) < 1e-7
+
+
+@pytest.mark.parametrize("equation", [4, 7])
+def test_exact_gradient_of_experts_and_input_equals_autograd_through_the_plain_loop(equation):
+    """Parameters and input as leaves of L itself, with z = router x; no Jacobians."""
+    layer, loss = random_layer(4, seed=3), curved_loss(0.8)
+    parameters, x = layer.expert_parameters.clone().requires_grad_(), layer.x.clone().requires_grad_()
+    z, total = layer.router @ x, 0.0
+    for first, second in itertools.permutations(range(4), 2):
+        p_first = z.softmax(0)[first]
+        p_second = z.masked_fill(torch.arange(4) == first, -torch.inf).softmax(0)[second]
+        inside = (p_first.detach(), p_second.detach()) if equation == 7 else (p_first, p_second)
+        y = sum(p * layer.expert(parameters[i], x) for p, i in zip(inside, (first, second), strict=True))
+        total = total + p_first * p_second * loss(y[None])[0]
+    by_parameters, by_input = torch.autograd.grad(total, (parameters, x))
+    exact = exact_gradient(layer, loss, 2, ALL_KEPT, equation=equation)
+    assert relative(exact.experts, by_parameters.flatten()) < 1e-12
+    assert relative(exact.input, by_input) < 1e-12
 
 
 @pytest.mark.parametrize("estimator", ROUTER_ESTIMATORS)
@@ -119,19 +139,26 @@ def test_rules_are_exact_up_to_their_degree(estimator, exact_up_to, seed):
     plain = partial(ROUTER_ESTIMATORS[estimator], argmax_exception=False)
     for degree in (1, 2, 3, 4):
         arguments = (layer, polynomial_loss(COEFFICIENTS[:degree]), 1, ALL_KEPT)
-        exact = exact_gradient(*arguments, equation=OBJECTIVES[estimator], temperature=temperature)
+        exact = exact_gradient(*arguments, equation=objective(estimator), temperature=temperature)
         error = relative(estimator_moments(*arguments, plain, temperature).mean.router_logits, exact.router_logits)
         assert error < 1e-10 if degree <= exact_up_to else error > 1e-4, (degree, error)
 
 
-def test_eulers_rule_is_exact_up_to_degree_one():
-    """The argmax exception is Euler's rule: with it, bias begins at degree 2."""
-    layer = random_layer(6, seed=0)
+def euler(router_logits, top_k, jitter_eps, noise):
+    """Equation 4 by Euler's rule alone: f' at the end of the ray, whatever is drawn."""
+    choices = choose(router_logits, top_k, jitter_eps, noise, end_probability=1.0, argmax_exception=False)
+    return Routing(with_value(2 * choices.probs, choices.probs), choices.experts)
+
+
+@pytest.mark.parametrize("estimator", [euler, "sparsemixer_v2_star", "sparsemixer"])
+def test_eulers_rule_is_exact_up_to_degree_one(estimator):
+    """Alone, and as the argmax exception of others: bias begins at degree 2."""
+    layer, temperature = random_layer(6, seed=0), TEMPERATURES.get(estimator, 1.0)
     errors = []
     for degree in (1, 2):
         arguments = (layer, polynomial_loss(COEFFICIENTS[:degree]), 1, ALL_KEPT)
-        exact = exact_gradient(*arguments, equation=4, temperature=2.0)
-        moments = estimator_moments(*arguments, ROUTER_ESTIMATORS["sparsemixer_v2_star"], 2.0)
+        exact = exact_gradient(*arguments, equation=4, temperature=temperature)
+        moments = estimator_moments(*arguments, ROUTER_ESTIMATORS.get(estimator, euler), temperature)
         errors.append(relative(moments.mean.router_logits, exact.router_logits))
     assert errors[0] < 1e-10 < 1e-4 < errors[1]
 
@@ -154,7 +181,7 @@ def test_linear_loss_all_kept_agrees_up_to_the_known_factor(estimator):
     arguments = (random_layer(6), polynomial_loss([1.0]), 1, ALL_KEPT)
     exact = {e: exact_gradient(*arguments, equation=e, temperature=temperature).router_logits for e in (4, 7)}
     mean = estimator_moments(*arguments, ROUTER_ESTIMATORS[estimator], temperature).mean.router_logits
-    factor = 1 if OBJECTIVES[estimator] == 7 else 2
+    factor = 1 if objective(estimator) == 7 else 2
     assert relative(mean, factor * exact[7]) < 1e-10
     assert relative(mean, factor / 2 * exact[4]) < 1e-10
 
@@ -208,7 +235,7 @@ def test_measure_refuses_a_keep_set_without_choices():
 
 
 def run_cli(*arguments, cwd):
-    command = [sys.executable, "-c", "from modeling_grin.cli import main; main()", *arguments]
+    command = [str(Path(sys.executable).parent / "grin-moe"), *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
@@ -222,9 +249,19 @@ def test_command_writes_table_csv_and_plots(tmp_path):
     assert (tmp_path / "out" / "gradients_top_k.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_new_estimator_is_measured_with_the_others(monkeypatch, tmp_path):
+    monkeypatch.setitem(ROUTER_ESTIMATORS, "euler", euler)
+    rows = measure(Setting(num_experts=4), num_layers=2, batch=7)
+    new = [row for row in rows if row["estimator"] == "euler" and row["equation"] == objective("euler")]
+    assert [row["quantity"] for row in new] == ["router_logits", "experts", "input"]
+    assert new[0]["snr"] > 1
+    plot_sweep(rows, "num_experts", tmp_path / "plot.png")
+
+
 def test_command_says_what_is_wrong_in_one_sentence(tmp_path):
     result = run_cli("gradients", "--over", "temperature", cwd=tmp_path)
     assert result.returncode == 1
-    assert "cannot sweep over temperature; use num_experts" in result.stdout
+    assert "cannot sweep over temperature; use num_experts" in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
+    assert list(tmp_path.iterdir()) == []
     assert "Traceback" in run_cli("--debug", "gradients", "--over", "temperature", cwd=tmp_path).stderr

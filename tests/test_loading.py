@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import PhimoeForCausalLM as StockPhimoe
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.testing_utils import CaptureLogger
 from transformers.trainer_utils import load_sharded_checkpoint
 from transformers.utils import logging
@@ -457,14 +458,14 @@ def test_full_size_checkpoint(full_size, tmp_path):
     shapes = full_size_shapes()
     folder = write_sparse_shards(tmp_path, FULL_SIZE, shapes, num_shards=17)
     files = [str(file) for file in sorted(folder.glob("*.safetensors"))]
-    check_tensors(full_size, files)
+    check_tensors(full_size, files, LoadStateDictConfig())
     shapes["model.layers.31.block_sparse_moe.experts.15.w2.weight"] = (6400, 4096)
     write_sparse_shards(tmp_path, FULL_SIZE, shapes, num_shards=17)
     # Not with from_pretrained: were nothing wrong, it would read 84 GB of zeros.
     with pytest.raises(
         ValueError, match=r"^1 tensor.*layers\.31\.block_sparse_moe\.experts\.15\.w2\.weight in .*-of-00017"
     ):
-        check_tensors(full_size, files)
+        check_tensors(full_size, files, LoadStateDictConfig())
 
 
 # Kin and other model types
@@ -631,6 +632,42 @@ def test_classification_ignores_padding(side, tmp_path):
     with torch.no_grad():
         loss = model(input_ids=batch, attention_mask=(batch != 0).long(), labels=torch.tensor([0, 1, 2])).loss
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(alone, torch.arange(3)), rtol=1e-4, atol=1e-4)
+
+
+def test_classification_with_eos_as_padding(tmp_path):
+    """The mask decides: a text that ends with the padding token is classified on it, masked tokens never are."""
+    config = classification_config()
+    tensors = {**released_tensors(config), "score.weight": torch.randn(3, 32)}
+    model = AutoModelForSequenceClassification.from_pretrained(write_checkpoint(tmp_path, config, tensors))
+    eos = model.config.pad_token_id
+    text = torch.tensor([[5, 6, 7, eos]])
+    with torch.no_grad():
+        scores = model.score(model.model(text).last_hidden_state)[0]
+    torch.testing.assert_close(logits(model, text, attention_mask=torch.ones_like(text))[0], scores[3])
+    torch.testing.assert_close(logits(model, text, attention_mask=torch.tensor([[1, 1, 1, 0]]))[0], scores[2])
+    torch.testing.assert_close(logits(model, text)[0], scores[2])
+
+
+def test_key_mapping_is_applied_before_names_are_checked(tmp_path):
+    foreign = {name.replace("model.", "transformer.", 1): tensor for name, tensor in TENSORS.items()}
+    folder = write_checkpoint(tmp_path, CONFIG, foreign, num_shards=2)
+    model = GrinMoeForCausalLM.from_pretrained(folder, key_mapping={"^transformer.": "model."})
+    assert_same_tensors(dict(model.state_dict()), fused(TENSORS, CONFIG))
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is missing"):
+        GrinMoeForCausalLM.from_pretrained(folder)
+
+
+def test_a_subclass_with_its_own_type_keeps_the_released_layout(released, tmp_path):
+    class CousinConfig(GrinMoeConfig):
+        model_type = "grinmoe_cousin"
+
+    class CousinForCausalLM(GrinMoeForCausalLM):
+        config_class = CousinConfig
+
+    model = CousinForCausalLM(CousinConfig.from_dict(GrinMoeConfig.from_pretrained(released).to_dict()))
+    model.load_state_dict(TENSORS)
+    model.save_pretrained(tmp_path)
+    assert read_files(tmp_path).keys() == TENSORS.keys()
 
 
 def test_bare_model_and_back(released, tmp_path):

@@ -255,5 +255,5 @@ def test_input_jitter_is_unbiased_in_low_precision(block, dtype):
 
 
 def test_unknown_estimator_is_named():
-    with pytest.raises(KeyError, match="no_such_estimator"):
+    with pytest.raises(ValueError, match="no_such_estimator"):
         route(random_logits(), 2, 0.01, estimator="no_such_estimator", training=True)

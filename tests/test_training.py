@@ -67,6 +67,18 @@ def test_trainer_learns_evaluates_and_saves(checkpoint, dataset, tmp_path):
     assert make_trainer(reloaded, dataset, tmp_path).evaluate()["eval_loss"] == last
 
 
+def test_trainer_in_bfloat16_with_the_balance_loss_and_metrics(checkpoint, dataset, tmp_path):
+    set_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, router_aux_loss_coef=0.01, output_router_logits=True)
+    trainer = make_trainer(model, dataset, tmp_path, bf16=True)
+    trainer.compute_metrics = lambda prediction: {"vocabulary": prediction.predictions.shape[-1]}
+    first = trainer.evaluate()
+    trainer.train()
+    last = trainer.evaluate()
+    assert last["eval_loss"] < first["eval_loss"] - 1.0
+    assert last["eval_vocabulary"] == model.config.vocab_size
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_resumed_run_equals_the_uninterrupted_one(checkpoint, dataset, tmp_path, gradient_checkpointing):
     """Routing and input noise on; Trainer's own resume gives every tensor, experts included, back bit for bit."""
@@ -153,6 +165,10 @@ def test_lora_on_attention(checkpoint, dataset, tmp_path):
     assert last < first - 0.02, (first, last)
 
     model.save_pretrained(tmp_path / "adapter")
+    batches = [{"input_ids": torch.arange(12)[None]}]
+    assert torch.equal(expert_load(model, batches), expert_load(model.get_base_model().model, batches))
+    direct = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")  # transformers' own way to load an adapter
+    assert make_trainer(direct, dataset, tmp_path).evaluate()["eval_loss"] == last
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "adapter")
     assert make_trainer(reloaded, dataset, tmp_path).evaluate()["eval_loss"] == last
     ids = torch.arange(12)[None]

@@ -31,19 +31,16 @@ Loss = Callable[[torch.Tensor], torch.Tensor]
 """f: layer outputs `[R, H]` -> losses `[R]`."""
 
 FORCE = 1e6  # Gumbel noise that decides a draw
-# Where some estimator's P(B = 1) lies: noise in one of these cells of [0, 1) gives one B, whatever the estimator.
+# Where some estimator's P(B = 1) lies: noise in one of these cells of [0, 1) gives one B, whatever the estimator. One
+# with another P(B = 1) needs a boundary of its own here.
 UNIFORM_CELLS = ((0.0, 1 / 4), (1 / 4, 1 / 2), (1 / 2, 5 / 8), (5 / 8, 1.0))
 TEMPERATURES = {"sparsemixer_v2_star": 2.0}  # of the softmax that is sampled from (Algorithm 2, line 1)
 
-# The equation whose gradient each estimator is made for. Conventional recipes are not derived from either; they are
-# held against Equation 4.
+# The equation whose gradient each estimator is made for. Others, conventional recipes among them, are held against
+# Equation 4.
 OBJECTIVES = {
     "sparsemixer_v2": 7,
     "sparsemixer_v2_paper": 7,
-    "sparsemixer_v2_star": 4,
-    "sparsemixer": 4,
-    "gshard": 4,
-    "dense": 4,
 }
 
 
@@ -282,13 +279,19 @@ SWEEPS: dict[str, tuple] = {
 }
 
 
-def measure(setting: Setting, num_layers: int = 20) -> list[dict]:
+def objective(estimator: str) -> int:
+    """The equation that `estimator` is held against."""
+    return OBJECTIVES.get(estimator, 4)
+
+
+def measure(setting: Setting, num_layers: int = 20, batch: int = 1024) -> list[dict]:
     """Every estimator at one setting, against Equations 4 and 7: medians over `num_layers` random layers.
 
     Layers on which only one choice is possible have no router gradient to estimate; others are drawn in their place.
 
     Returns:
-        One row per estimator, equation and quantity: bias, cosine, variance, signal-to-noise ratios.
+        One row per estimator, equation and quantity: bias, cosine, variance, and the signal-to-noise ratio of an
+        average over `batch` tokens.
 
     Raises:
         ValueError: there are hardly any layers with a choice, because the keep set is too narrow.
@@ -319,26 +322,35 @@ def measure(setting: Setting, num_layers: int = 20) -> list[dict]:
                 for quantity, quality in compare(moments, exact).items():
                     collected.setdefault((equation, quantity), []).append(quality)
         for (equation, quantity), qualities in collected.items():
-            columns = torch.tensor(
-                [(q.bias, q.cosine, q.variance, q.signal_to_noise(1), q.signal_to_noise(1024)) for q in qualities]
-            )
-            names = ("bias", "cosine", "variance", "snr_1", "snr_1024")
+            columns = torch.tensor([(q.bias, q.cosine, q.variance, q.signal_to_noise(batch)) for q in qualities])
+            names = ("bias", "cosine", "variance", "snr")
             medians = dict(zip(names, columns.median(dim=0).values.tolist(), strict=True))
-            rows.append({**vars(setting), "estimator": name, "equation": equation, "quantity": quantity, **medians})
+            rows.append(
+                {
+                    **vars(setting),
+                    "batch": batch,
+                    "estimator": name,
+                    "equation": equation,
+                    "quantity": quantity,
+                    **medians,
+                }
+            )
     return rows
 
 
-def sweep(variables: list[str], num_layers: int = 20) -> Iterator[tuple[str, list[dict]]]:
-    """`measure` along each of `variables`, one at a time around the default `Setting`; yields after every point.
+def sweep(variables: list[str], num_layers: int = 20, batch: int = 1024) -> Iterator[tuple[str, list[dict]]]:
+    """`measure` along each of `variables`, one at a time around the default `Setting`: an iterator over the points.
 
     Raises:
         ValueError: a variable is not a key of `SWEEPS`.
     """
     if unknown := [variable for variable in variables if variable not in SWEEPS]:
         raise ValueError(f"cannot sweep over {', '.join(unknown)}; use {', '.join(SWEEPS)}")
-    for variable in variables:
-        for value in SWEEPS[variable]:
-            yield variable, measure(replace(Setting(), **{variable: value}), num_layers)
+    return (
+        (variable, measure(replace(Setting(), **{variable: value}), num_layers, batch))
+        for variable in variables
+        for value in SWEEPS[variable]
+    )
 
 
 def plot_sweep(rows: list[dict], variable: str, path: str | Path, quantity: str = "router_logits") -> None:
@@ -348,10 +360,11 @@ def plot_sweep(rows: list[dict], variable: str, path: str | Path, quantity: str 
     columns = {
         "bias": "|bias| / |exact|",
         "variance": "variance / |exact|²",
-        "snr_1024": "signal to noise, average of 1024 tokens",
+        "snr": f"signal to noise, average of {rows[0]['batch']} tokens",
     }
     for axes, (column, label) in zip(panels, columns.items(), strict=True):
-        for number, (estimator, equation) in enumerate(OBJECTIVES.items()):
+        for number, estimator in enumerate(ROUTER_ESTIMATORS):
+            equation = objective(estimator)
             points = [
                 (row[variable], row[column])
                 for row in rows

@@ -23,7 +23,7 @@ def expert_load(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
     Raises:
         ValueError: there is not a single token in `batches`.
     """
-    decoder, config = model.base_model, model.config
+    decoder, config = model.get_decoder(), model.config  # also that of a PEFT model
     counts = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.float64)
     was_training = model.training
     model.eval()
