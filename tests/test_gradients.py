@@ -234,6 +234,27 @@ def test_measure_refuses_a_keep_set_without_choices():
         measure(Setting(jitter_eps=0.0), num_layers=2)
 
 
+def test_documented_table_is_what_is_measured():
+    """The top-1 table of docs/router_gradients.md, to its two digits."""
+    text = (Path(__file__).parent.parent / "docs" / "router_gradients.md").read_text(encoding="utf-8")
+    table = text[text.index("| top-1 |") :].split("\n\n")[0].splitlines()[2:]
+    measured = {
+        row["estimator"]: row
+        for row in measure(Setting())
+        if row["quantity"] == "router_logits" and row["equation"] == objective(row["estimator"])
+    }
+    documented = set()
+    for line in table:
+        names, equation, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+        for name in names.replace("`", "").split(", "):
+            row = measured[name]
+            documented.add(name)
+            assert int(equation) == row["equation"]
+            for figure, column in zip(figures, ("bias", "cosine", "variance", "snr"), strict=True):
+                assert float(figure) == pytest.approx(row[column], rel=0.06, abs=0.005), (name, column)
+    assert documented == set(ROUTER_ESTIMATORS)
+
+
 def run_cli(*arguments, cwd):
     command = [str(Path(sys.executable).parent / "grin-moe"), *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
