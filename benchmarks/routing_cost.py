@@ -1,0 +1,196 @@
+"""What does the router's gradient cost: sampling and estimator, as a share of a training step?
+
+One GRIN-MoE takes turns with all estimators, one step (forward and backward) each per round, because a machine's speed
+drifts; medians over the rounds, and ratios to `gshard`, a plain softmax top-k router, with the same top-k. Routing by
+itself is timed apart, logits in, logits' gradient out: its part of a step is too small to be seen in whole steps.
+
+    python benchmarks/routing_cost.py --dtype bfloat16
+"""
+
+import datetime
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Column, Table
+from torch.profiler import ProfilerActivity, profile
+
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from modeling_grin.routing_grinmoe import ROUTER_ESTIMATORS, TOP_1_ESTIMATORS, route
+
+console = Console()
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+# The first variant with a top-k is the control of those with the same.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gshard": {"router_estimator": "gshard"},
+    **{name: {"router_estimator": name} for name in ROUTER_ESTIMATORS if name not in {"gshard", *TOP_1_ESTIMATORS}},
+    "sparsemixer_v2 greedy": {"router_sampling": False},
+    "sparsemixer_v2 frozen": {"freeze_router": True},
+    "gshard top-1": {"router_estimator": "gshard", "num_experts_per_tok": 1},
+    "sparsemixer top-1": {"router_estimator": "sparsemixer", "num_experts_per_tok": 1},
+}
+
+
+def use(model: GrinMoeForCausalLM, changes: dict[str, Any]) -> None:
+    """Make `model` train as the released default does but for `changes`."""
+    defaults = {"router_estimator": "sparsemixer_v2", "num_experts_per_tok": 2}
+    for name, value in {**defaults, "router_sampling": True, "freeze_router": False, **changes}.items():
+        setattr(model.config, name, value)
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.weight"):
+            parameter.requires_grad_(not model.config.freeze_router)
+
+
+def interleave(tasks: Mapping[str, Callable[[], Any]], rounds: int, what: str) -> dict[str, list[float]]:
+    """The seconds of every task in every round, after one round to warm up; each round begins with another task."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    names = list(tasks)
+    for turn in track(range(rounds + 1), what, transient=True):
+        first = 2 * turn % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            tasks[name]()
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_memory(task: Callable[[], Any]) -> int:
+    """The most bytes of tensors that `task` held at a time, over what was there before it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own chatter
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        task()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(held.cumsum(0).max())
+
+
+def training_step(model: GrinMoeForCausalLM, rows: torch.Tensor, changes: dict[str, Any]) -> None:
+    use(model, changes)
+    model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+    model.zero_grad()
+
+
+def routing_alone(logits: torch.Tensor, jitter: float, changes: dict[str, Any]) -> None:
+    top_k, sampling = changes.get("num_experts_per_tok", 2), changes.get("router_sampling", True)
+    estimator = changes.get("router_estimator", "sparsemixer_v2")
+    routing = route(logits, top_k, jitter, estimator=estimator, training=True, sampling=sampling)
+    weights = routing.weights if routing.mixture is None else routing.mixture.weights
+    if not changes.get("freeze_router", False):
+        torch.autograd.grad(weights, logits, torch.ones_like(weights))
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], record: bool, notes: str = "") -> None:
+    """Print a table; with `record`, append it to RESULTS.md with date, versions, machine and command."""
+    table = Table(Column(columns[0], no_wrap=True), *columns[1:], title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if not record:
+        return
+    packages = ", ".join(f"{name} {version(name)}" for name in ("grin-moe", "torch", "transformers"))
+    machine = f"Python {platform.python_version()}; CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    lines = [f"\n## {title}\n", f"{datetime.date.today()}. {packages}, {machine}.\n", f"`{command}`\n"]
+    lines += ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write("\n".join([*lines, *([f"\n{notes}"] if notes else [])]) + "\n")
+    console.print(f"appended to {RESULTS.name}")
+
+
+def measure(
+    model: GrinMoeForCausalLM, rows: torch.Tensor, variants: dict[str, dict[str, Any]], rounds: int
+) -> list[list[str]]:
+    """Rows of a table: what each variant's training step costs, the routing in it, and its memory."""
+    config, dtype = model.config, model.dtype
+    logits = torch.randn(rows.numel(), config.num_local_experts, dtype=dtype, requires_grad=True)
+    steps = {name: partial(training_step, model, rows, changes) for name, changes in variants.items()}
+    routings = {name: partial(routing_alone, logits, config.router_jitter_noise, c) for name, c in variants.items()}
+    peaks = {name: peak_memory(step) for name, step in track(steps.items(), "memory", transient=True)}
+    whole, alone = interleave(steps, rounds, "steps"), interleave(routings, 40 * rounds, "routing")
+    controls: dict[int, str] = {}
+    table = []
+    for name, changes in variants.items():
+        control = controls.setdefault(changes.get("num_experts_per_tok", 2), name)
+        ratios = [own / other for own, other in zip(whole[name], whole[control], strict=True)]
+        low, _, high = quantiles(ratios, n=4, method="inclusive")
+        extra = config.num_hidden_layers * (median(alone[name]) - median(alone[control]))
+        table.append(
+            [
+                name,
+                f"{1e3 * median(whole[name]):.0f} ms",
+                f"{median(ratios):.3f} ({low:.2f} to {high:.2f})",
+                f"{1e3 * median(alone[name]):.2f} ms",
+                f"{100 * extra / median(whole[control]):+.2f} %",
+                f"{peaks[name] / 2**20:.0f} MiB",
+                f"{peaks[name] / peaks[control]:.2f}",
+            ]
+        )
+    return table
+
+
+COLUMNS = ["estimator", "step", "x gshard", "routing", "over gshard", "memory", "x gshard"]
+
+
+def main(
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the model")] = "bfloat16",
+    tokens: Annotated[int, typer.Option(min=64, help="in a step, in rows of at most 512")] = 4096,
+    hidden_size: Annotated[int, typer.Option(min=64)] = 1024,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="of one expert")] = 1600,
+    experts: Annotated[int, typer.Option(min=2)] = 16,
+    layers: Annotated[int, typer.Option(min=1)] = 2,
+    jitter: Annotated[float, typer.Option(min=0, help="router_jitter_noise")] = 0.01,
+    rounds: Annotated[int, typer.Option(min=2, help="steps of each estimator; 40 times as many routings")] = 5,
+    skip: Annotated[list[str] | None, typer.Option(help="leave an estimator out")] = None,
+    record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
+) -> None:
+    """Time and memory of a training step with every estimator, and of routing alone.
+
+    Example: python benchmarks/routing_cost.py --dtype float32 --skip dense --rounds 3
+    """
+    if unknown := set(skip or []) - (set(VARIANTS) - {"gshard", "gshard top-1"}):
+        raise typer.BadParameter(f"--skip {', '.join(unknown)}: not an estimator, or a control that others need")
+    length = min(tokens, 512)
+    if tokens % length:
+        raise typer.BadParameter(f"--tokens {tokens}: must be a multiple of {length}")
+    torch.manual_seed(0)
+    config = GrinMoeConfig(
+        vocab_size=4096,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=max(1, hidden_size // 256),
+        num_local_experts=experts,
+        router_jitter_noise=jitter,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = GrinMoeForCausalLM(config).to(getattr(torch, dtype)).train()
+    rows = torch.randint(config.vocab_size, (tokens // length, length))
+    variants = {name: changes for name, changes in VARIANTS.items() if name not in (skip or [])}
+    title = f"Cost per estimator: hidden {hidden_size}, FFN {intermediate_size} x {experts}, {tokens} tokens, {dtype}"
+    notes = (
+        "Step: forward and backward. x gshard: to gshard with the same top-k in the same round, median and quartiles. "
+        "Routing: one layer's, logits in, their gradient out; over gshard: what all layers' takes more than gshard's, "
+        "as a share of a step. Memory: the most that a step's tensors hold over weights and inputs."
+    )
+    show(title, COLUMNS, measure(model, rows, variants, rounds), record, notes)
+
+
+if __name__ == "__main__":
+    typer.run(main)
