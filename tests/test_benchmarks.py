@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import typer
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from benchmarks import estimators, routing_cost
@@ -28,9 +29,10 @@ def in_small(monkeypatch, trained_tokenizer: GrinMoeTokenizer):
     monkeypatch.setattr(estimators, "SIZES", sizes)
     monkeypatch.setattr(estimators, "prepare", lambda: (trained_tokenizer, ids[:16], ids[16:]))
     monkeypatch.setattr(estimators, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
-    threads = torch.get_num_threads()
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
     yield
     torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)
 
 
 def invoke(app: typer.Typer, *arguments: object) -> str:
