@@ -445,6 +445,7 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        output_router_logits: bool | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """
@@ -452,6 +453,7 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
             attention_mask: `[batch, sequence]`, 0 for padding on either side. Without one, the last token that is not
                 `config.pad_token_id` is taken.
             labels: `[batch]`; classes, or numbers with `config.problem_type="regression"`.
+            output_router_logits: return `aux_loss` and `router_logits`, too.
             Others as in `GrinMoeModel.forward`.
 
         Returns:
@@ -459,10 +461,16 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
             `GrinMoeForCausalLM`.
         """
         config = self.config
-        kwargs["output_router_logits"] = balance = (
-            self.training and labels is not None and config.router_aux_loss_coef > 0
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
+        balance = self.training and labels is not None and config.router_aux_loss_coef > 0
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            output_router_logits=output_router_logits or balance,
+            output_selected_experts=output_router_logits or balance,
+            **kwargs,
         )
-        outputs = self.model(input_ids, attention_mask, output_selected_experts=balance, **kwargs)
         hidden_states = outputs.last_hidden_state
         batch_size, length = hidden_states.shape[:2]
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -474,19 +482,23 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
         last = (real * torch.arange(length, device=real.device)).argmax(dim=-1).to(hidden_states.device)
         logits = self.score(hidden_states[torch.arange(batch_size, device=last.device), last])
 
-        loss = None
+        loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=config)
+        if output_router_logits or balance:
+            aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)
             if balance:
-                aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)
-                loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
-        return SequenceClassifierOutputWithPast(
+                loss = loss + config.router_aux_loss_coef * aux_loss.to(logits.device)
+        output = SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        if output_router_logits:
+            output["aux_loss"], output["router_logits"] = aux_loss, outputs.router_logits
+        return output
 
 
 __all__ = ["GrinMoeForCausalLM", "GrinMoeForSequenceClassification", "GrinMoeModel", "GrinMoePreTrainedModel"]

@@ -114,4 +114,7 @@ def test_a_classifier_learns_with_it_too(model):
         for key in ("router_logits", "selected_experts")
     )
     assert balanced.item() == pytest.approx((plain + 0.5 * load_balancing_loss(logits, experts)).item(), rel=1e-5)
-    assert classifier.eval()(ids, labels=labels).loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    evaluated = classifier.eval()(ids, labels=labels, output_router_logits=True)
+    assert evaluated.loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert len(evaluated.router_logits) == 2
+    assert evaluated.aux_loss >= 0.9
