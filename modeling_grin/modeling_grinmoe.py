@@ -4,9 +4,11 @@ Module and parameter names follow the release; `checkpoint_grinmoe.py` says how 
 Shapes: T tokens, H hidden_size, F intermediate_size, E num_local_experts, K num_experts_per_tok.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -23,9 +25,9 @@ from transformers.modeling_outputs import (
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
-from .balance_grinmoe import load_balancing_loss
+from .balance_grinmoe import BalanceLoss, BalanceWindow, counted_tokens, load_balancing_loss
 from .checkpoint_grinmoe import (
     EXPERT_WEIGHTS,
     check_tensors,
@@ -35,6 +37,7 @@ from .checkpoint_grinmoe import (
     register_expert_layout,
 )
 from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
+from .noise_grinmoe import fold, random_key, step_key, token_keys
 from .routing_grinmoe import Mixture, jitter_input, mix_outputs, route
 
 FUSED_EXPERTS = {"sonicmoe"}  # implementations that do not call `GrinMoeExperts._apply_gate`
@@ -88,9 +91,10 @@ class GrinMoeExperts(nn.Module):
 class GrinMoeSparseMoeBlock(nn.Module):
     """Router and experts: every token goes to the K experts the router chooses, none is dropped."""
 
-    def __init__(self, config: GrinMoeConfig):
+    def __init__(self, config: GrinMoeConfig, layer_idx: int):
         super().__init__()
         self.config = config
+        self.layer_idx = layer_idx
         self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
         self.freeze_router()
         self.experts = GrinMoeExperts(config)
@@ -111,12 +115,31 @@ class GrinMoeSparseMoeBlock(nn.Module):
         )
         return mix_outputs(outputs.reshape(-1, num_slots, tokens.shape[-1]), mixture)
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[batch, sequence, H]` -> output of the same shape, router logits `[T, E]`, selected experts `[T, K]`."""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_keys: torch.Tensor | None = None,
+        balance: BalanceLoss | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states: `[batch, sequence, H]`.
+            token_keys: int64 `[T]`, what training draws its noise with; by default random ones.
+            balance: the load-balance loss to attach.
+
+        Returns:
+            Output of the input's shape, router logits `[T, E]`, selected experts `[T, K]`.
+        """
         config = self.config
-        if self.training and config.input_jitter_noise > 0:
-            hidden_states = jitter_input(hidden_states, config.input_jitter_noise)
         tokens = hidden_states.reshape(-1, config.hidden_size)
+        routing_keys = None
+        if self.training:
+            if token_keys is None:
+                token_keys = torch.empty(tokens.shape[0], dtype=torch.int64, device=tokens.device).random_()
+            keys = fold(token_keys.to(tokens.device), self.layer_idx)
+            routing_keys, jitter_keys = fold(keys, 0), fold(keys, 1)
+            if config.input_jitter_noise > 0:
+                tokens = jitter_input(tokens, config.input_jitter_noise, jitter_keys)
         router_logits = self.gate(tokens)
         routing = route(
             router_logits,
@@ -125,6 +148,7 @@ class GrinMoeSparseMoeBlock(nn.Module):
             estimator=config.router_estimator,
             training=self.training,
             sampling=config.router_sampling,
+            keys=routing_keys,
         )
         if routing.mixture is None:
             output = self.experts(tokens, routing.experts, routing.weights.to(tokens.dtype))
@@ -132,6 +156,8 @@ class GrinMoeSparseMoeBlock(nn.Module):
             output = self.mix(tokens, routing.mixture)
         if self.output_scale is not None:
             output = output * self.output_scale
+        if balance is not None:
+            output = balance.attach(output, router_logits, self.layer_idx)
         return output.reshape(hidden_states.shape), router_logits, routing.experts
 
 
@@ -143,13 +169,30 @@ class GrinMoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = GrinMoeAttention(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.block_sparse_moe = GrinMoeSparseMoeBlock(config)
+        self.block_sparse_moe = GrinMoeSparseMoeBlock(config, layer_idx)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_keys: torch.Tensor | None = None,
+        balance: BalanceLoss | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Arguments and results as those of `GrinMoeSparseMoeBlock`; other arguments are the attention's."""
         attention_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attention_output
-        moe_output, _, _ = self.block_sparse_moe(self.post_attention_layernorm(hidden_states))
-        return hidden_states + moe_output
+        moe_output, router_logits, selected_experts = self.block_sparse_moe(
+            self.post_attention_layernorm(hidden_states), token_keys, balance
+        )
+        return hidden_states + moe_output, router_logits, selected_experts
+
+
+class OptimizerStep(NamedTuple):
+    """What a forward pass in training has to know of the optimizer step it belongs to."""
+
+    key: torch.Tensor
+    """Decides the step's routing noise, int64 scalar."""
+    window: BalanceWindow
 
 
 class GrinMoePreTrainedModel(PreTrainedModel):
@@ -165,12 +208,7 @@ class GrinMoePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {
-        "hidden_states": GrinMoeDecoderLayer,
-        "attentions": GrinMoeAttention,
-        "router_logits": OutputRecorder(GrinMoeSparseMoeBlock, index=1),
-        "selected_experts": OutputRecorder(GrinMoeSparseMoeBlock, index=2),
-    }
+    _can_record_outputs = {"hidden_states": GrinMoeDecoderLayer, "attentions": GrinMoeAttention}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -193,6 +231,35 @@ class GrinMoePreTrainedModel(PreTrainedModel):
                 init.normal_(getattr(module, name), std=self.config.initializer_range)
         elif isinstance(module, GrinMoeSparseMoeBlock) and module.output_scale is not None:
             init.ones_(module.output_scale)
+
+    def begin_step(
+        self,
+        step: int | None,
+        *,
+        seed: int = 0,
+        num_tokens: int | None = None,
+        expert_counts: torch.Tensor | None = None,
+        gradient_scale: float = 1.0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Say which optimizer step the forward passes in training that follow belong to; `GrinMoeTrainerMixin` does.
+
+        Routing noise is then a function of seed, step, layer and token (`noise_grinmoe.token_keys`), and the
+        load-balance loss is that of the whole step, however it is split into micro-batches and ranks. Without a step,
+        each forward pass takes a key from torch's CPU generator and is, for the balance loss, a batch by itself.
+
+        Args:
+            step: number of the optimizer step; None: from here on, no step is known.
+            seed: of the run.
+            num_tokens: the tokens that are not padding in all forward passes of the step, over all ranks of `group`.
+                None: each forward pass is a window of its own.
+            expert_counts: the step's counts over all ranks, int64 `[layers, experts]`, if they are known beforehand;
+                otherwise each backward pass knows those of the forward passes so far.
+            gradient_scale: what the loss is multiplied with before its backward pass (float16's loss scale).
+            group: the data-parallel ranks, whose gradients are averaged; by default all.
+        """
+        window = BalanceWindow(num_tokens, expert_counts, gradient_scale, group)
+        self.base_model.optimizer_step = None if step is None else OptimizerStep(step_key(seed, step), window)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -247,6 +314,9 @@ def create_mask(config: GrinMoeConfig, *, past_key_values: Cache | None, **kwarg
     return create(config=visible, past_key_values=past_key_values, **kwargs)
 
 
+RoutingObserver = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor], None]
+
+
 class GrinMoeModel(GrinMoePreTrainedModel):
     """The decoder without a head."""
 
@@ -257,7 +327,32 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         self.layers = nn.ModuleList(GrinMoeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.optimizer_step: OptimizerStep | None = None  # set by `begin_step`
+        self.routing_observer: RoutingObserver | None = None
+        """Called once for each forward pass in training, and not again where checkpointing recomputes it, with every
+        layer's router logits `[T, E]` and selected experts `[T, K]`, and which tokens are not padding, bool `[T]`."""
         self.post_init()
+
+    def begin_balance(self, counted: torch.Tensor, loss_share: torch.Tensor | None) -> BalanceLoss:
+        """The load-balance loss of a forward pass; arguments as in `BalanceLoss`.
+
+        Raises:
+            ValueError: float16 autocast, where the loss is scaled by a factor that only the trainer knows.
+        """
+        if self.optimizer_step is not None:
+            window = self.optimizer_step.window.of_forward()
+        elif torch.is_autocast_enabled(counted.device.type) and (
+            torch.get_autocast_dtype(counted.device.type) == torch.float16
+        ):
+            raise ValueError(
+                "float16 training scales its loss, and the load-balance loss has to know by how much: use "
+                "GrinMoeTrainerMixin, call begin_step(..., gradient_scale=scaler.get_scale()), or train in bfloat16"
+            )
+        else:
+            window = BalanceWindow()
+        config = self.config
+        sizes = config.num_hidden_layers, config.num_local_experts
+        return BalanceLoss(config.router_aux_loss_coef, *sizes, window, counted, loss_share)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -269,6 +364,9 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_router_logits: bool = False,
+        output_selected_experts: bool = False,
+        loss_share: torch.Tensor | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """
@@ -277,7 +375,9 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             attention_mask: `[batch, past + sequence]`, 0 for padding; or a prepared 4-D mask.
             position_ids: `[batch, sequence]`; where neither mask nor cache is given, positions that start again at 0
                 mark packed sequences.
-            kwargs: `output_router_logits`, `output_hidden_states`, ... and what the attention implementation takes.
+            loss_share: in training without `begin_step`, the share of the optimizer step's loss that this forward
+                pass makes, a scalar.
+            kwargs: `output_hidden_states`, `output_attentions` and what the attention implementation takes.
 
         Returns:
             `last_hidden_state` `[batch, sequence, H]`; on request, per layer: `router_logits` `[T, E]` and
@@ -302,11 +402,26 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         if use_cache and past_key_values is None:
             # Only now: transformers does not look for packed sequences where there is a cache.
             past_key_values = DynamicCache(config=self.config)
+        batch_size, sequence_length = inputs_embeds.shape[:2]
+        counted = counted_tokens(attention_mask, batch_size, sequence_length, inputs_embeds.device)
+        learning = self.training and torch.is_grad_enabled()
+        keys = balance = None
+        if self.training:
+            key = random_key() if self.optimizer_step is None else self.optimizer_step.key
+            # Without ids, a token is known by its row and position.
+            ids = torch.arange(counted.numel()).view_as(counted) if input_ids is None else input_ids
+            keys = token_keys(key, ids, counted)
+        if learning and self.config.router_aux_loss_coef > 0:
+            balance = self.begin_balance(counted.reshape(-1), loss_share)
+
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
+        routings = []
         for layer in self.layers:
-            hidden_states = layer(
+            hidden_states, *routing = layer(
                 hidden_states,
+                token_keys=keys,
+                balance=balance,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 position_ids=position_ids,
@@ -314,7 +429,21 @@ class GrinMoeModel(GrinMoePreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            routings.append(routing)
+        router_logits, selected_experts = zip(*routings, strict=True)
+        if balance is not None:
+            balance.count(selected_experts)
+        if learning and self.routing_observer is not None:
+            self.routing_observer(tuple(z.detach() for z in router_logits), selected_experts, counted.reshape(-1))
+
+        output = MoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            router_logits=router_logits if output_router_logits else None,
+        )
+        if output_selected_experts:
+            output["selected_experts"] = selected_experts
+        return output
 
 
 class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
@@ -354,13 +483,16 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             Others as in `GrinMoeModel.forward`.
 
         Returns:
-            `logits` `[batch, sequence, vocab_size]`; with labels, `loss`: the cross-entropy and, in training,
-            `router_aux_loss_coef` times the load-balance loss, which `aux_loss` (1.0: balanced) reports by itself.
+            `logits` `[batch, sequence, vocab_size]`; with labels, `loss`, the cross-entropy. The load-balance loss
+            acts by itself in every backward pass (`begin_step`); `aux_loss` reports its value for this forward pass
+            (1.0: balanced), without the coefficient and without a gradient.
         """
         config = self.config
         if output_router_logits is None:
             output_router_logits = config.output_router_logits
-        balance = self.training and labels is not None and config.router_aux_loss_coef > 0
+        loss_share = None
+        if self.training and labels is not None and kwargs.get("num_items_in_batch") is not None:
+            loss_share = (labels[..., 1:] != -100).sum() / kwargs["num_items_in_batch"]
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -368,8 +500,9 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=output_router_logits or balance,
-            output_selected_experts=output_selected_experts or output_router_logits or balance,
+            output_router_logits=output_router_logits,
+            output_selected_experts=output_selected_experts or output_router_logits,
+            loss_share=loss_share,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -378,10 +511,9 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, config.vocab_size, **kwargs)
-        if output_router_logits or balance:
-            aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)
-            if balance:
-                loss = loss + config.router_aux_loss_coef * aux_loss.to(logits.device)
+        if output_router_logits:
+            with torch.no_grad():
+                aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)
         output = MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -389,7 +521,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits if output_router_logits else None,
+            router_logits=outputs.router_logits,
         )
         if output_selected_experts:
             output["selected_experts"] = outputs.selected_experts
@@ -457,18 +589,20 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
             Others as in `GrinMoeModel.forward`.
 
         Returns:
-            `logits` `[batch, num_labels]`; with labels, `loss`, in training with the load-balance loss as in
-            `GrinMoeForCausalLM`.
+            `logits` `[batch, num_labels]`; with labels, `loss`. The load-balance loss as in `GrinMoeForCausalLM`.
         """
         config = self.config
         if output_router_logits is None:
             output_router_logits = config.output_router_logits
-        balance = self.training and labels is not None and config.router_aux_loss_coef > 0
+        loss_share = None
+        if self.training and labels is not None and kwargs.get("num_items_in_batch") is not None:
+            loss_share = (labels != -100).sum() / kwargs["num_items_in_batch"]
         outputs = self.model(
             input_ids,
             attention_mask,
-            output_router_logits=output_router_logits or balance,
-            output_selected_experts=output_router_logits or balance,
+            output_router_logits=output_router_logits,
+            output_selected_experts=output_router_logits,
+            loss_share=loss_share,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -482,13 +616,11 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
         last = (real * torch.arange(length, device=real.device)).argmax(dim=-1).to(hidden_states.device)
         logits = self.score(hidden_states[torch.arange(batch_size, device=last.device), last])
 
-        loss = aux_loss = None
+        loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=config)
-        if output_router_logits or balance:
-            aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)
-            if balance:
-                loss = loss + config.router_aux_loss_coef * aux_loss.to(logits.device)
+            if loss_share is not None:  # the mean over an accumulation window, and not over this micro-batch
+                loss = loss * loss_share
         output = SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -497,6 +629,8 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
             attentions=outputs.attentions,
         )
         if output_router_logits:
+            with torch.no_grad():
+                aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)
             output["aux_loss"], output["router_logits"] = aux_loss, outputs.router_logits
         return output
 

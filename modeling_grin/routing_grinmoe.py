@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from .noise_grinmoe import uniform
+
 # Heun's third-order rule evaluates f' at the end of the ray with weight 1/4 and at its first third with weight 3/4
 # (below Equation 5): B ~ Bernoulli(1/4) chooses between the two points.
 HEUN_END_PROBABILITY = 1 / 4
@@ -66,14 +68,24 @@ class Routing(NamedTuple):
     """What to compute in training, for the estimators whose gradients the weighted sum of the K experts lacks."""
 
 
-def draw_noise(router_logits: torch.Tensor, top_k: int, generator: torch.Generator | None = None) -> RoutingNoise:
-    """Draw the noise that routing `router_logits` `[T, E]` to `top_k` experts needs, on the logits' device."""
+def draw_noise(
+    router_logits: torch.Tensor,
+    top_k: int,
+    generator: torch.Generator | None = None,
+    *,
+    keys: torch.Tensor | None = None,
+) -> RoutingNoise:
+    """Draw the noise that routing `router_logits` `[T, E]` to `top_k` experts needs, on the logits' device.
+
+    Args:
+        generator: where the tokens' keys come from; by default torch's own of that device.
+        keys: int64 `[T]`: the noise is a function of them alone (`noise_grinmoe.py`).
+    """
     num_tokens, num_experts = router_logits.shape
-    device = router_logits.device
-    exponential = torch.empty(top_k, num_tokens, num_experts, device=device, dtype=torch.float32)
-    gumbel = -exponential.exponential_(generator=generator).log_()
-    uniform = torch.rand(top_k, num_tokens, device=device, dtype=torch.float32, generator=generator)
-    return RoutingNoise(gumbel, uniform)
+    if keys is None:
+        keys = torch.empty(num_tokens, device=router_logits.device, dtype=torch.int64).random_(generator=generator)
+    draws = uniform(keys, top_k * (num_experts + 1)).reshape(num_tokens, top_k, num_experts + 1).transpose(0, 1)
+    return RoutingNoise(gumbel=-draws[..., :-1].log().neg_().log_(), uniform=draws[..., -1])
 
 
 def no_noise(router_logits: torch.Tensor, top_k: int) -> RoutingNoise:
@@ -279,6 +291,7 @@ def route(
     training: bool,
     sampling: bool = True,
     noise: RoutingNoise | None = None,
+    keys: torch.Tensor | None = None,
 ) -> Routing:
     """Choose `top_k` experts per token, in float32 (float64 for float64 logits) whatever the model's precision.
 
@@ -289,7 +302,8 @@ def route(
         estimator: a key of `ROUTER_ESTIMATORS`.
         training: sample the experts and estimate the router's gradient; otherwise take the best ones.
         sampling: whether training samples, or takes the best experts, too, with the estimator's gradient at them.
-        noise: the draws to sample with in training; by default fresh ones from torch's generator.
+        noise: the draws to sample with in training; by default those of `keys`.
+        keys: int64 `[T]`, the tokens' keys (`noise_grinmoe.py`); by default random ones from torch's generator.
 
     Returns:
         `Routing` with `weights` and `experts`, both `[T, K]`.
@@ -308,7 +322,7 @@ def route(
     elif not sampling or estimator in DETERMINISTIC_ESTIMATORS:
         noise = no_noise(logits, top_k)
     elif noise is None:
-        noise = draw_noise(logits, top_k)
+        noise = draw_noise(logits, top_k, keys=keys)
     return ROUTER_ESTIMATORS[estimator](logits, top_k, jitter_eps, noise)
 
 
@@ -319,8 +333,11 @@ def mix_outputs(outputs: torch.Tensor, mixture: Mixture) -> torch.Tensor:
     return value + (learnt - learnt.detach())
 
 
-def jitter_input(hidden_states: torch.Tensor, input_jitter_noise: float) -> torch.Tensor:
-    """`hidden_states` times U(1 - e, 1 + e), e = `input_jitter_noise`, drawn in float32; the input is left alone."""
-    noise = torch.empty_like(hidden_states, dtype=torch.float32)
-    noise.uniform_(1 - input_jitter_noise, 1 + input_jitter_noise)
+def jitter_input(hidden_states: torch.Tensor, input_jitter_noise: float, keys: torch.Tensor) -> torch.Tensor:
+    """`hidden_states` `[T, H]` times U(1 - e, 1 + e), e = `input_jitter_noise`, in float32; the input is left alone.
+
+    Args:
+        keys: int64 `[T]`, which decide the numbers.
+    """
+    noise = uniform(keys, hidden_states.shape[-1]).mul_(2 * input_jitter_noise).add_(1 - input_jitter_noise)
     return (hidden_states * noise).to(hidden_states.dtype)

@@ -56,30 +56,178 @@ def model():
     config = GrinMoeConfig(
         vocab_size=64, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=4, router_jitter_noise=0.0, input_jitter_noise=0.0,
-        eos_token_id=2, pad_token_id=2,
+        initializer_range=0.3, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
-    return GrinMoeForCausalLM(config)
+    return GrinMoeForCausalLM(config).train()
+
+
+def random_batch(seed, batch_size=3, length=10, padding=0):
+    """Random ids whose first row begins with `padding` padding tokens, and whose labels miss some more."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 64, (batch_size, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    labels = ids.masked_fill((mask == 0) | (torch.rand(ids.shape, generator=generator) < 0.3), -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_gradients_close(actual, expected, rtol=1e-5):
+    assert actual.keys() == expected.keys()
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=rtol, atol=rtol * scale, msg=name)
+
+
+def balance_by_hand(model, batch, fractions=None):
+    """E sum_i f_i E[softmax(z)_i], mean over the layers, with a gradient, and f of each layer."""
+    outputs = model.model(
+        batch["input_ids"], batch["attention_mask"], output_router_logits=True, output_selected_experts=True
+    )
+    real = batch["attention_mask"].flatten().bool()
+    total, used = 0.0, []
+    for layer, (logits, experts) in enumerate(zip(outputs.router_logits, outputs.selected_experts, strict=True)):
+        f = torch.bincount(experts[real].flatten(), minlength=4) / (2 * real.sum())
+        used.append(f)
+        f = f if fractions is None else fractions[layer]
+        total = total + 4 * (f * logits[real].softmax(-1).mean(0)).sum() / 2
+    return total, used
+
+
+def gradients_of_the_balance_loss(model, batch, coefficient=0.5):
+    """By autograd, from the definition."""
+    model.config.router_aux_loss_coef = 0.0
+    (coefficient * balance_by_hand(model, batch)[0]).backward()
+    model.config.router_aux_loss_coef = coefficient
+    return gradients(model)
 
 
 def test_acts_in_training_and_is_reported_apart(model):
-    ids = torch.arange(20).reshape(2, 10)
-    plain = model.train()(ids, labels=ids)
+    batch = random_batch(0, padding=4)
+    plain = model(**batch)
     assert plain.aux_loss is None and plain.router_logits is None
+    plain.loss.backward()
+    expected = gradients(model)
+    for name, gradient in gradients_of_the_balance_loss(model, batch).items():
+        expected[name] += gradient
+    output = model(**batch, output_router_logits=True)
+    assert output.loss.item() == plain.loss.item(), "the returned loss is the cross-entropy alone"
+    by_hand = balance_by_hand(model, batch)[0].item()
+    assert output.aux_loss.item() == pytest.approx(by_hand, rel=1e-6) and not output.aux_loss.requires_grad
+    output.loss.backward()
+    assert_gradients_close(gradients(model), expected)
+    assert model.eval()(**batch, output_router_logits=True).aux_loss.item() == pytest.approx(by_hand, rel=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+@pytest.mark.parametrize("loss", ["returned", "returned / 7", "smoothed", "embeddings", "hidden"])
+def test_no_way_of_building_the_loss_loses_or_scales_it(model, loss, checkpointing):
+    """A trainer may divide the loss, or make its own of the logits: the balance loss's gradient stays the same."""
+    batch = random_batch(1, padding=2)
+    expected = gradients_of_the_balance_loss(model, batch)
+    if checkpointing:
+        model.gradient_checkpointing_enable(checkpointing)
+        model.enable_input_require_grads()
+    found = []
+    for coefficient in (0.5, 0.0):
+        model.config.router_aux_loss_coef = coefficient
+        output = model(**batch, use_cache=False, output_hidden_states=True)
+        value = {
+            "returned": output.loss,
+            "returned / 7": output.loss / 7,
+            "smoothed": -output.logits.log_softmax(-1).mean(),
+            "embeddings": (output.logits**2).mean(),
+            "hidden": output.hidden_states[-1].sum(),
+        }[loss]
+        value.backward()
+        found.append(gradients(model))
+    difference = {name: gradient - found[1][name] for name, gradient in found[0].items() if name in expected}
+    assert_gradients_close(difference, expected, rtol=3e-5)
+
+
+def test_fractions_of_a_step_grow_with_its_micro_batches(model):
+    """`num_tokens` known, f of the micro-batches so far: the stated approximation, and its bound."""
+    batches = [random_batch(seed, padding=seed) for seed in range(3)]
+    sizes = [batch["attention_mask"].sum().item() for batch in batches]
+    used = [balance_by_hand(model, batch)[1] for batch in batches]
+    model.config.router_aux_loss_coef = 0.0
+    expected, of_step = {}, {}
+    whole = [sum(n * f[layer] for n, f in zip(sizes, used, strict=True)) / sum(sizes) for layer in range(2)]
+    for m, batch in enumerate(batches):
+        seen = sum(sizes[: m + 1])
+        running = [sum(n * f[layer] for n, f in zip(sizes[: m + 1], used, strict=False)) / seen for layer in range(2)]
+        for fractions, into in ((running, expected), (whole, of_step)):
+            loss = 0.5 * sizes[m] / sum(sizes) * balance_by_hand(model, batch, fractions)[0]
+            loss.backward()
+            for name, gradient in gradients(model).items():
+                into[name] = into.get(name, 0) + gradient
     model.config.router_aux_loss_coef = 0.5
-    balanced = model(ids, labels=ids)
-    assert balanced.loss.item() == pytest.approx(plain.loss.item() + 0.5 * balanced.aux_loss.item(), rel=1e-6)
-    evaluated = model.eval()(ids, labels=ids, output_router_logits=True)
-    assert evaluated.loss.item() == pytest.approx(plain.loss.item(), rel=1e-6), "evaluation is the cross-entropy alone"
-    assert evaluated.aux_loss.item() >= 0.9 and len(evaluated.router_logits) == 2
+
+    def train(**known):
+        model.begin_step(0, num_tokens=sum(sizes), **known)
+        for batch in batches:
+            (0 * model(**batch).logits.sum()).backward()
+        found = gradients(model)
+        return {name: found[name] for name in expected}
+
+    assert_gradients_close(train(), expected)
+    counts = torch.stack([(sum(sizes) * 2 * f).round().long() for f in whole])
+    assert_gradients_close(train(expert_counts=counts), of_step)
+    gate = "model.layers.1.block_sparse_moe.gate.weight"
+    assert not torch.allclose(expected[gate], of_step[gate], rtol=1e-3), "these batches route differently"
+    assert torch.equal(counts, torch.stack([(sum(sizes) * 2 * f).round().long() for f in whole])), "left as given"
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 5])
+def test_micro_batches_of_equal_routing_add_up_to_the_whole_step(model, num_micro_batches):
+    batch = random_batch(0, padding=3)
+    expected = gradients_of_the_balance_loss(model, batch)
+    model.begin_step(3, seed=1, num_tokens=num_micro_batches * batch["attention_mask"].sum().item())
+    for _ in range(num_micro_batches):
+        (0 * model(**batch).logits.sum()).backward()
+    found = gradients(model)
+    assert_gradients_close({name: found[name] for name in expected}, expected)
+
+
+def test_without_a_step_a_micro_batch_acts_by_its_share_of_the_labels(model):
+    """Plain Trainer gives the number of labels of the accumulation window, and adds the micro-batches' losses up."""
+    batch = random_batch(0, padding=3)
+    expected = gradients_of_the_balance_loss(model, batch)
+    labels = (batch["labels"][:, 1:] != -100).sum()
+    for _ in range(4):
+        found = gradients(model)
+        (0 * model(**batch, num_items_in_batch=4 * labels).loss).backward()
+    found = gradients(model)
+    assert_gradients_close({name: 4 * found[name] for name in expected}, expected)
+
+
+def test_forward_passes_without_a_gradient_are_not_counted(model):
+    model.config.router_aux_loss_coef = 0.5
+    batch = random_batch(0)
+    model.begin_step(0, num_tokens=30)
+    with torch.no_grad():
+        model(**random_batch(1))
+    model.eval()(**random_batch(1))
+    (0 * model.train()(**batch).logits.sum()).backward()
+    found = gradients(model)
+    model.begin_step(None)
+    expected = gradients_of_the_balance_loss(model, batch)
+    assert_gradients_close({name: found[name] for name in expected}, expected)
 
 
 def test_gradient_reaches_the_router_through_the_softmax_alone(model):
-    ids = torch.arange(20).reshape(2, 10)
-    model.eval()(ids, output_router_logits=True).aux_loss.backward()
+    batch = random_batch(0)
+    model.config.router_aux_loss_coef = 0.5
+    (0 * model(**batch).logits.sum()).backward()
     last = model.model.layers[-1].block_sparse_moe
     assert last.gate.weight.grad.abs().max() > 0
-    assert last.experts.down_proj.grad is None
+    assert last.experts.down_proj.grad.abs().max() == 0
 
 
 def test_a_mask_that_says_nothing_of_padding_counts_every_token(model):
@@ -89,32 +237,63 @@ def test_a_mask_that_says_nothing_of_padding_counts_every_token(model):
     assert four_d.item() == pytest.approx(model(ids, output_router_logits=True).aux_loss.item(), rel=1e-5)
 
 
+def test_a_mask_that_numbers_packed_sequences_counts_each_token_once():
+    generator = torch.Generator().manual_seed(0)
+    logits, experts = torch.randn(12, 6, generator=generator), torch.randint(0, 6, (12, 2), generator=generator)
+    numbered = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0]])
+    expected = load_balancing_loss((logits,), (experts,), (numbered != 0).long())
+    assert load_balancing_loss((logits,), (experts,), numbered).item() == expected.item()
+
+
 @pytest.mark.parametrize("estimator", ["sparsemixer_v2", "sparsemixer_v2_star", "gshard", "dense"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_under_autocast_it_stays_in_float32(model, dtype, estimator):
-    model.config.router_aux_loss_coef, model.config.router_estimator = 0.5, estimator
-    ids = torch.arange(20).reshape(2, 10)
-    with torch.autocast("cpu", dtype=dtype):
-        output = model.train()(ids, labels=ids)
-    output.loss.backward()
-    assert output.aux_loss.dtype == torch.float32
-    assert output.aux_loss.item() == pytest.approx(model(ids, labels=ids).aux_loss.item(), rel=0.3)
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+def test_under_autocast_its_gradient_stays_in_float32(model, estimator):
+    model.config.router_estimator = estimator
+    batch = random_batch(0, padding=2)
+    found = []
+    for autocast in (False, True):
+        model.config.router_aux_loss_coef = 0.5
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output = model(**batch, output_router_logits=True)
+        assert output.aux_loss.dtype == torch.float32
+        (0 * output.logits.sum()).backward()
+        found.append(gradients(model)["model.layers.1.block_sparse_moe.gate.weight"])
+    cosine = torch.nn.functional.cosine_similarity(found[0].flatten(), found[1].flatten(), dim=0)
+    assert cosine > 0.99 and found[1].norm().item() == pytest.approx(found[0].norm().item(), rel=0.1)
+
+
+def test_float16_needs_the_loss_scale(model):
+    batch = random_batch(0, padding=2)
+    model.config.router_aux_loss_coef = 0.5
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match="gradient_scale"):
+        model(**batch)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model.begin_step(0, gradient_scale=scaler.get_scale())
+    with torch.autocast("cpu", dtype=torch.float16):
+        output = model(**batch)
+    scaler.scale(0 * output.logits.float().sum()).backward()
+    scaler.unscale_(optimizer)
+    found = gradients(model)
+    model.begin_step(None)
+    expected = gradients_of_the_balance_loss(model, batch)
+    gate = "model.layers.1.block_sparse_moe.gate.weight"
+    assert found[gate].norm().item() == pytest.approx(expected[gate].norm().item(), rel=0.02)
 
 
 def test_a_classifier_learns_with_it_too(model):
     torch.manual_seed(0)
     classifier = GrinMoeForSequenceClassification(model.config).train()
-    ids, labels = torch.arange(20).reshape(2, 10), torch.tensor([0, 1])
-    plain = classifier(ids, labels=labels).loss
-    model.config.router_aux_loss_coef = 0.5
-    balanced = classifier(ids, labels=labels).loss
-    logits, experts = (
-        classifier.model(ids, output_router_logits=True, output_selected_experts=True)[key]
-        for key in ("router_logits", "selected_experts")
-    )
-    assert balanced.item() == pytest.approx((plain + 0.5 * load_balancing_loss(logits, experts)).item(), rel=1e-5)
-    evaluated = classifier.eval()(ids, labels=labels, output_router_logits=True)
-    assert evaluated.loss.item() == pytest.approx(plain.item(), rel=1e-5)
-    assert len(evaluated.router_logits) == 2
-    assert evaluated.aux_loss >= 0.9
+    batch = {**random_batch(0, padding=3), "labels": torch.tensor([0, 1, 1])}
+    plain = classifier(**batch).loss
+    plain.backward()
+    expected = gradients(classifier)
+    for name, gradient in gradients_of_the_balance_loss(classifier, batch).items():
+        expected[name] += gradient
+    output = classifier(**batch, output_router_logits=True)
+    assert output.loss.item() == plain.item()
+    assert output.aux_loss.item() == pytest.approx(balance_by_hand(classifier, batch)[0].item(), rel=1e-6)
+    assert len(output.router_logits) == 2
+    output.loss.backward()
+    assert_gradients_close(gradients(classifier), expected)
+    share = classifier(**batch, num_items_in_batch=12).loss
+    assert share.item() == pytest.approx(3 / 12 * plain.item(), rel=1e-6), "micro-batches add up to the mean"

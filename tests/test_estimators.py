@@ -5,6 +5,7 @@ import torch
 
 from modeling_grin import ROUTER_ESTIMATORS, GrinMoeConfig, GrinMoeForCausalLM, draw_noise, route
 from modeling_grin.modeling_grinmoe import GrinMoeSparseMoeBlock
+from modeling_grin.noise_grinmoe import fold
 
 EPS = 0.4
 TOP_K = {"sparsemixer": 1}
@@ -24,7 +25,7 @@ def make_block(estimator):
         num_experts_per_tok=TOP_K.get(estimator, 2), router_jitter_noise=EPS, input_jitter_noise=0.0,
         router_estimator=estimator, experts_implementation="eager",
     )  # fmt: skip
-    block = GrinMoeSparseMoeBlock(config).double()
+    block = GrinMoeSparseMoeBlock(config, layer_idx=0).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.6, generator=generator)
@@ -71,7 +72,9 @@ def test_sparsemixer_family_equals_its_algorithm(estimator, x, upstream):
 
     torch.manual_seed(7)
     top_k = TOP_K.get(estimator, 2)
-    noise = draw_noise(x @ block.gate.weight.detach().T, top_k)
+    token_keys = torch.empty(len(x), dtype=torch.int64).random_()
+    routing_keys = fold(fold(token_keys, block.layer_idx), 0)
+    noise = draw_noise(x @ block.gate.weight.detach().T, top_k, keys=routing_keys)
     block.zero_grad()
     leaf = x.clone().requires_grad_()
     z, experts = leaf @ block.gate.weight.T / temperature, expert_outputs(block, leaf)

@@ -8,6 +8,7 @@ from transformers.models.phimoe.modeling_phimoe import sparsemixer as stock_spar
 
 from modeling_grin import GrinMoeConfig, RoutingNoise, draw_noise, route
 from modeling_grin.modeling_grinmoe import GrinMoeSparseMoeBlock
+from modeling_grin.noise_grinmoe import fold
 
 EPS = 0.15  # wide enough for several kept experts on random logits
 
@@ -190,7 +191,7 @@ def block():
         hidden_size=16, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1, num_local_experts=5,
         router_jitter_noise=0.3, input_jitter_noise=0.0, experts_implementation="eager",
     )  # fmt: skip
-    block = GrinMoeSparseMoeBlock(config).double()
+    block = GrinMoeSparseMoeBlock(config, layer_idx=0).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.5, generator=generator)
@@ -201,12 +202,11 @@ def test_block_gradients_equal_the_closed_form(block):
     """Gate and experts, draws fixed, float64: the router gets dz from <g, Expert(x)>, the experts c p_D g."""
     hidden = random_logits(num_tokens=24, num_experts=16, seed=4).requires_grad_()
     upstream = random_logits(num_tokens=24, num_experts=16, seed=5)
-    torch.manual_seed(7)
-    output, logits, experts = block.train()(hidden[None])
+    keys = torch.empty(24, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(7))
+    output, logits, experts = block.train()(hidden[None], keys)
     (output[0] * upstream).sum().backward()
 
-    torch.manual_seed(7)
-    noise = draw_noise(logits, 2)
+    noise = draw_noise(logits, 2, keys=fold(fold(keys, block.layer_idx), 0))
     x = hidden.detach()
     gate = block.gate.weight.detach()
     gate_up = block.experts.gate_up_proj.detach().clone().requires_grad_()
@@ -249,7 +249,8 @@ def test_input_jitter_is_unbiased_in_low_precision(block, dtype):
     from modeling_grin.routing_grinmoe import jitter_input
 
     torch.manual_seed(0)
-    jittered = jitter_input(torch.ones(100_000, dtype=dtype), 0.01)
+    keys = torch.empty(1000, dtype=torch.int64).random_()
+    jittered = jitter_input(torch.ones(1000, 100, dtype=dtype), 0.01, keys)
     assert jittered.dtype == dtype
     assert jittered.float().mean().item() == pytest.approx(1.0, abs=1e-4)
 

@@ -1,0 +1,73 @@
+"""Routing noise that is a pure function of (seed, step, layer, token), so that nothing depends on how work was split.
+
+Recomputation in activation checkpointing, the micro-batches of an accumulation window, data-, tensor- and pipeline-
+parallel ranks and a resumed run all draw the same numbers, because nobody's generator is advanced. Each token has a
+64-bit key, which is the seed of a generator of its own: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), whose n-th
+number is a hash of `key + n * GOLDEN_RATIO`. Integers are exact on every device; the numbers are float32.
+
+T = batch x sequence tokens. int64 arithmetic wraps around, as the generator wants.
+"""
+
+import torch
+
+
+def _signed(constant: int) -> int:
+    """A 64-bit constant as the int64 with the same bits."""
+    return constant - (1 << 64)
+
+
+GOLDEN_RATIO = _signed(0x9E3779B97F4A7C15)
+MIX_1, MIX_2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+FLOAT_BITS = 23  # of a uniform number: n + 1/2 is then exact in float32 for every n
+
+
+def _xor_shift(state: torch.Tensor, bits: int) -> torch.Tensor:
+    """A new tensor, `state ^ (state >>> bits)`; int64 shifts its sign in, which the mask takes out again."""
+    return (state >> bits).bitwise_and_((1 << (64 - bits)) - 1).bitwise_xor_(state)
+
+
+def mix(state: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's hash of each int64: every bit of the result depends on every bit of the argument."""
+    return _xor_shift(_xor_shift(_xor_shift(state, 30).mul_(MIX_1), 27).mul_(MIX_2), 31)
+
+
+def fold(keys: torch.Tensor, data: torch.Tensor | int) -> torch.Tensor:
+    """New keys, int64, from `keys` and more data: other data, other keys."""
+    return mix(keys + GOLDEN_RATIO * (torch.as_tensor(data, device=keys.device) + 1))
+
+
+def uniform(keys: torch.Tensor, n: int) -> torch.Tensor:
+    """The first `n` numbers of each key's generator, `[T]` -> `[T, n]`, float32, uniform in the open (0, 1)."""
+    counter = torch.arange(1, (n + 1) // 2 + 1, device=keys.device)  # one hash makes two numbers
+    bits = mix(keys.unsqueeze(-1) + GOLDEN_RATIO * counter).view(torch.int32)[:, :n]
+    numbers = (bits >> (32 - FLOAT_BITS)).bitwise_and_((1 << FLOAT_BITS) - 1)
+    return numbers.float().add_(0.5).mul_(2.0**-FLOAT_BITS)
+
+
+def step_key(seed: int, step: int) -> torch.Tensor:
+    """The key of an optimizer step, int64 scalar on the CPU."""
+    return fold(fold(torch.zeros((), dtype=torch.int64), seed), step)
+
+
+def random_key() -> torch.Tensor:
+    """A key from torch's CPU generator, for who has no step to name: `torch.manual_seed` decides, and resumes, it."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+
+
+def token_keys(key: torch.Tensor, input_ids: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """What identifies a token in a step: the ids of its row up to itself, wherever the row is and however padded.
+
+    Rows with the same ids draw the same numbers in one step, and so do their common beginnings.
+
+    Args:
+        key: `step_key` or `random_key`, int64 scalar.
+        input_ids: `[batch, sequence]`; any integers that tell the rows apart will do.
+        counted: bool `[batch, sequence]`, False for padding.
+
+    Returns:
+        int64 `[T]`.
+    """
+    position = counted.cumsum(dim=-1)
+    tokens = fold(fold(torch.zeros_like(position), position), input_ids)
+    prefix = tokens.masked_fill(~counted, 0).cumsum(dim=-1)
+    return fold(key.to(prefix.device), prefix).reshape(-1)
