@@ -2,22 +2,16 @@
 
 Recomputation in activation checkpointing, the micro-batches of an accumulation window, data-, tensor- and pipeline-
 parallel ranks and a resumed run all draw the same numbers, because nobody's generator is advanced. Each token has a
-64-bit key, which is the seed of a generator of its own: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), whose n-th
-number is a hash of `key + n * GOLDEN_RATIO`. Integers are exact on every device; the numbers are float32.
+64-bit key, which seeds a generator of its own: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), whose n-th number is a
+hash of its seed plus n times a constant. Integers are exact on every device; the numbers are float32.
 
 T = batch x sequence tokens. int64 arithmetic wraps around, as the generator wants.
 """
 
 import torch
 
-
-def _signed(constant: int) -> int:
-    """A 64-bit constant as the int64 with the same bits."""
-    return constant - (1 << 64)
-
-
-GOLDEN_RATIO = _signed(0x9E3779B97F4A7C15)
-MIX_1, MIX_2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+# Odd 64-bit constants, as the int64 with the same bits.
+GOLDEN_RATIO, MIX_1, MIX_2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 FLOAT_BITS = 23  # of a uniform number: n + 1/2 is then exact in float32 for every n
 
 
@@ -26,20 +20,21 @@ def _xor_shift(state: torch.Tensor, bits: int) -> torch.Tensor:
     return (state >> bits).bitwise_and_((1 << (64 - bits)) - 1).bitwise_xor_(state)
 
 
-def mix(state: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's hash of each int64: every bit of the result depends on every bit of the argument."""
+def number(keys: torch.Tensor, n: torch.Tensor | int) -> torch.Tensor:
+    """The `n`-th number, n >= 1, of each key's generator, int64: SplitMix64 seeded with `key * GOLDEN_RATIO`."""
+    state = (keys + n) * GOLDEN_RATIO
     return _xor_shift(_xor_shift(_xor_shift(state, 30).mul_(MIX_1), 27).mul_(MIX_2), 31)
 
 
 def fold(keys: torch.Tensor, data: torch.Tensor | int) -> torch.Tensor:
     """New keys, int64, from `keys` and more data: other data, other keys."""
-    return mix(keys + GOLDEN_RATIO * (torch.as_tensor(data, device=keys.device) + 1))
+    return number(keys, data + 1)
 
 
 def uniform(keys: torch.Tensor, n: int) -> torch.Tensor:
     """The first `n` numbers of each key's generator, `[T]` -> `[T, n]`, float32, uniform in the open (0, 1)."""
     counter = torch.arange(1, (n + 1) // 2 + 1, device=keys.device)  # one hash makes two numbers
-    bits = mix(keys.unsqueeze(-1) + GOLDEN_RATIO * counter).view(torch.int32)[:, :n]
+    bits = number(keys.unsqueeze(-1), counter).view(torch.int32)[:, :n]
     numbers = (bits >> (32 - FLOAT_BITS)).bitwise_and_((1 << FLOAT_BITS) - 1)
     return numbers.float().add_(0.5).mul_(2.0**-FLOAT_BITS)
 
@@ -68,6 +63,5 @@ def token_keys(key: torch.Tensor, input_ids: torch.Tensor, counted: torch.Tensor
         int64 `[T]`.
     """
     position = counted.cumsum(dim=-1)
-    tokens = fold(fold(torch.zeros_like(position), position), input_ids)
-    prefix = tokens.masked_fill(~counted, 0).cumsum(dim=-1)
-    return fold(key.to(prefix.device), prefix).reshape(-1)
+    tokens = fold(fold(key.to(position.device), position), input_ids)
+    return tokens.masked_fill(~counted, 0).cumsum(dim=-1).reshape(-1)

@@ -94,13 +94,14 @@ def test_no_graph_breaks(experts, use_cache):
     assert explanation.graph_count == 1
 
 
-def test_router_logits_compile_in_several_graphs():
-    """transformers collects such outputs under a lock, which breaks the graph; fullgraph=True refuses it."""
+def test_fullgraph_with_router_logits():
     model, ids = build(), random_ids(2, LENGTH)
-    expected = model(ids, output_router_logits=True)
-    outputs = torch.compile(model, backend="aot_eager")(ids, output_router_logits=True)
+    settings = {"output_router_logits": True, "output_selected_experts": True}
+    expected = model(ids, **settings)
+    outputs = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, **settings)
     assert_close(outputs.logits, expected.logits)
     assert_close(torch.stack(outputs.router_logits), torch.stack(expected.router_logits))
+    assert all(map(torch.equal, outputs.selected_experts, expected.selected_experts))
     assert_close(outputs.aux_loss, expected.aux_loss)
 
 
@@ -119,21 +120,47 @@ def test_compiled_generation_with_a_static_cache():
     assert torch.equal(actual, expected)
 
 
+def training_model(**overrides):
+    config = released_config(torch_dtype="float32", router_jitter_noise=0.3, **overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        model = GrinMoeForCausalLM.from_pretrained(write_checkpoint(Path(folder), config, released_tensors(config)))
+    return model.train()
+
+
+def assert_training_steps_equal(model, compiled, num_steps=1):
+    """Loss and every gradient of each step, draws and all."""
+    ids = torch.randint(0, 131, (2, 16), generator=torch.Generator().manual_seed(0))
+    for step in range(num_steps):
+        model.begin_step(step, seed=3, num_tokens=ids.numel())
+        results = []
+        for forward in (model, compiled):
+            model.zero_grad()
+            loss = forward(ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            results.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
+        torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
+        for ours, eager in zip(results[1][1], results[0][1], strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("estimator", ["sparsemixer_v2", "sparsemixer_v2_star", "gshard", "dense"])
 @torch.enable_grad()
 def test_compiled_training_step_equals_eager(estimator):
-    """Loss and every gradient, draws and all, in one graph (aot_eager draws the same random numbers)."""
-    config = released_config(torch_dtype="float32", router_jitter_noise=0.3, router_estimator=estimator)
-    with tempfile.TemporaryDirectory() as folder:
-        model = GrinMoeForCausalLM.from_pretrained(write_checkpoint(Path(folder), config, released_tensors(config)))
-    ids = torch.randint(0, 131, (2, 16), generator=torch.Generator().manual_seed(0))
-    results = []
-    for step in (model.train(), torch.compile(model, backend="aot_eager", fullgraph=True)):
-        model.zero_grad()
-        torch.manual_seed(3)
-        loss = step(ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        results.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
-    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
-    for compiled, eager in zip(results[1][1], results[0][1], strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    model = training_model(router_estimator=estimator)
+    assert_training_steps_equal(model, torch.compile(model, backend="aot_eager", fullgraph=True))
+
+
+@torch.enable_grad()
+def test_inductor_draws_the_same_noise_in_one_graph_for_all_steps():
+    """torch's own generator gives other numbers in inductor; a step's number must not be compiled in."""
+    model = training_model(num_hidden_layers=1)
+    torch._dynamo.utils.counters.clear()
+    assert_training_steps_equal(model, torch.compile(model, fullgraph=True), num_steps=3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@torch.enable_grad()
+def test_compiled_training_step_with_the_balance_loss():
+    """Its sum over ranks is Python's business, for which the graph breaks."""
+    model = training_model(router_aux_loss_coef=0.5)
+    assert_training_steps_equal(model, torch.compile(model, backend="aot_eager"), num_steps=2)

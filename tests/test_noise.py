@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, draw_noise
-from modeling_grin.noise_grinmoe import GOLDEN_RATIO, fold, mix, random_key, step_key, token_keys, uniform
+from modeling_grin.noise_grinmoe import fold, number, random_key, step_key, token_keys, uniform
+
+GOLDEN_RATIO = 0x9E3779B97F4A7C15
 
 
 def splitmix64(seed, n):
@@ -14,7 +16,7 @@ def splitmix64(seed, n):
     word = (1 << 64) - 1
     numbers = []
     for i in range(1, n + 1):
-        z = (seed + i * 0x9E3779B97F4A7C15) & word
+        z = (seed + i * GOLDEN_RATIO) & word
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & word
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & word
         numbers.append(z ^ (z >> 31))
@@ -24,16 +26,15 @@ def splitmix64(seed, n):
 def test_is_the_published_generator():
     # The test vector that ports of SplitMix64 are checked with: seed 1234567.
     assert splitmix64(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    seeds = [1234567, 0, -1, 2**63 - 1, -(2**63)]
-    counter = torch.arange(1, 51)
-    ours = mix(torch.tensor(seeds)[:, None] + GOLDEN_RATIO * counter)
-    for row, seed in zip(ours.tolist(), seeds, strict=True):
-        assert [number % 2**64 for number in row] == splitmix64(seed, 50)
+    keys = [1234567, 0, -1, 2**63 - 1, -(2**63)]
+    ours = number(torch.tensor(keys)[:, None], torch.arange(1, 51))
+    for row, key in zip(ours.tolist(), keys, strict=True):
+        assert [n % 2**64 for n in row] == splitmix64(key * GOLDEN_RATIO, 50)
 
 
 def test_uniform_numbers_are_the_upper_bits_of_each_half():
     numbers = uniform(torch.tensor([42]), 7)
-    expected = [half for z in splitmix64(42, 4) for half in (z & 0xFFFFFFFF, z >> 32)][:7]
+    expected = [half for z in splitmix64(42 * GOLDEN_RATIO, 4) for half in (z & 0xFFFFFFFF, z >> 32)][:7]
     assert numbers.dtype == torch.float32
     assert numbers[0].tolist() == [((half >> 9) + 0.5) / 2**23 for half in expected]
     assert numbers.min() > 0 and numbers.max() < 1
