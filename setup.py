@@ -20,8 +20,11 @@ TRAIN = [
     "accelerate>=1.15",
     "datasets>=5.0",
     "peft>=0.21",
+    "tensorboard>=2.20",
     "trl>=1.16",
 ]
+
+QUANTIZED = ["bitsandbytes>=0.50"]
 
 DEV = [
     "mypy>=2.0",
@@ -44,9 +47,10 @@ setup(
     install_requires=REQUIRES,
     extras_require={
         "train": TRAIN,
+        "quantized": QUANTIZED,
         "flash": ["flash-attn>=2.7"],
         "gguf": ["gguf>=0.17"],
-        "dev": TRAIN + DEV,
+        "dev": TRAIN + QUANTIZED + DEV,
     },
     # The explicit root makes an editable install follow the checkout, new top-level packages included.
     package_dir={"": "."},

@@ -2,17 +2,21 @@
 
 Names are the same but for the experts: a file has one matrix per expert, `experts.{e}.w1.weight` (gate), `w3` (up) and
 `w2` (down); the model has fused parameters, `experts.gate_up_proj` `[E, 2F, H]` (w1 above w3) and `experts.down_proj`
-`[E, H, F]`. Files in the fused layout are read, too. E experts, F intermediate_size, H hidden_size.
+`[E, H, F]`. Files in the fused layout are read, too. Experts of `nn.Linear` modules (`linear_experts_grinmoe.py`) have
+the names of the files. E experts, F intermediate_size, H hidden_size.
 """
 
+import copy
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -24,10 +28,14 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.hub import cached_file
 
+from .linear_experts_grinmoe import is_quantized
+
 # Fused parameter -> the released matrices of each expert that it holds, in this order.
 EXPERT_WEIGHTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
 NEW_TASK_HEAD = "score.weight"
+
+UNQUANTIZED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 
 
 def may_be_new(name: str) -> bool:
@@ -35,10 +43,44 @@ def may_be_new(name: str) -> bool:
     return name == NEW_TASK_HEAD or name.endswith(".output_scale")
 
 
+def released_names(names: Iterable[str], num_experts: int) -> set[str]:
+    """`names`, those of fused experts replaced with the names of the released matrices they hold."""
+    released = set()
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        parts = EXPERT_WEIGHTS.get(attribute)
+        if parts is None:
+            released.add(name)
+        else:
+            released |= {f"{module}.{expert}.{part}.weight" for expert in range(num_experts) for part in parts}
+    return released
+
+
+def refuse_left_out(model: PreTrainedModel, args: tuple) -> None:
+    """Forward hook of a model that a non-strict `load_state_dict` has not filled."""
+    if names := sorted(model._left_out):
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise ValueError(
+            f"{len(names)} tensor(s) of {type(model).__name__} were not in what load_state_dict(strict=False) was "
+            f"given and kept their old values: {shown}. The checkpoint is incomplete or another model's; if the old "
+            "values are wanted, say so by model.load_state_dict(model.state_dict())."
+        )
+
+
+class ExpertConverter(WeightConverter):
+    """Between the released experts and the fused ones; adapters of single experts (`w1.lora_A`) stay what they are.
+
+    peft applies the conversions of a model's type to its adapters, too, and asks nobody whether the model is fused.
+    """
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return (source_key, None) if ".lora_" in source_key else super().rename_source_key(source_key)
+
+
 def register_expert_layout(model_type: str) -> None:
     """Register the released layout with transformers: `from_pretrained` then fuses, `save_pretrained` splits again."""
     mapping = [
-        WeightConverter(
+        ExpertConverter(
             source_patterns=[f".experts.*.{part}.weight" for part in parts],
             target_patterns=f".experts.{name}",
             operations=[MergeModulelist(dim=0)] + [Concatenate(dim=1)] * (len(parts) > 1),
@@ -89,12 +131,70 @@ def fuse_expert_weights(
         missing_keys.extend(key for key in slots if key not in found)
 
 
+def refuse_other_adapters(
+    experts: nn.Module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+) -> None:
+    """`load_state_dict` hook: refuse LoRA weights made for the other kind of expert modules.
+
+    peft loads adapters with `strict=False`: the experts' part would be lost with no more than a warning.
+    """
+    adapters = [key for key in state_dict if key.startswith(prefix) and ".lora_" in key[len(prefix) - 1 :]]
+    if adapters and adapters[0] not in experts.state_dict(prefix=prefix):
+        error_msgs.append(
+            f"{adapters[0]} was trained on other modules than {type(experts).__name__}: load the model with "
+            "experts_implementation='linear' for adapters of w1, w2 and w3, and without it for those of gate_up_proj "
+            "and down_proj."
+        )
+
+
+def describe_unquantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that a quantiser has changed, as it was built: its names and shapes, without storage."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"), init.no_init_weights():
+        return type(model)(config)
+
+
+def set_quantized_matrices_aside(
+    model: PreTrainedModel, found: dict[str, tuple[list[int], str, str]], needed: dict[str, list[int]]
+) -> list[str]:
+    """Take what a quantised checkpoint has instead of matrices out of `found` and `needed`; return what is wrong.
+
+    Of a matrix a quantiser makes tensors beside or under its name, `weight.absmax`, `qweight`, `_weight_scale`, ...:
+    that there are some is what can be said here, and whether they are complete is found when they are read.
+    """
+    prefix = f"{model.base_model_prefix}."
+    unprefixed = {name.removeprefix(prefix): name for name in needed}
+    matrices = {short.removesuffix(".weight") for short, name in unprefixed.items() if len(needed[name]) == 2}
+    problems = []
+    for name, (shape, where, dtype) in list(found.items()):
+        owner = name
+        while owner and owner not in matrices:
+            owner = owner.rpartition(".")[0]
+        if not owner or (name in unprefixed and name != f"{owner}.weight"):
+            continue  # of no matrix, or a bias
+        matrix = unprefixed[f"{owner}.weight"]
+        module = model.get_submodule(matrix.removesuffix(".weight"))
+        replaced = isinstance(module, nn.Linear) and is_quantized(module)
+        whole = name == f"{owner}.weight" and dtype in UNQUANTIZED_DTYPES  # and some quantisers store bytes as floats
+        if not whole or (replaced and shape != needed.get(matrix)):
+            del found[name]
+            needed.pop(matrix, None)
+        elif replaced:
+            problems.append(
+                f"{where} is not quantised: list {owner.rpartition('.')[2]!r} among the modules that the config's "
+                "quantization_config leaves alone"
+            )
+    return problems
+
+
 def check_tensors(model: PreTrainedModel, checkpoint_files: list[str], load_config: LoadStateDictConfig) -> None:
     """Compare the names and shapes in the files' headers with what `model` needs, in either layout of the experts.
 
     Args:
-        load_config: transformers' settings of this load: its renamings (`key_mapping`) are applied first, and with
-            `ignore_mismatched_sizes` the head of a task may have another shape, to be trained anew.
+        load_config: transformers' settings of this load: its renamings (`key_mapping`) are applied first, with
+            `ignore_mismatched_sizes` the head of a task may have another shape, to be trained anew, and of matrices
+            that are quantised in the files some tensor must be there.
 
     Raises:
         ValueError: tensors are missing or mis-shaped, or there are some that the model has no place for (those of
@@ -102,15 +202,18 @@ def check_tensors(model: PreTrainedModel, checkpoint_files: list[str], load_conf
     """
     prefix = f"{model.base_model_prefix}."  # checkpoints of the bare model lack it
     renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
-    found: dict[str, tuple[list[int], str]] = {}  # name without the prefix -> shape, "name in file"
+    found: dict[str, tuple[list[int], str, str]] = {}  # name without the prefix -> shape, "name in file", dtype
     for file in checkpoint_files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 renamed = apply_renamings(name, renamings).removeprefix(prefix)
-                found[renamed] = tensors.get_slice(name).get_shape(), f"{name} in {file}"
+                header = tensors.get_slice(name)
+                found[renamed] = header.get_shape(), f"{name} in {file}", header.get_dtype()
 
     needed: dict[str, list[int]] = {}
-    for name, parameter in model.state_dict().items():
+    quantizer = load_config.hf_quantizer
+    described = model if quantizer is None else describe_unquantized(model)
+    for name, parameter in described.state_dict().items():
         module, _, attribute = name.rpartition(".")
         if attribute in EXPERT_WEIGHTS and name.removeprefix(prefix) not in found:
             num_experts, rows, columns = parameter.shape
@@ -121,9 +224,12 @@ def check_tensors(model: PreTrainedModel, checkpoint_files: list[str], load_conf
         else:
             needed[name] = list(parameter.shape)
 
+    modules = {name.removeprefix(prefix).split(".")[0] for name in needed}
     problems = []
+    if quantizer is not None and quantizer.pre_quantized:
+        problems += set_quantized_matrices_aside(model, found, needed)
     for name, shape in needed.items():
-        found_shape, where = found.pop(name.removeprefix(prefix), (None, ""))
+        found_shape, where, _ = found.pop(name.removeprefix(prefix), (None, "", ""))
         if found_shape is None:
             if not may_be_new(name) and name not in model.all_tied_weights_keys:
                 problems.append(f"{name} is missing")
@@ -131,14 +237,16 @@ def check_tensors(model: PreTrainedModel, checkpoint_files: list[str], load_conf
             problems.append(f"{where} has shape {found_shape}, the config says {shape}")
     # What is left has no place: layers, experts or biases that the config does not know of. The head of another task
     # may be left; this model has no module of its name.
-    modules = {name.removeprefix(prefix).split(".")[0] for name in needed}
     problems += [
         f"{where} is not part of the model that the config describes"
-        for name, (_, where) in found.items()
+        for name, (_, where, _) in found.items()
         if name.split(".")[0] in modules
     ]
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+        if any(name.endswith(".experts.gate_up_proj") for name in found):
+            shown += '. Its experts are fused: load it without experts_implementation="linear" and quantization_config'
+            shown += ", save it with save_pretrained, and load that"
         raise ValueError(f"{len(problems)} tensor(s) of the checkpoint do not fit {type(model).__name__}: {shown}")
 
 

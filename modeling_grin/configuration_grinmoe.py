@@ -58,8 +58,8 @@ class GrinMoeConfig(PreTrainedConfig):
         freeze_router: build and load the routers' weights with `requires_grad=False`. (In a LoRA configuration, leave
             `gate` out of the targets as well.)
         moe_output_scale: whether each mixture's output has a learnt scale per channel, omega of SparseMixer.
-        router_aux_loss_coef: alpha of the load-balance loss (section 3.3), which acts in every backward pass of a model
-            in training: it is attached by autograd inside, and not part of the loss that the model returns.
+        router_aux_loss_coef: alpha of the load-balance loss (section 3.3), which acts in every backward pass of a
+            model in training: attached by autograd inside, it is not part of the loss that the model returns.
         output_router_logits: whether forward passes return `router_logits` and `aux_loss`.
 
     Raises:

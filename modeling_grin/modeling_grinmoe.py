@@ -5,6 +5,7 @@ Shapes: T tokens, H hidden_size, F intermediate_size, E num_local_experts, K num
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,19 +31,47 @@ from transformers.utils.output_capturing import capture_outputs
 from .balance_grinmoe import BalanceLoss, BalanceWindow, counted_tokens, load_balancing_loss
 from .checkpoint_grinmoe import (
     EXPERT_WEIGHTS,
+    ExpertConverter,
     check_tensors,
     find_damaged_files,
     fuse_expert_weights,
     may_be_new,
+    refuse_left_out,
+    refuse_other_adapters,
     register_expert_layout,
+    released_names,
 )
 from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
+from .linear_experts_grinmoe import GrinMoeLinearExperts, check_quantized, keep_trainable, leave_router_out
 from .noise_grinmoe import fold, random_key, step_key, token_keys
 from .routing_grinmoe import Mixture, jitter_input, mix_outputs, route
 
+LINEAR_EXPERTS = "linear"  # the experts_implementation with one `nn.Linear` per matrix
 FUSED_EXPERTS = {"sonicmoe"}  # implementations that do not call `GrinMoeExperts._apply_gate`
 
 END_OF_TEXT_ID, END_OF_TURN_ID = 32000, 32007  # <|endoftext|> and <|end|> of the released tokenizer
+
+
+@dataclass
+class GrinMoeModelOutput(MoeModelOutputWithPast):
+    """transformers' output, and on request each layer's `selected_experts` `[T, K]`."""
+
+    selected_experts: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class GrinMoeCausalLMOutput(MoeCausalLMOutputWithPast):
+    """transformers' output, and on request each layer's `selected_experts` `[T, K]`."""
+
+    selected_experts: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class GrinMoeSequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """transformers' output, and on request `aux_loss` and each layer's `router_logits` `[T, E]`."""
+
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 class GrinMoeAttention(LlamaAttention):
@@ -97,13 +126,16 @@ class GrinMoeSparseMoeBlock(nn.Module):
         self.layer_idx = layer_idx
         self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
         self.freeze_router()
-        self.experts = GrinMoeExperts(config)
+        linear = config._experts_implementation == LINEAR_EXPERTS
+        self.experts = GrinMoeLinearExperts(config) if linear else GrinMoeExperts(config)
+        self.experts.register_load_state_dict_pre_hook(refuse_other_adapters)
         # omega of SparseMixer (arXiv 2310.00811); GRIN does without it (Appendix A.4).
         self.output_scale = nn.Parameter(torch.ones(config.hidden_size)) if config.moe_output_scale else None
 
     def freeze_router(self) -> None:
         """Do what `config.freeze_router` says."""
-        self.gate.requires_grad_(not self.config.freeze_router)
+        for parameter in self.gate.parameters():  # published 4-bit files have quantised routers, which cannot learn
+            parameter.requires_grad_(parameter.is_floating_point() and not self.config.freeze_router)
 
     def mix(self, tokens: torch.Tensor, mixture: Mixture) -> torch.Tensor:
         """Each slot's expert by itself, one slot a row, so that any experts implementation does; then their sum."""
@@ -217,7 +249,28 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         register_expert_layout(cls.config_class.model_type)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As in transformers, but an implementation that would ignore `expert_dropout` is refused."""
+        """As in transformers, and `"linear"`: experts of `nn.Linear` modules, as quantisers need them.
+
+        Raises:
+            ValueError: an implementation that would ignore `expert_dropout`, or a `quantization_config`, or that needs
+                the other kind of modules than the model was built with.
+        """
+        linear = requested_experts == LINEAR_EXPERTS
+        if getattr(self.config, "quantization_config", None) is not None:
+            if requested_experts is not None and not linear:
+                raise ValueError(
+                    f"experts_implementation={requested_experts!r} has fused experts, which quantization_config would "
+                    f"leave as they are; leave it out or use {LINEAR_EXPERTS!r}"
+                )
+            linear = True
+        for module in self.modules():
+            if isinstance(module, GrinMoeLinearExperts if not linear else GrinMoeExperts):
+                raise ValueError(
+                    f"experts_implementation={requested_experts!r} needs other modules than this model was built "
+                    "with; give it to from_pretrained"
+                )
+        if linear:
+            return LINEAR_EXPERTS
         implementation = super().get_correct_experts_implementation(requested_experts)
         if implementation in FUSED_EXPERTS and self.config.expert_dropout > 0:
             raise ValueError(f"experts_implementation={implementation!r} has no dropout; set expert_dropout=0")
@@ -231,6 +284,46 @@ class GrinMoePreTrainedModel(PreTrainedModel):
                 init.normal_(getattr(module, name), std=self.config.initializer_range)
         elif isinstance(module, GrinMoeSparseMoeBlock) and module.output_scale is not None:
             init.ones_(module.output_scale)
+
+    _left_out: set[str] | None = None
+    """After a non-strict `load_state_dict`: what no state dict has brought yet, by the released names."""
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As in torch, in either layout of the experts; but what `strict=False` leaves out is not forgotten.
+
+        Trainer resumes, and loads the best model, with `strict=False` shard by shard, and only warns. Here a tensor
+        that none of the shards has brought is an error in the next forward pass.
+
+        Raises:
+            ValueError: with `strict=False`, `state_dict` has tensors that the model has no place for (another task's
+                head aside).
+        """
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        children = dict(self.named_children())
+        if foreign := [name for name in result.unexpected_keys if name.split(".")[0] in children]:
+            raise ValueError(f"the checkpoint has tensors that {type(self).__name__} lacks: {', '.join(foreign[:5])}")
+        missing = released_names(result.missing_keys, self.config.num_local_experts) - set(self.all_tied_weights_keys)
+        missing = {name for name in missing if not may_be_new(name)}
+        if missing or self._left_out:
+            if self._left_out is None:
+                self.register_forward_pre_hook(refuse_left_out)
+            self._left_out = missing & self._left_out if self._left_out else missing
+        return result
+
+    def load_adapter(self, *args, **kwargs):
+        """As in transformers, but an adapter that fits only in part is an error.
+
+        Raises:
+            ValueError: the adapter has tensors that the model has no place for, or lacks some.
+        """
+        info = super().load_adapter(*args, **kwargs)
+        if names := sorted({*info.unexpected_keys, *info.missing_keys}):
+            raise ValueError(
+                f"the adapter and {type(self).__name__} differ in {len(names)} tensor(s): {', '.join(names[:3])}, ... "
+                "Adapters of w1, w2 and w3 need a model loaded with experts_implementation='linear'; those of "
+                "gate_up_proj and down_proj one without."
+            )
+        return info
 
     def begin_step(
         self,
@@ -272,6 +365,8 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False would load a pickle, which can run any code; convert it first")
         kwargs["use_safetensors"] = True
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = leave_router_out(kwargs["quantization_config"])
         with_loading_info = kwargs.pop("output_loading_info", False)
         try:
             model, info = super().from_pretrained(
@@ -287,9 +382,11 @@ class GrinMoePreTrainedModel(PreTrainedModel):
             raise
         if missing := sorted(key for key in info["missing_keys"] if not may_be_new(key)):
             raise ValueError(f"{pretrained_model_name_or_path} lacks tensors of {cls.__name__}: {', '.join(missing)}")
-        if not getattr(model, "is_quantized", False):
-            # Forget which conversions this checkpoint needed: the released layout is written whatever was read.
-            model._weight_conversions = None
+        # Forget which conversions this checkpoint needed: the released layout is written whatever was read.
+        model._weight_conversions = None
+        if getattr(model, "is_quantized", False):
+            check_quantized(model)
+            keep_trainable(model)
         for module in model.modules():
             if isinstance(module, GrinMoeSparseMoeBlock):
                 module.freeze_router()  # once more: loading has made new parameters
@@ -299,8 +396,13 @@ class GrinMoePreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # Only where a whole model is read: `expected_keys` are those of an adapter.
         whole = expected_keys is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors")
-        if whole and not load_config.is_quantized:
+        if whole:
             check_tensors(model, checkpoint_files, load_config)
+        if model.config._experts_implementation == LINEAR_EXPERTS:
+            if (model._tp_size or 1) > 1:
+                raise ValueError("tensor parallelism shards fused experts only: load without a quantization_config")
+            mapping = [entry for entry in load_config.weight_mapping or [] if not isinstance(entry, ExpertConverter)]
+            load_config = replace(load_config, weight_mapping=mapping)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
 
@@ -368,7 +470,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         output_selected_experts: bool = False,
         loss_share: torch.Tensor | None = None,
         **kwargs,
-    ) -> MoeModelOutputWithPast:
+    ) -> GrinMoeModelOutput:
         """
         Args:
             input_ids: `[batch, sequence]`, or `inputs_embeds` `[batch, sequence, H]` instead.
@@ -436,14 +538,14 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         if learning and self.routing_observer is not None:
             self.routing_observer(tuple(z.detach() for z in router_logits), selected_experts, counted.reshape(-1))
 
-        output = MoeModelOutputWithPast(
+        if balance is not None:  # a trainer's own balance loss on them would come on top of the one that acts inside
+            router_logits = tuple(logits.detach() for logits in router_logits)
+        return GrinMoeModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
             router_logits=router_logits if output_router_logits else None,
+            selected_experts=selected_experts if output_selected_experts else None,
         )
-        if output_selected_experts:
-            output["selected_experts"] = selected_experts
-        return output
 
 
 class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
@@ -473,7 +575,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         output_selected_experts: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> GrinMoeCausalLMOutput:
         """
         Args:
             labels: `[batch, sequence]`, -100 where no prediction is asked; shifted inside.
@@ -490,9 +592,14 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         config = self.config
         if output_router_logits is None:
             output_router_logits = config.output_router_logits
-        loss_share = None
-        if self.training and labels is not None and kwargs.get("num_items_in_batch") is not None:
-            loss_share = (labels[..., 1:] != -100).sum() / kwargs["num_items_in_batch"]
+        loss_share = items = None
+        if labels is not None:
+            items = labels[..., 1:] != -100
+        elif input_ids is not None:  # a trainer that has a loss of its own keeps the labels; tokens stand in for them
+            batch_size, length = input_ids.shape
+            items = counted_tokens(attention_mask, batch_size, length, input_ids.device)
+        if self.training and items is not None and kwargs.get("num_items_in_batch") is not None:
+            loss_share = (items.sum() / kwargs["num_items_in_batch"]).clamp(max=1)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -514,7 +621,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         if output_router_logits:
             with torch.no_grad():
                 aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)
-        output = MoeCausalLMOutputWithPast(
+        return GrinMoeCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
@@ -522,10 +629,8 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            selected_experts=outputs.selected_experts if output_selected_experts else None,
         )
-        if output_selected_experts:
-            output["selected_experts"] = outputs.selected_experts
-        return output
 
     def create_masks_for_generate(
         self, config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs
@@ -579,7 +684,7 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
         labels: torch.Tensor | None = None,
         output_router_logits: bool | None = None,
         **kwargs,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> GrinMoeSequenceClassifierOutput:
         """
         Args:
             attention_mask: `[batch, sequence]`, 0 for padding on either side. Without one, the last token that is not
@@ -621,18 +726,19 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=config)
             if loss_share is not None:  # the mean over an accumulation window, and not over this micro-batch
                 loss = loss * loss_share
-        output = SequenceClassifierOutputWithPast(
+        aux_loss = None
+        if output_router_logits:
+            with torch.no_grad():
+                aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)
+        return GrinMoeSequenceClassifierOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            aux_loss=aux_loss,
+            router_logits=outputs.router_logits,
         )
-        if output_router_logits:
-            with torch.no_grad():
-                aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)
-            output["aux_loss"], output["router_logits"] = aux_loss, outputs.router_logits
-        return output
 
 
 __all__ = ["GrinMoeForCausalLM", "GrinMoeForSequenceClassification", "GrinMoeModel", "GrinMoePreTrainedModel"]

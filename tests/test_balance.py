@@ -9,6 +9,7 @@ from modeling_grin import (
     GrinMoeForSequenceClassification,
     load_balancing_loss,
 )
+from modeling_grin.balance_grinmoe import BalanceLoss, BalanceWindow
 
 
 def one_hot_logits(experts, num_experts):
@@ -184,6 +185,35 @@ def test_fractions_of_a_step_grow_with_its_micro_batches(model):
     assert torch.equal(counts, torch.stack([(sum(sizes) * 2 * f).round().long() for f in whole])), "left as given"
 
 
+def test_bound_of_what_later_micro_batches_would_change():
+    """Per token, in L1: alpha n / N times the unseen share of the step times half the range of f's difference."""
+    generator = torch.Generator().manual_seed(0)
+    num_experts, sizes = 8, [30, 50, 20]
+    alpha, total = 0.7, sum(sizes)
+    logits = [2 * torch.randn(size, num_experts, generator=generator) for size in sizes]
+    counts = [torch.bincount(z.topk(2).indices.flatten(), minlength=num_experts)[None] for z in logits]
+    known, running = BalanceWindow(total, sum(counts)), BalanceWindow(total)
+    tightest = 0.0
+    for m, z in enumerate(logits):
+        running.add(counts[m].clone())
+        window_of = {"known": known, "running": running}
+        gradient = {
+            name: BalanceLoss(alpha, 1, num_experts, window, torch.ones(len(z), dtype=torch.bool), None).gradient(z, 0)
+            for name, window in window_of.items()
+        }
+        error = (gradient["running"] - gradient["known"]).abs().sum(-1)
+        unseen = sum(sizes[m + 1 :]) / total
+        if unseen == 0:
+            assert error.max() < 1e-8, "the last one knows everything"
+            continue
+        seen, later = sum(counts[: m + 1])[0], sum(counts[m + 1 :])[0]
+        difference = seen / seen.sum() - later / later.sum()
+        bound = alpha * num_experts / total * unseen * (difference.max() - difference.min()) / 2
+        assert (error <= bound * (1 + 1e-5)).all()
+        tightest = max(tightest, (error / bound).max().item())
+    assert tightest > 0.7, "and it is no idle bound"
+
+
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 5])
 def test_micro_batches_of_equal_routing_add_up_to_the_whole_step(model, num_micro_batches):
     batch = random_batch(0, padding=3)
@@ -200,9 +230,12 @@ def test_without_a_step_a_micro_batch_acts_by_its_share_of_the_labels(model):
     batch = random_batch(0, padding=3)
     expected = gradients_of_the_balance_loss(model, batch)
     labels = (batch["labels"][:, 1:] != -100).sum()
-    for _ in range(4):
-        found = gradients(model)
-        (0 * model(**batch, num_items_in_batch=4 * labels).loss).backward()
+    (0 * model(**batch, num_items_in_batch=4 * labels).loss).backward()
+    found = gradients(model)
+    assert_gradients_close({name: 4 * found[name] for name in expected}, expected)
+    # Label smoothing keeps the labels from the model; tokens stand in, here as many as there would be labels.
+    tokens = batch["attention_mask"].sum()
+    (0 * model(**{**batch, "labels": None}, num_items_in_batch=4 * tokens).logits.sum()).backward()
     found = gradients(model)
     assert_gradients_close({name: 4 * found[name] for name in expected}, expected)
 

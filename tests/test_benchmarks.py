@@ -10,7 +10,7 @@ import typer
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from benchmarks import estimators, routing_cost
+from benchmarks import callback_cost, estimators, quantized_memory, routing_cost
 from modeling_grin.tokenization_grinmoe import GrinMoeTokenizer
 
 
@@ -86,6 +86,31 @@ def test_routing_cost_measures_time_and_memory(results):
     assert "gshard top-1" in output
     rows = [line for line in results.read_text().splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + len(routing_cost.VARIANTS) - 1 and "dense" not in results.read_text()
+
+
+def test_callback_cost_compares_steps_and_times_their_parts(results):
+    app = typer.Typer()
+    app.command()(callback_cost.main)
+    sizes = ["--hidden-size", 64, "--intermediate-size", 16, "--experts", 4, "--layers", 1, "--tokens", 64]
+    output = invoke(app, *sizes, "--rounds", 2, "--dtype", "float32", "--record")
+    assert "callback, each picture" in output
+    rows = [line.split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")]
+    times = [float(row[1].removesuffix(" ms")) for row in rows[3:]]
+    assert len(times) == 4 and min(times) > 0
+
+
+@pytest.mark.slow
+def test_quantized_memory_counts_bytes_and_loads(results, monkeypatch):
+    names = ("bfloat16, fused", "4 bits (nf4)")
+    monkeypatch.setattr(quantized_memory, "MODES", {name: quantized_memory.MODES[name] for name in names})
+    app = typer.Typer()
+    app.command()(quantized_memory.main)
+    sizes = ["--hidden-size", 64, "--intermediate-size", 64, "--experts", 4, "--layers", 1]
+    invoke(app, *sizes, "--record")
+    rows = [line.split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
+    # Per 64 numbers: 32 bytes and a float32 scale; per matrix: 16 float32 values of the code, 78 bytes of metadata.
+    assert [row[2] for row in rows] == ["2.000", f"{(64 / 2 + 4) / 64 + (64 + 78) / 64**2:.3f}"]
+    assert rows[0][1] == "2.000" and float(rows[1][1]) < 2
 
 
 def test_peak_memory_counts_what_is_held_at_a_time():

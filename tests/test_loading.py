@@ -353,6 +353,38 @@ def test_load_sharded_checkpoint(released, fresh):
     assert_holds(fresh, TENSORS)
 
 
+@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize(
+    "lost", [f"{EXPERT}.w1.weight", "model.layers.0.block_sparse_moe.gate.weight", "lm_head.bias"]
+)
+def test_what_a_non_strict_load_leaves_out_is_an_error_when_the_model_is_used(fresh, lost, num_parts):
+    """Trainer only warns of it when it resumes, from one file or shard by shard."""
+    names = [name for name in TENSORS if name != lost]
+    for part in range(num_parts):
+        fresh.load_state_dict({name: TENSORS[name] for name in names[part::num_parts]}, False)
+    with pytest.raises(ValueError, match=rf"1 tensor\(s\) of GrinMoeForCausalLM .*: {lost}\. "):
+        logits(fresh)
+    fresh.load_state_dict({lost: TENSORS[lost]}, strict=False)
+    assert_holds(fresh, TENSORS)
+    logits(fresh)
+
+
+def test_a_partial_load_that_is_wanted_can_be_said_to_be(fresh):
+    fresh.load_state_dict({f"{EXPERT}.w1.weight": TENSORS[f"{EXPERT}.w1.weight"]}, strict=False)
+    with pytest.raises(ValueError, match="kept their old values"):
+        logits(fresh)
+    fresh.load_state_dict(fresh.state_dict())
+    logits(fresh)
+
+
+def test_a_non_strict_load_refuses_what_the_model_has_no_place_for(fresh):
+    given = {**TENSORS, f"{EXPERT}.gate_proj.weight": torch.ones(24, 32)}
+    with pytest.raises(ValueError, match=rf"GrinMoeForCausalLM lacks: {EXPERT}.gate_proj.weight"):
+        fresh.load_state_dict(given, strict=False)
+    fresh.load_state_dict({**TENSORS, "score.weight": torch.ones(2, 32)}, strict=False)  # another task's head
+    logits(fresh)
+
+
 # The full size, on the meta device
 
 

@@ -79,7 +79,7 @@ def test_tested_versions_satisfy_the_declared_ranges(metadata):
 
 
 def test_extras(metadata):
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "flash", "gguf", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "quantized", "flash", "gguf", "dev"}
 
 
 OUTSIDE = """

@@ -1,0 +1,129 @@
+"""The experts as one `nn.Linear` per matrix, the layout that quantisers and LoRA understand; and quantised loading.
+
+bitsandbytes, torchao and the like replace `nn.Linear` and leave 3-D parameters alone, which are 95 % of a GRIN-MoE.
+With `experts_implementation="linear"`, which a `quantization_config` implies, a model has the modules of this file in
+the place of `GrinMoeExperts`. Their tensors have the released names, `experts.{e}.w1.weight`, and need no conversion.
+Shapes: T tokens, H hidden_size, F intermediate_size, E num_local_experts, K num_experts_per_tok.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from .configuration_grinmoe import GrinMoeConfig
+
+# What a quantisation config calls its list of modules to leave alone -> how the router is written there: names of
+# modules are compared, or names of parameters, for which the whole path is needed.
+SKIP_LISTS = {"llm_int8_skip_modules": "gate", "skip_modules": "gate", "modules_to_not_convert": r".*\.gate"}
+HEADS = ("lm_head", "score")  # left alone, too, unless the user has a list of his own
+
+
+class GrinMoeLinearExpert(nn.Module):
+    """One expert, a SwiGLU network `w2(act(w1 x) * (w3 x))`."""
+
+    def __init__(self, config: GrinMoeConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.expert_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[tokens, H] -> [tokens, H]`."""
+        return self.w2(self.dropout(self.act_fn(self.w1(hidden_states)) * self.w3(hidden_states)))
+
+
+class GrinMoeLinearExperts(nn.ModuleList):
+    """All experts of a layer; computes what `GrinMoeExperts` computes."""
+
+    def __init__(self, config: GrinMoeConfig):
+        super().__init__(GrinMoeLinearExpert(config) for _ in range(config.num_local_experts))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`[T, H]`, chosen experts `[T, K]` and their weights `[T, K]` -> `[T, H]`."""
+        output = torch.zeros_like(hidden_states)
+        # Where gradients are wanted experts without a token run, too: their parameters then get zeros instead of no
+        # gradient, as fused ones do and as data-parallel training expects.
+        experts = range(len(self)) if torch.is_grad_enabled() else top_k_index.unique().tolist()
+        for expert in experts:
+            token, slot = torch.where(top_k_index == expert)
+            expert_output = self[expert](hidden_states[token]) * top_k_weights[token, slot, None]
+            output.index_add_(0, token, expert_output.to(output.dtype))
+        return output
+
+
+def leave_router_out(quantization_config: Any) -> Any:
+    """A copy of a quantisation config (an object or a dict) that leaves the routers alone and, unless it has a list
+    of modules to leave alone already, the heads.
+
+    Routing is a comparison of nearly equal numbers, and a router is one matrix of E rows per layer. The list is saved
+    with the config, so that whoever reads the checkpoint knows what is not quantised.
+    """
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    quantization_config = copy.deepcopy(quantization_config)
+    for field, router in SKIP_LISTS.items():
+        if hasattr(quantization_config, field):
+            skipped = getattr(quantization_config, field)
+            skipped = list(HEADS) if skipped is None else list(skipped)
+            setattr(quantization_config, field, skipped + [router] * (router not in skipped))
+    return quantization_config
+
+
+def is_quantized(linear: nn.Module) -> bool:
+    """Whether a linear layer's weights are no longer a plain matrix."""
+    return type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter
+
+
+def check_quantized(model: PreTrainedModel) -> None:
+    """Check what a quantiser has made of a model.
+
+    Raises:
+        ValueError: it has left experts as they were, which nobody had asked for, or has quantised the routers while
+            loading; or the checkpoint's quantised matrices have other shapes than the config says.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)  # bitsandbytes' 4-bit weights
+        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+            raise ValueError(
+                f"{name}.weight of the checkpoint was quantised from shape {list(state.shape)}, the config says "
+                f"{[module.out_features, module.in_features]}"
+            )
+    if model.hf_quantizer.pre_quantized:
+        return
+    config = model.config.quantization_config
+    method = getattr(config.quant_method, "value", config.quant_method)
+    skipped = [pattern for field in SKIP_LISTS for pattern in getattr(config, field, None) or []]
+    for name, module in model.named_modules():
+        if isinstance(module, GrinMoeLinearExpert):
+            for part in ("w1", "w2", "w3"):
+                path = f"{name}.{part}"
+                if not is_quantized(getattr(module, part)) and should_convert_module(path, skipped):
+                    raise ValueError(
+                        f"quantization_config ({method}) has left {path} as it was: choose a method or a group size "
+                        f"that takes {module.w1.out_features} x {module.w1.in_features} matrices, or list the module "
+                        "among those to leave alone"
+                    )
+        elif name.endswith("block_sparse_moe.gate") and is_quantized(module):
+            raise ValueError(f"quantization_config ({method}) has quantised the router {name}; it must be left alone")
+
+
+def keep_trainable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in the first forward pass of `eval()`.
+
+    On CPUs with AVX512-BF16 it does so for speed, for good, and the repacked weights have no gradient with respect to
+    the input: training after an evaluation would fail, or leave the layers below without gradients. It also fails
+    where the input width is not a multiple of the block size.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
