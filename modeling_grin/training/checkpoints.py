@@ -1,0 +1,103 @@
+"""Trainer's checkpoint folders: which are complete, and what the others lack.
+
+A run that is killed while it saves leaves a folder that looks like the newest checkpoint. Files are judged by their
+headers and directories, which are written first (safetensors) or last (torch.save's zip archives): a file that was cut
+off anywhere is found, without reading its tensors.
+"""
+
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+
+from transformers import TrainerState
+
+from ..checkpoint_grinmoe import is_readable
+
+# Checkpoints are written in here, and moved out when they are complete. The name is one that Trainer neither takes for
+# a checkpoint nor uploads to the Hub (`_*`).
+STAGING_FOLDER = "_incomplete"
+
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "*/adapter_model.safetensors",
+    "pytorch_model_fsdp.bin",
+    "pytorch_model_fsdp_*/.metadata",  # a sharded checkpoint's last file
+)
+# What Trainer saves beside the weights unless `save_only_model`.
+TRAINING_STATE = {
+    "optimizer.pt": ("optimizer.pt", "optimizer.bin", "optimizer_*/.metadata"),
+    "scheduler.pt": ("scheduler.pt",),
+    "rng_state.pth": ("rng_state*.pth",),
+}
+
+
+def find_problems(checkpoint: str | os.PathLike) -> list[str]:
+    """What keeps a folder from being a complete Trainer checkpoint, a few words each; none: it is complete."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return ["there is no such folder"]
+    problems = []
+
+    def has_any(patterns: tuple[str, ...]) -> bool:
+        return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+    if not has_any(WEIGHTS):
+        problems.append("model.safetensors (or its index, or an adapter's) is missing")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and is_readable(index):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        problems += [f"{shard} is missing" for shard in sorted(shards) if not (folder / shard).is_file()]
+
+    has_state = {name: has_any(patterns) for name, patterns in TRAINING_STATE.items()}
+    if any(has_state.values()):  # else only the model was saved
+        problems += [f"{name} is missing" for name, found in has_state.items() if not found]
+    ranks = [int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"rng_state_(\d+)\.pth", path.name))]
+    if ranks:  # several processes, so two of them at least
+        absent = set(range(max(2, max(ranks) + 1))) - set(ranks)
+        problems += [f"rng_state_{rank}.pth is missing" for rank in sorted(absent)]
+
+    damaged = [path for path in sorted(folder.rglob("*.safetensors*")) if not is_readable(path)]
+    archives = [path for pattern in ("*.pt", "*.pth", "*.bin") for path in sorted(folder.glob(pattern))]
+    damaged += [path for path in archives if not zipfile.is_zipfile(path)]
+    problems += [f"{path.relative_to(folder)} is cut off or damaged" for path in damaged]
+
+    state = folder / "trainer_state.json"  # Trainer writes it last
+    try:
+        TrainerState.load_from_json(str(state))
+    except FileNotFoundError:
+        problems.append(f"{state.name} is missing")
+    except (ValueError, TypeError):
+        problems.append(f"{state.name} is cut off or damaged")
+    return problems
+
+
+def has_only_the_model(checkpoint: str | os.PathLike) -> bool:
+    """Whether a complete checkpoint was saved with `save_only_model`."""
+    return not any(Path(checkpoint).glob("scheduler.pt"))
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> tuple[str | None, dict[str, list[str]]]:
+    """The complete checkpoint of the latest step in a run's folder, and what each incomplete one lacks.
+
+    Returns:
+        The path, None where there is none; and path -> `find_problems` of the checkpoints that are incomplete or were
+        never finished.
+    """
+    checkpoints = {
+        int(match[1]): path
+        for path in Path(output_dir).glob("checkpoint-*")
+        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    complete, incomplete = None, {}
+    for step in sorted(checkpoints, reverse=True):
+        if problems := find_problems(checkpoints[step]):
+            incomplete[str(checkpoints[step])] = problems
+        elif complete is None:
+            complete = str(checkpoints[step])
+    for path in sorted(Path(output_dir, STAGING_FOLDER).glob("checkpoint-*")):
+        incomplete[str(path)] = ["saving it was interrupted"]
+    return complete, incomplete

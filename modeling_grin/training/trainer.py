@@ -1,0 +1,246 @@
+"""What training GRIN-MoE needs of `transformers.Trainer`: steps that the model knows of, and whole checkpoints.
+
+A mixin over Trainer's hooks, so that it fits `trl`'s trainers too (`trl_trainers.py`). The model does the rest:
+routing noise and load-balance loss are functions of the optimizer step (`GrinMoePreTrainedModel.begin_step`).
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+from transformers import Trainer
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
+
+from ..balance_grinmoe import count_experts, counted_tokens
+from ..checkpoint_grinmoe import check_tensors
+from .checkpoints import STAGING_FOLDER, find_problems, has_only_the_model, last_complete_checkpoint
+from .checks import check_dataset, check_sequence_length
+
+logger = logging.get_logger(__name__)
+
+# What batches hold for the loss alone, in Trainer and in trl.
+LOSS_INPUTS = {"labels", "shift_labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+if TYPE_CHECKING:  # checked as a part of what it is mixed into
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class GrinMoeTrainerMixin(_Base):
+    """Put before `Trainer` or a subclass of it: `class MyTrainer(GrinMoeTrainerMixin, Trainer)`.
+
+    - Each optimizer step is announced to the model, with the number of its tokens over all micro-batches and ranks:
+      routing noise does not depend on how a batch was split, and the load-balance loss is that of the whole step.
+    - A checkpoint gets its name when it is complete. `train(resume_from_checkpoint=True)` takes the newest complete
+      one and names the others; an incomplete one is refused, as is one that lacks tensors of the model. Several
+      machines need a folder that all of them share, or `save_on_each_node`.
+    - Batches without labels and sequences beyond the model's context are errors.
+
+    Args:
+        exact_balance: count the experts of all micro-batches before the first backward pass, so that gradient
+            accumulation gives the load-balance loss of the whole batch exactly; otherwise each micro-batch knows those
+            up to itself. Costs one more forward pass for each micro-batch; for language models.
+        Others as in the trainer.
+
+    Raises:
+        ValueError: an empty dataset; from `train`, a step without labels, a sequence that is too long, context or
+            sequence parallelism, and the checkpoints above.
+    """
+
+    # Whether a step whose labels are all masked has a finite loss. If so, one is an error only where a run starts.
+    steps_without_labels_are_finite = False
+
+    def __init__(self, *args, exact_balance: bool = False, **kwargs):
+        self.exact_balance = exact_balance
+        self._uncounted: list[dict[str, Any]] = []  # the step's batches, where their experts are yet to be counted
+        self._staging: str | None = None  # stands in for the run's folder while a checkpoint is written
+        train_dataset = kwargs.get("train_dataset")
+        if hasattr(train_dataset, "__len__"):
+            check_dataset(train_dataset, (), "train_dataset")
+        super().__init__(*args, **kwargs)
+
+    # ---- Steps ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The batches of the next optimizer step, announced to the model."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_tokens = self._check_window(batches, num_items_in_batch)
+        # All ranks, not only those with data of their own, are the group: tensor-parallel ranks count the same tokens
+        # again, in the counts as in `num_tokens`, and the ratio is what matters.
+        scaler = self.accelerator.scaler
+        self._step = {
+            "step": self.state.global_step,
+            "seed": self.args.seed,
+            "num_tokens": num_tokens,
+            "gradient_scale": 1.0 if scaler is None else scaler.get_scale(),
+        }
+        self._grin_model.begin_step(**self._step)
+        self._uncounted = batches if self.exact_balance and len(batches) > 1 else []
+        return batches, num_items_in_batch
+
+    @property
+    def _grin_model(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _check_window(self, batches: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None) -> int:
+        """The tokens of a step's batches over all ranks; raises, on all of them alike, where they cannot be used."""
+        if self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError(
+                "context and sequence parallelism split the rows that routing noise is a function of: use data or "
+                "tensor parallelism"
+            )
+        longest = 0
+        num_tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        for batch in batches:
+            mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+            num_tokens += batch["input_ids"].numel() if mask is None else (mask != 0).sum()
+            # Rows may be several sequences one after the other, each with positions from 0.
+            length = batch["input_ids"].shape[-1] if positions is None else int(positions.max()) + 1
+            longest = max(longest, length)
+        num_labels = 1 if num_items_in_batch is None or not batches else int(num_items_in_batch)
+        of_rank = torch.tensor([num_tokens, longest, num_labels], device=self.args.device)
+        of_ranks = self.accelerator.gather(of_rank[None])  # [ranks, 3]
+
+        check_sequence_length(int(of_ranks[:, 1].max()), self._grin_model.config, "the length of a sequence")
+        is_first = self.state.global_step == self._initial_global_step
+        if of_ranks[:, 2].min() == 0 and (is_first or not self.steps_without_labels_are_finite):
+            raise ValueError(
+                f"step {self.state.global_step + 1}: all labels of the batch are masked (-100), so there is nothing "
+                "to learn; look at the label masks and at how sequences are cut"
+            )
+        return int(of_ranks[:, 0].sum())
+
+    def training_step(self, model: nn.Module, *args, **kwargs) -> torch.Tensor:
+        if self._uncounted:
+            self._grin_model.begin_step(**self._step, expert_counts=self._count_experts(self._uncounted))
+            self._uncounted = []
+        return super().training_step(model, *args, **kwargs)
+
+    @torch.no_grad()
+    def _count_experts(self, batches: list[dict[str, Any]]) -> torch.Tensor:
+        """How often the step's forward passes, over all ranks, will choose each expert, int64 `[layers, experts]`."""
+        model, device = self._grin_model, self.args.device
+        config = model.config
+        num_layers, num_experts = config.num_hidden_layers, config.num_local_experts
+        total = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        model.train()
+        # Dropout and the like are drawn from the generators: restored, the passes with a gradient draw the same.
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            for batch in batches:
+                inputs = self._prepare_inputs({key: batch[key] for key in batch if key not in LOSS_INPUTS})
+                outputs = model(**inputs, use_cache=False, logits_to_keep=1, output_selected_experts=True)
+                batch_size, length = inputs["input_ids"].shape
+                counted = counted_tokens(inputs.get("attention_mask"), batch_size, length, device).reshape(-1)
+                for layer, experts in enumerate(outputs["selected_experts"]):
+                    total[layer] += count_experts(experts, counted.to(experts.device), num_experts).to(device)
+        return self.accelerator.gather(total[None]).sum(dim=0)
+
+    # ---- Checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As `Trainer.train`.
+
+        Raises:
+            ValueError: there is nothing to resume from, or it is incomplete. Others as for the class.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint, incomplete = last_complete_checkpoint(self.args.output_dir)
+            for path, problems in incomplete.items():
+                logger.warning(f"{path} is not a complete checkpoint and is passed over: {', '.join(problems)}")
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} has no complete checkpoint to resume from")
+        elif resume_from_checkpoint and (problems := find_problems(resume_from_checkpoint)):
+            raise ValueError(
+                f"{resume_from_checkpoint} is not a complete checkpoint: {', '.join(problems)}; "
+                "train(resume_from_checkpoint=True) takes the newest complete one"
+            )
+        if resume_from_checkpoint and has_only_the_model(resume_from_checkpoint):
+            logger.warning(f"{resume_from_checkpoint} has the model only: optimizer and learning rate start anew")
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._grin_model.begin_step(None)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else the folder is about to be moved
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's own save, into a folder that is then moved to the checkpoint's name by one rename."""
+        run_dir = self._get_output_dir(trial)
+        staging = os.path.join(run_dir, STAGING_FOLDER)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        written, checkpoint = os.path.join(staging, name), os.path.join(run_dir, name)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed; nothing could resume from it
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+
+        # What Trainer could not do there: see the run's other checkpoints.
+        if self.state.best_global_step:
+            best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if best == checkpoint or os.path.isdir(best):
+                self.state.best_model_checkpoint = best
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+            if os.path.isdir(checkpoint):  # of an earlier run: saved again, or incomplete
+                os.rename(checkpoint, os.path.join(staging, "replaced"))
+            os.rename(written, checkpoint)
+            shutil.rmtree(staging, ignore_errors=True)
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._check_tensors(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._check_tensors(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def _check_tensors(self, checkpoint: str) -> None:
+        """Raise ValueError unless a checkpoint has exactly the tensors of the model, or of its adapters."""
+        model, folder = self._grin_model, Path(checkpoint)
+        if not isinstance(model, PeftModel):
+            if files := sorted(str(path) for path in folder.glob("*.safetensors")):  # else FSDP's own, strict anyway
+                check_tensors(model, files, LoadStateDictConfig())
+            return
+        adapters = {path.parent.name: path for path in folder.glob(f"*/{ADAPTER_WEIGHTS}")}
+        if (folder / ADAPTER_WEIGHTS).is_file():
+            adapters["default" if adapters else model.active_adapters[0]] = folder / ADAPTER_WEIGHTS
+        for adapter, path in adapters.items():
+            with safe_open(path, framework="pt") as tensors:
+                found = set(tensors.keys())
+            if differing := sorted(found ^ set(get_peft_model_state_dict(model, adapter_name=adapter))):
+                raise ValueError(
+                    f"{path} and the adapter {adapter!r} of the model differ in {len(differing)} tensor(s): "
+                    f"{', '.join(differing[:5])}"
+                )
+
+
+class GrinMoeTrainer(GrinMoeTrainerMixin, Trainer):
+    """`transformers.Trainer` with `GrinMoeTrainerMixin`."""

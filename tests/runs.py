@@ -1,0 +1,171 @@
+"""Small training runs, in one process or under torchrun: `runs.py FOLDER CASES.json` runs every case.
+
+A case is a dict of `name` and the arguments of `train_case` or, with `resumed_at`, of `resume_case`. What that
+returns goes to `FOLDER/{name}-{rank}.pt`.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import released_config, released_tensors
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from modeling_grin.training import GrinMoeTrainer
+
+ROWS, LENGTH, GLOBAL_BATCH, STEPS = 16, 12, 8, 2
+LEARNING_RATE = 0.2  # large, so that the update can be told from rounding
+COEFFICIENT = 1.0
+
+
+def make_model(seed: int = 3, **overrides) -> GrinMoeForCausalLM:
+    """A tiny model with random weights, no zeros and no unit norms; deterministic routing unless `overrides` say."""
+    settings = {"torch_dtype": "float32", "router_jitter_noise": 0.0, "input_jitter_noise": 0.0,
+                "router_aux_loss_coef": COEFFICIENT}  # fmt: skip
+    values = released_config(**{**settings, **overrides})
+    model = GrinMoeForCausalLM(GrinMoeConfig(**values))
+    model.load_state_dict(released_tensors(values, seed))
+    return model
+
+
+class Rows(Dataset):
+    """Rows of different lengths, padded left or right, each with other labels masked.
+
+    `alike`: one token over and over. Attention averages equal values, so every token of every row is routed alike,
+    and any micro-batches have the same routing fractions. `various`: random tokens.
+    """
+
+    def __init__(self, kind: str, num_rows: int = ROWS):
+        generator = torch.Generator().manual_seed(11)
+        self.rows = []
+        for row in range(num_rows):
+            size = int(torch.randint(4, LENGTH + 1, (), generator=generator))
+            ids = torch.randint(5, 131, (size,), generator=generator)
+            if kind.startswith("alike"):
+                ids[:] = 17
+            masked = torch.rand(size, generator=generator) < 0.4
+            masked[size // 2] = False  # one label at least
+            if kind == "alike_equal_labels":
+                masked[:] = True
+                masked[-2:] = False
+            labels = ids.masked_fill(masked, -100)
+            pad = (LENGTH - size, 0) if row % 2 else (0, LENGTH - size)
+            self.rows.append(
+                {
+                    "input_ids": torch.nn.functional.pad(ids, pad, value=2),
+                    "attention_mask": torch.nn.functional.pad(torch.ones_like(ids), pad),
+                    "labels": torch.nn.functional.pad(labels, pad, value=-100),
+                }
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.rows[index]
+
+
+def make_trainer(
+    output_dir, model, data="various", accumulation=1, micro_batch=8, trainer_class=GrinMoeTrainer, callbacks=None,
+    exact_balance=None, eval_dataset=None, **arguments,
+):  # fmt: skip
+    """A trainer of `STEPS` steps of plain gradient descent on rows in order, unless `arguments` say otherwise."""
+    defaults = {"train_sampling_strategy": "sequential", "max_steps": STEPS, "optim": "sgd", "max_grad_norm": 0.0,
+                "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "save_strategy": "no"}  # fmt: skip
+    return trainer_class(
+        model=model,
+        args=TrainingArguments(
+            output_dir=output_dir, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation,
+            report_to="none", disable_tqdm=True, use_cpu=True, **{**defaults, **arguments},
+        ),
+        train_dataset=Rows(data),
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+        **({} if exact_balance is None else {"exact_balance": exact_balance}),
+    )  # fmt: skip
+
+
+def parameters(trainer) -> dict[str, torch.Tensor]:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def train_case(output_dir, config=None, **arguments) -> dict[str, torch.Tensor]:
+    """The parameters after training."""
+    trainer = make_trainer(output_dir, make_model(**(config or {})), **arguments)
+    trainer.train()
+    return parameters(trainer)
+
+
+# Sampling and dropout on, rows shuffled, AdamW, a learning rate that changes, saved in the middle of an epoch.
+RESUME_CONFIG = {"router_jitter_noise": 0.1, "input_jitter_noise": 0.05, "expert_dropout": 0.1,
+                 "attention_dropout": 0.1, "router_aux_loss_coef": 0.1}  # fmt: skip
+RESUME_ARGUMENTS = {"max_steps": 9, "optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "linear",
+                    "max_grad_norm": 1.0, "train_sampling_strategy": "random", "logging_steps": 1, "micro_batch": 2,
+                    "save_strategy": "steps"}  # fmt: skip
+
+
+def resume_case(output_dir, resumed_at: int, trainer_class=GrinMoeTrainer, config=None, **arguments) -> dict[str, Any]:
+    """A run of 9 steps, and one that begins with other weights and resumes from the first's checkpoint.
+
+    Returns the parameters and losses of both, `whole`, `resumed`, `whole_losses`, `resumed_losses`, and the names of
+    what they left: `folders` and, in the checkpoint, `files`.
+    """
+    results: dict[str, Any] = {}
+    arguments = {**RESUME_ARGUMENTS, "save_steps": resumed_at, **arguments}
+    for name, seed in (("whole", 3), ("resumed", 4)):
+        model = make_model(seed, **{**RESUME_CONFIG, **(config or {})})
+        set_seed(seed)
+        trainer = make_trainer(Path(output_dir, name), model, trainer_class=trainer_class, **arguments)
+        checkpoint = Path(output_dir, "whole", f"checkpoint-{resumed_at}")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if name == "resumed" else None)
+        results[name] = parameters(trainer)
+        results[f"{name}_losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    results["folders"] = sorted(path.name for path in Path(output_dir).glob("*/*"))
+    results["files"] = sorted(path.name for path in checkpoint.iterdir())
+    return results
+
+
+def save_until_killed(output_dir, trainer_class=GrinMoeTrainer, kill_at: tuple[str, int] | None = None) -> None:
+    """Save after every step. `kill_at` (audit event, n): SIGKILL at the n-th such event since the third step ended."""
+    count = 0
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal count
+        if started and event == kill_at[0]:
+            count += 1
+            if count == kill_at[1]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    class Start(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                started.append(True)
+
+    started: list[bool] = []
+    if kill_at is not None:
+        sys.addaudithook(hook)
+    make_killed_trainer(output_dir, trainer_class, callbacks=[Start()]).train()
+
+
+def make_killed_trainer(output_dir, trainer_class=GrinMoeTrainer, **arguments):
+    settings = {**RESUME_ARGUMENTS, "save_steps": 1, "save_total_limit": 3, **arguments}
+    set_seed(3)
+    return make_trainer(output_dir, make_model(**RESUME_CONFIG), trainer_class=trainer_class, **settings)
+
+
+def main(folder: str | Path, cases_file: str | Path) -> None:
+    for case in json.loads(Path(cases_file).read_text()):
+        name = case.pop("name")
+        results = (resume_case if "resumed_at" in case else train_case)(Path(folder, f"{name}-run"), **case)
+        torch.save(results, Path(folder, f"{name}-{os.environ.get('RANK', 0)}.pt"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

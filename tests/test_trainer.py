@@ -1,0 +1,544 @@
+"""The trainer: resuming bit for bit, complete checkpoints, the balance loss under every loss, clear errors."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback, TrainerState
+
+import modeling_grin
+from modeling_grin import load_balancing_loss
+from modeling_grin.training import GrinMoeTrainer, find_problems, last_complete_checkpoint
+
+# ---- Resuming ----
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"accumulation": 2, "micro_batch": 2},
+        {"accumulation": 2, "micro_batch": 2, "exact_balance": True},
+        {"accumulation": 1, "micro_batch": 4, "gradient_checkpointing": True},
+    ],
+    ids=["accumulation", "exact_balance", "gradient_checkpointing"],
+)
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, arguments):
+    """Sampling, jitter and dropout on, in mid-epoch (of 4 steps), from other weights: losses and weights, all bits."""
+    result = runs.resume_case(tmp_path, resumed_at=3, **arguments)
+    assert len(result["whole_losses"]) == 9
+    assert len(set(result["whole_losses"])) == 9
+    assert result["resumed_losses"] == result["whole_losses"]
+    for name, expected in result["whole"].items():
+        assert torch.equal(result["resumed"][name], expected), name
+
+
+def test_counting_beforehand_draws_nothing(tmp_path):
+    """Dropout is drawn as without `exact_balance`: the first step's loss is the same to the last bit."""
+    arguments = {**runs.RESUME_ARGUMENTS, "save_strategy": "no", "accumulation": 2, "max_steps": 1}
+    losses = []
+    for exact_balance in (False, True):
+        trainer = runs.make_killed_trainer(tmp_path, exact_balance=exact_balance, **arguments)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_the_best_step_is_restored_exactly(tmp_path):
+    """The best of the scores below is step 4 of 9; `save_total_limit` leaves it and the last."""
+    scores = {2: 0.3, 4: 0.9, 6: 0.5, 8: 0.1, 9: 0.2}
+    weights = {}
+
+    class Remember(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            weights[state.global_step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    trainer = runs.make_killed_trainer(
+        tmp_path, save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, save_total_limit=2,
+        metric_for_best_model="score", greater_is_better=True, callbacks=[Remember()],
+        eval_dataset=runs.Rows("various", 4),
+    )  # fmt: skip
+    trainer.compute_metrics = lambda prediction: {"score": scores[trainer.state.global_step]}
+    trainer.train()
+    for name, expected in weights[4].items():
+        assert torch.equal(trainer.model.state_dict()[name], expected), name
+    assert not torch.equal(weights[4]["lm_head.weight"], weights[9]["lm_head.weight"])
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    assert sorted(path.name for path in tmp_path.glob("*")) == ["checkpoint-4", "checkpoint-9"]
+    state = TrainerState.load_from_json(str(tmp_path / "checkpoint-4" / "trainer_state.json"))
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+
+
+# ---- Checkpoints ----
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run's folder with three checkpoints of steps 7, 8 and 9, and the final parameters."""
+    folder = tmp_path_factory.mktemp("finished")
+    trainer = runs.make_killed_trainer(folder)
+    trainer.train()
+    return folder, runs.parameters(trainer)
+
+
+NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def test_complete_checkpoints_have_no_problems(finished):
+    folder, _ = finished
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-7", "checkpoint-8", "checkpoint-9"]
+    for path in folder.iterdir():
+        assert find_problems(path) == []
+    assert last_complete_checkpoint(folder) == (str(folder / "checkpoint-9"), {})
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_file_that_is_missing_or_cut_off_is_named(finished, tmp_path, name):
+    checkpoint = tmp_path / "checkpoint-9"
+    shutil.copytree(finished[0] / "checkpoint-9", checkpoint)
+    content = (checkpoint / name).read_bytes()
+    generator = random.Random(name)
+    for size in [0, len(content) - 2] + [generator.randrange(len(content)) for _ in range(8)]:
+        (checkpoint / name).write_bytes(content[:size])
+        assert find_problems(checkpoint) == [f"{name} is cut off or damaged"], size
+    (checkpoint / name).unlink()
+    (problem,) = find_problems(checkpoint)
+    assert problem.startswith(name) and problem.endswith("is missing")
+
+
+def test_what_makes_a_checkpoint_complete(finished, tmp_path):
+    """Shards, ranks, and a checkpoint of the model alone."""
+    checkpoint = tmp_path / "checkpoint-9"
+    shutil.copytree(finished[0] / "checkpoint-9", checkpoint)
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    runs.make_model().save_pretrained(checkpoint, max_shard_size="20KB")
+    shards = sorted(checkpoint.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert find_problems(checkpoint) == []
+    shards[1].unlink()
+    assert find_problems(checkpoint) == [f"{shards[1].name} is missing"]
+    for path in checkpoint.glob("model*"):
+        path.unlink()
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    assert find_problems(checkpoint) == ["rng_state_1.pth is missing"]
+    shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
+    assert find_problems(checkpoint) == []
+
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
+        (checkpoint / name).unlink()
+    assert find_problems(checkpoint) == []
+    assert find_problems(tmp_path / "nowhere") == ["there is no such folder"]
+
+
+def test_resume_takes_the_newest_complete_checkpoint_and_names_the_others(finished, tmp_path, caplog):
+    folder, expected = finished
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    (run / "checkpoint-9" / "trainer_state.json").unlink()
+    (run / "checkpoint-8" / "optimizer.pt").write_bytes(b"PK")
+    (run / "_incomplete" / "checkpoint-10").mkdir(parents=True)
+    trainer = runs.make_killed_trainer(run)
+    with pytest.raises(ValueError, match=r"checkpoint-8 is not a complete checkpoint: optimizer.pt is cut off"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-8"))
+    with caplog.at_level("WARNING", logger="transformers"):
+        trainer.train(resume_from_checkpoint=True)
+    warnings = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert len(warnings) == 3
+    for name in ("checkpoint-9", "checkpoint-8", "_incomplete/checkpoint-10"):
+        assert any(str(run / name) in warning for warning in warnings), name
+    assert trainer.state.global_step == 9
+    assert all(torch.equal(value, expected[name]) for name, value in runs.parameters(trainer).items())
+    # The next save has replaced the incomplete ones, and cleared what was left over.
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-7", "checkpoint-8", "checkpoint-9"]
+    assert last_complete_checkpoint(run)[1] == {}
+
+    with pytest.raises(ValueError, match="no complete checkpoint to resume from"):
+        runs.make_killed_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_only_the_model_may_be_saved(tmp_path):
+    trainer = runs.make_killed_trainer(tmp_path, save_only_model=True, save_total_limit=1)
+    trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-9"]
+    assert find_problems(tmp_path / "checkpoint-9") == []
+    assert not (tmp_path / "checkpoint-9" / "optimizer.pt").exists()
+
+
+def test_a_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch):
+    trainer = runs.make_killed_trainer(tmp_path)
+
+    def fail(output_dir):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(trainer, "_save_scaler", fail)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["_incomplete"]
+    assert trainer._get_output_dir(None) == str(tmp_path)
+
+
+def test_a_checkpoint_without_a_tensor_is_refused(finished, tmp_path):
+    checkpoint = tmp_path / "checkpoint-9"
+    shutil.copytree(finished[0] / "checkpoint-9", checkpoint)
+    tensors = load_file(checkpoint / "model.safetensors")
+    missing = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    del tensors[missing]
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=missing):
+        runs.make_killed_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_adapters_resume_and_lack_no_tensor(tmp_path):
+    """LoRA on attention and on the experts' fused parameters, whose names in the file are peft's own."""
+
+    def make_trainer(folder):
+        torch.manual_seed(0)
+        lora = LoraConfig(
+            r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+        )
+        model = get_peft_model(runs.make_model(**runs.RESUME_CONFIG), lora)
+        settings = {**runs.RESUME_ARGUMENTS, "save_steps": 3, "max_steps": 6}
+        return runs.make_trainer(tmp_path / folder, model, **settings)
+
+    whole, resumed = make_trainer("whole"), make_trainer("resumed")
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    expected = runs.parameters(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in runs.parameters(resumed).items())
+
+    tensors = load_file(checkpoint / "adapter_model.safetensors")
+    name = next(name for name in tensors if "experts" in name)
+    del tensors[name]
+    save_file(tensors, checkpoint / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"differ in 1 tensor.*{name}"):
+        make_trainer("resumed").train(resume_from_checkpoint=str(checkpoint))
+
+
+# ---- Killed while saving ----
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Child processes with all imports done, forked from a clean process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs"])
+    path = [str(Path(module.__file__).parents[levels]) for module, levels in ((runs, 0), (modeling_grin, 1))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path))
+        forkserver.ensure_running()
+    return context
+
+
+def kill_and_check(processes, folder, trainer_class, expected, kill_at=None, after=None):
+    """Kill a run while it saves, and resume it; returns whether a save was really interrupted."""
+    child = processes.Process(target=runs.save_until_killed, args=(folder, trainer_class, kill_at))
+    child.start()
+    if after is not None:
+        deadline = time.monotonic() + 60
+        while not (folder / "checkpoint-2").is_dir() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(after)
+        child.kill()
+    child.join(60)
+    assert child.exitcode in ((-signal.SIGKILL,) if after is None else (-signal.SIGKILL, 0)), child.exitcode
+
+    steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
+    newest, incomplete = last_complete_checkpoint(folder)
+    if trainer_class is GrinMoeTrainer:
+        assert newest == str(folder / f"checkpoint-{steps[-1]}")  # what has the name is complete
+        assert set(incomplete) <= {str(path) for path in folder.glob("_incomplete/*")}
+    interrupted = bool(incomplete)
+
+    trainer = runs.make_killed_trainer(folder)
+    trainer.train(resume_from_checkpoint=True)
+    if trainer_class is GrinMoeTrainer:  # the plain one draws its noise from torch's generator
+        assert all(torch.equal(value, expected[name]) for name, value in runs.parameters(trainer).items())
+    assert trainer.state.global_step == 9
+    assert last_complete_checkpoint(folder) == (str(folder / "checkpoint-9"), {})
+    assert not (folder / "_incomplete").exists()
+    return interrupted
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "kill_at", "interrupted"),
+    [
+        (GrinMoeTrainer, ("shutil.rmtree", 1), False),  # before anything is written
+        (GrinMoeTrainer, ("open", 2), True),
+        (GrinMoeTrainer, ("os.rename", 1), True),  # all is written, and not yet named
+        (GrinMoeTrainer, ("shutil.rmtree", 2), False),  # named
+        (Trainer, ("open", 2), True),
+    ],
+)
+def test_killed_run_resumes_from_the_newest_complete_checkpoint(
+    processes, finished, tmp_path, trainer_class, kill_at, interrupted
+):
+    """SIGKILL at chosen moments of the third save; what the plain Trainer leaves is recognised, too."""
+    assert kill_and_check(processes, tmp_path / "run", trainer_class, finished[1], kill_at) == interrupted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer_class", [GrinMoeTrainer, Trainer])
+def test_killed_at_any_moment(processes, finished, tmp_path, trainer_class):
+    """SIGKILL at random moments."""
+    generator = random.Random(0)
+    interrupted = 0
+    for run in range(40):
+        after = generator.uniform(0, 0.3)
+        interrupted += kill_and_check(processes, tmp_path / str(run), trainer_class, finished[1], after=after)
+        if run >= 9 and interrupted >= 3:
+            break
+    assert interrupted >= 3, "too few of the moments were in a save"
+
+
+# ---- The balance loss under every way to compute the loss ----
+
+
+class Gradients(TrainerCallback):
+    """The gradients of the first step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.values = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def gradients(tmp_path, coefficient, *, scaler=None, compute_loss_func=None, **arguments):
+    callback = Gradients()
+    model = runs.make_model(router_aux_loss_coef=coefficient)
+    trainer = runs.make_trainer(tmp_path, model, accumulation=2, micro_batch=4, callbacks=[callback], max_steps=1,
+                                exact_balance=True, **arguments)  # fmt: skip
+    trainer.compute_loss_func = compute_loss_func
+    trainer.accelerator.scaler = scaler
+    trainer.train()
+    return callback.values
+
+
+def balance_gradients(tmp_path, **arguments):
+    """What the coefficient adds to the gradients."""
+    with_balance, without = (gradients(tmp_path, coefficient, **arguments) for coefficient in (1.0, 0.0))
+    return {name: with_balance[name] - without[name] for name in with_balance}
+
+
+def assert_same_gradients(actual, expected):
+    scale = max(tensor.norm() for tensor in expected.values())
+    assert scale > 1e-2
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-5 * float(scale), msg=name)
+
+
+def mean_of_logits(outputs, labels, num_items_in_batch=None):
+    return outputs["logits"].square().mean()
+
+
+def definition(batch, **config):
+    """The gradient of the balance loss of a whole batch, by the function that computes it."""
+    model = runs.make_model(router_aux_loss_coef=0.0, **config).train()
+    outputs = model.model(**batch, output_router_logits=True, output_selected_experts=True)
+    loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, batch["attention_mask"])
+    loss.backward()
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+
+
+@pytest.fixture(scope="module")
+def expected_balance_gradients():
+    rows = [runs.Rows("various")[i] for i in range(8)]
+    return definition({key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask")})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"label_smoothing_factor": 0.1},
+        {"compute_loss_func": mean_of_logits},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    ],
+    ids=["plain", "label smoothing", "compute_loss_func", "reentrant", "not reentrant"],
+)
+def test_the_coefficient_acts_whatever_the_loss(tmp_path, expected_balance_gradients, arguments):
+    assert_same_gradients(balance_gradients(tmp_path, **arguments), expected_balance_gradients)
+
+
+def test_the_balance_loss_is_scaled_as_float16_losses_are(tmp_path):
+    expected = gradients(tmp_path, 1.0)
+    scaled = gradients(tmp_path, 1.0, scaler=torch.amp.GradScaler("cpu", init_scale=64.0))
+    assert_same_gradients({name: tensor / 64 for name, tensor in scaled.items()}, expected)
+
+
+def record_steps(trainer, monkeypatch):
+    """A list to which the trainer's calls of `begin_step` will be added."""
+    announced = []
+    begin_step = trainer.model.begin_step
+
+    def record(step, **more):
+        announced.append((step, more))
+        begin_step(step, **more)
+
+    monkeypatch.setattr(trainer.model, "begin_step", record)
+    return announced
+
+
+def test_steps_are_those_of_the_run(finished, tmp_path, monkeypatch):
+    """Also where a run resumes in mid-epoch; and training over, no step is known."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    trainer = runs.make_killed_trainer(run, accumulation=2, max_steps=10)
+    announced = record_steps(trainer, monkeypatch)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-7"))
+    assert [step for step, _ in announced] == [7, 8, 9, None]
+    assert trainer.model.model.optimizer_step is None
+    assert {more["seed"] for _, more in announced[:-1]} == {trainer.args.seed}
+
+    trainer = runs.make_trainer(tmp_path, runs.make_model(), accumulation=2, micro_batch=4)
+    announced = record_steps(trainer, monkeypatch)
+    trainer.train()
+    sizes = [int(row["attention_mask"].sum()) for row in trainer.train_dataset.rows]
+    assert [more["num_tokens"] for _, more in announced[:-1]] == [sum(sizes[:8]), sum(sizes[8:])]
+
+
+# ---- trl ----
+
+
+def trl_arguments(tmp_path, **more):
+    return dict(
+        output_dir=tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1, use_cpu=True,
+        report_to="none", optim="sgd", max_grad_norm=0.0, train_sampling_strategy="sequential", disable_tqdm=True,
+        save_strategy="no", bf16=False, logging_steps=1, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "label smoothing"])
+@pytest.mark.parametrize("source", ["config", "argument"])
+def test_sft_has_the_same_balance_gradient(tmp_path, trained_tokenizer, expected_balance_gradients, arguments, source):
+    from trl import SFTConfig
+
+    from modeling_grin.training.trl_trainers import GrinMoeSFTTrainer
+
+    rows = runs.Rows("various")
+    real = [row["attention_mask"].bool() for row in rows.rows]
+    dataset = Dataset.from_dict(
+        {key: [row[key][mask].tolist() for row, mask in zip(rows.rows, real, strict=True)]
+         for key in ("input_ids", "labels")}
+    )  # fmt: skip
+    found = []
+    for coefficient in (1.0, 0.0):
+        callback = Gradients()
+        in_config, argument = (coefficient, None) if source == "config" else (7.0, coefficient)
+        trainer = GrinMoeSFTTrainer(
+            model=runs.make_model(router_aux_loss_coef=in_config),
+            args=SFTConfig(**trl_arguments(tmp_path, router_aux_loss_coef=argument, **arguments),
+                           dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False),
+            train_dataset=dataset, processing_class=trained_tokenizer, callbacks=[callback], exact_balance=True,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.model.config.router_aux_loss_coef == coefficient
+        found.append(callback.values)
+    assert_same_gradients({name: found[0][name] - found[1][name] for name in found[0]}, expected_balance_gradients)
+
+
+def preferences(trained_tokenizer):
+    words = ["def", "return", "import", "class", "self", "value", "index", "range", "list", "yield"]
+    generator = random.Random(0)
+
+    def text(n):
+        return " ".join(generator.choice(words) for _ in range(n))
+
+    rows = range(8)
+    columns = {
+        "prompt": [text(3) for _ in rows],
+        "chosen": [text(4) for _ in rows],
+        "rejected": [text(7) for _ in rows],
+    }
+    return Dataset.from_dict(columns)
+
+
+def test_dpo_has_the_balance_gradient_and_no_noise(tmp_path, trained_tokenizer):
+    """The tokens are those that are passed forward with a gradient: both answers, and not the reference's."""
+    from trl import DPOConfig
+
+    from modeling_grin.training.trl_trainers import GrinMoeDPOTrainer
+
+    config = {"vocab_size": len(trained_tokenizer), "router_sampling": False, "router_jitter_noise": 0.1}
+    dataset = preferences(trained_tokenizer)
+    found, batches = [], []
+    for coefficient in (1.0, 0.0):
+        callback = Gradients()
+        trainer = GrinMoeDPOTrainer(
+            model=runs.make_model(router_aux_loss_coef=coefficient, **config), ref_model=runs.make_model(**config),
+            args=DPOConfig(**trl_arguments(tmp_path), gradient_checkpointing=False),
+            train_dataset=dataset, processing_class=trained_tokenizer, callbacks=[callback], exact_balance=True,
+        )  # fmt: skip
+        batches = [trainer.data_collator([trainer.train_dataset[i] for i in range(4 * j, 4 * j + 4)]) for j in (0, 1)]
+        trainer.train()
+        assert trainer.state.log_history[0]["rewards/margins"] == 0.0
+        found.append(callback.values)
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+    whole = {
+        key: torch.cat([torch.nn.functional.pad(batch[key], (0, length - batch[key].shape[1])) for batch in batches])
+        for key in ("input_ids", "attention_mask")
+    }
+    difference = {name: found[0][name] - found[1][name] for name in found[0]}
+    assert_same_gradients(difference, definition(whole, **config))
+
+
+@pytest.mark.parametrize(("field", "value"), [("router_sampling", True), ("input_jitter_noise", 0.01)])
+def test_dpo_with_noise_is_refused(tmp_path, trained_tokenizer, field, value):
+    from trl import DPOConfig
+
+    from modeling_grin.training.trl_trainers import GrinMoeDPOTrainer
+
+    model = runs.make_model(**{"router_sampling": False, field: value, "vocab_size": len(trained_tokenizer)})
+    with pytest.raises(ValueError, match=f"{field}={value} .*set {field}="):
+        GrinMoeDPOTrainer(model, args=DPOConfig(**trl_arguments(tmp_path)), train_dataset=Dataset.from_dict({}))
+
+
+# ---- Errors ----
+
+
+def test_an_empty_dataset_is_refused(tmp_path, trained_tokenizer):
+    from trl import SFTConfig
+
+    from modeling_grin.training.trl_trainers import GrinMoeSFTTrainer
+
+    empty = Dataset.from_dict({"input_ids": []})
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        GrinMoeTrainer(runs.make_model(), train_dataset=empty)
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        GrinMoeSFTTrainer(runs.make_model(), SFTConfig(**trl_arguments(tmp_path)), train_dataset=empty)
+
+
+def test_masked_labels_are_refused(tmp_path):
+    trainer = runs.make_trainer(tmp_path, runs.make_model(), micro_batch=4)
+    for row in trainer.train_dataset.rows[4:8]:  # the second step
+        row["labels"] = row["labels"].masked_fill(torch.tensor(True), -100)
+    with pytest.raises(ValueError, match=r"step 2: all labels of the batch are masked \(-100\)"):
+        trainer.train()
+
+
+def test_a_sequence_beyond_the_context_is_refused(tmp_path):
+    """Packed rows may be longer: what counts are the positions."""
+    trainer = runs.make_trainer(tmp_path, runs.make_model(max_position_embeddings=runs.LENGTH - 1))
+    with pytest.raises(ValueError, match=r"=12 is longer than .*max_position_embeddings=11"):
+        trainer.train()
+    for row in trainer.train_dataset.rows:
+        row["position_ids"] = torch.arange(runs.LENGTH) % 6
+        row.pop("attention_mask")
+    trainer.train()
+    assert trainer.state.global_step == 2
