@@ -42,14 +42,14 @@ def expert_load(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
     return counts / counts.sum(dim=1, keepdim=True)
 
 
-def plot_expert_load(load: torch.Tensor, path: str | Path, title: str = "Expert load") -> None:
-    """Draw `expert_load`'s `[L, E]` as a heatmap, white at 1 / E, red above, blue below, and write it to `path`."""
+def draw_expert_load(load: torch.Tensor, title: str = "Expert load") -> Figure:
+    """Draw `expert_load`'s `[L, E]` as a heatmap, white at 1 / E, red above, blue below."""
     num_layers, num_experts = load.shape
     balanced = 1 / num_experts
     norm = TwoSlopeNorm(balanced, vmin=0, vmax=max(2 * balanced, load.max().item()))
     figure = Figure(figsize=(2.5 + 0.55 * num_experts, 2 + 0.4 * num_layers), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(load, cmap="RdBu_r", norm=norm, aspect="auto")
+    image = axes.imshow(load.numpy(), cmap="RdBu_r", norm=norm, aspect="auto")
     axes.set(
         title=f"{title} (balanced: {100 * balanced:.3g} %)",
         xlabel="expert",
@@ -64,4 +64,9 @@ def plot_expert_load(load: torch.Tensor, path: str | Path, title: str = "Expert 
                 axes.text(expert, layer, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=color)
     bar = figure.colorbar(image, format=lambda share, _: f"{100 * share:.0f} %")
     bar.set_label("share of the layer's choices")
-    figure.savefig(path, dpi=150)
+    return figure
+
+
+def plot_expert_load(load: torch.Tensor, path: str | Path, title: str = "Expert load") -> None:
+    """Write `draw_expert_load`'s heatmap of `[L, E]` to `path`."""
+    draw_expert_load(load, title).savefig(path, dpi=150)

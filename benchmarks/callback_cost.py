@@ -1,0 +1,180 @@
+"""What do watching the router and the balance loss cost, as shares of a training step?
+
+One GRIN-MoE takes turns at plain steps (forward and backward, no optimizer), steps that a `RoutingCallback` watches,
+and steps with the load-balance loss, one each per round, because a machine's speed drifts; medians over the rounds,
+and ratios to the plain step of the same round. What they add is timed by itself, too, on the routing of a real step:
+it is too small to be seen well in whole steps. Seconds are the process's CPU time, which other work on the machine
+changes less than what a clock shows.
+
+    python benchmarks/callback_cost.py --dtype bfloat16
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from benchmarks.routing_cost import interleave, show
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from modeling_grin.balance_grinmoe import BalanceLoss, BalanceWindow
+from modeling_grin.training.callback import RoutingCallback
+
+COEFFICIENT = 0.01
+
+
+class Training:
+    """A trainer's calls of its callbacks, without the trainer."""
+
+    def __init__(self, model: GrinMoeForCausalLM, rows: torch.Tensor, folder: Path):
+        self.model, self.rows = model, rows
+        trainer = Trainer(model, TrainingArguments(folder, use_cpu=True, report_to="none", disable_tqdm=True))
+        trainer.remove_callback(PrinterCallback)
+        self.callback = RoutingCallback(trainer)
+        trainer.add_callback(self.callback)
+        self.handler = trainer.callback_handler
+        self.events = trainer.args, trainer.state, trainer.control
+        self.handler.on_train_begin(*self.events)
+        self.observer = model.get_decoder().routing_observer
+
+    def step(self, watched: bool = False, coefficient: float = 0.0) -> None:
+        self.model.config.router_aux_loss_coef = coefficient
+        self.model.get_decoder().routing_observer = self.observer if watched else None
+        if watched:
+            self.handler.on_step_begin(*self.events)
+        self.model(input_ids=self.rows, labels=self.rows, use_cache=False).loss.backward()
+        self.model.zero_grad()
+        if watched:
+            self.handler.on_step_end(*self.events)
+
+    def log(self) -> None:
+        self.handler.on_step_end(*self.events)
+        logs = {"loss": 1.0}
+        self.events[1].log_history.append(dict(logs))
+        self.handler.on_log(*self.events, logs)
+
+    def routing_of_a_step(self) -> list[Any]:
+        """What the decoder tells an observer."""
+        seen: list[Any] = []
+        self.model.get_decoder().routing_observer = lambda *routing: seen.extend(routing)
+        self.model(input_ids=self.rows, use_cache=False)
+        return seen
+
+
+def cpu_seconds(tasks: Mapping[str, Callable[[], None]], rounds: int, what: str) -> dict[str, list[float]]:
+    """As `interleave`, in CPU time."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+
+    def run(name: str) -> None:
+        start = time.process_time()
+        tasks[name]()
+        seconds[name].append(time.process_time() - start)
+
+    interleave({name: partial(run, name) for name in tasks}, rounds, what)
+    return {name: values[1:] for name, values in seconds.items()}  # without the round to warm up
+
+
+def balance_alone(config: GrinMoeConfig, logits: Any, experts: Any, counted: torch.Tensor) -> None:
+    """What a forward and a backward pass do for the balance loss."""
+    layers = config.num_hidden_layers
+    loss = BalanceLoss(COEFFICIENT, layers, config.num_local_experts, BalanceWindow(), counted, None)
+    loss.count(experts)
+    for layer in range(layers):
+        loss.gradient(logits[layer], layer)
+
+
+def measure(training: Training, rounds: int) -> list[list[str]]:
+    """Rows of the table."""
+    model, callback = training.model, training.callback
+    steps: dict[str, Callable[[], None]] = {
+        "plain": training.step,
+        "watched": lambda: training.step(watched=True),
+        "balance": lambda: training.step(coefficient=COEFFICIENT),
+    }
+    whole = cpu_seconds(steps, rounds, "steps")
+    routing = training.routing_of_a_step()
+    training.log()  # closes the steps' window, and draws the first picture, which loads fonts
+    callback._next_picture = math.inf  # a picture is timed by itself
+    parts: dict[str, Callable[[], None]] = {
+        "forward": lambda: callback._observe(*routing),
+        "log": training.log,
+        "balance": lambda: balance_alone(model.config, *routing),
+    }
+    alone = cpu_seconds(parts, 20 * rounds, "parts")
+    alone |= cpu_seconds({"picture": lambda: callback._draw(callback._load)}, rounds, "pictures")
+    plain = median(whole["plain"])
+
+    def row(name: str, part: str, step: str | None = None) -> list[str]:
+        cells = [name, f"{1e3 * median(alone[part]):.2f} ms", f"{100 * median(alone[part]) / plain:.2f} %"]
+        if step is None:
+            return [*cells, "", ""]
+        ratios = [own / other for own, other in zip(whole[step], whole["plain"], strict=True)]
+        low, middle, high = quantiles(ratios, n=4, method="inclusive")
+        return [*cells, f"{1e3 * median(whole[step]):.0f} ms", f"{middle:.3f} ({low:.2f} to {high:.2f})"]
+
+    return [
+        ["plain step", "", "", f"{1e3 * plain:.0f} ms", "1.000"],
+        row("callback, each step", "forward", "watched"),
+        row("callback, each log", "log"),
+        row("callback, each picture", "picture"),
+        row("balance loss, each step", "balance", "balance"),
+    ]
+
+
+COLUMNS = ["what", "by itself", "of a step", "whole step", "x plain"]
+
+
+def main(
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the model")] = "bfloat16",
+    tokens: Annotated[int, typer.Option(min=64, help="in a step, in rows of at most 512")] = 2048,
+    hidden_size: Annotated[int, typer.Option(min=64)] = 1024,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="of one expert")] = 1600,
+    experts: Annotated[int, typer.Option(min=2)] = 16,
+    layers: Annotated[int, typer.Option(min=1)] = 2,
+    rounds: Annotated[int, typer.Option(min=2, help="steps of each kind; 20 times as many parts")] = 11,
+    record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
+) -> None:
+    """Time of a training step, plain, watched by RoutingCallback, and with the load-balance loss.
+
+    Example: python benchmarks/callback_cost.py --dtype float32 --rounds 5
+    """
+    length = min(tokens, 512)
+    if tokens % length:
+        raise typer.BadParameter(f"--tokens {tokens}: must be a multiple of {length}")
+    torch.manual_seed(0)
+    config = GrinMoeConfig(
+        vocab_size=4096,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=max(1, hidden_size // 256),
+        num_local_experts=experts,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = GrinMoeForCausalLM(config).to(getattr(torch, dtype)).train()
+    rows = torch.randint(config.vocab_size, (tokens // length, length))
+    with tempfile.TemporaryDirectory() as folder:
+        table = measure(Training(model, rows, Path(folder)), rounds)
+    title = f"Cost of watching and balancing: hidden {hidden_size}, FFN {intermediate_size} x {experts}, "
+    notes = (
+        f"{layers} layers; CPU time. Whole step: forward and backward, no optimizer; x plain: to the plain step of "
+        "the same round, median and quartiles. By itself: the observation of a forward pass's routing; a log line "
+        "with its file (one process: nothing to all-reduce); a heatmap, drawn at the first log, then at most for half "
+        "a percent of the time, and at the end; the count of the experts and the gradient of the balance loss "
+        f"({COEFFICIENT}) in all layers."
+    )
+    show(f"{title}{tokens} tokens, {dtype}", COLUMNS, table, record, notes)
+
+
+if __name__ == "__main__":
+    typer.run(main)

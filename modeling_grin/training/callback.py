@@ -1,0 +1,252 @@
+"""What the experts do while a model is trained. L layers, E experts, K top-k, T tokens of a forward pass, S steps."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import reduce
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from ..analysis.routing import draw_expert_load
+from ..routing_grinmoe import keep_set
+
+PICTURE_INTERVAL = 200  # times what a picture takes to draw, before the next: at most 0.5 % of a run's time
+MAX_PENDING_STEPS = 256  # kept on the device, before they are added up however far away the next log is
+
+
+class RoutingSums(NamedTuple):
+    """Sums over tokens, per layer; the columns of the tensors that are added up and all-reduced."""
+
+    choices: torch.Tensor
+    """Tokens that chose each expert, `[..., L, E]`."""
+    probs: torch.Tensor
+    """softmax(z), `[..., L, E]`."""
+    entropy: torch.Tensor
+    """Entropy of softmax(z) in nats, `[..., L]`."""
+    near_ties: torch.Tensor
+    """Tokens with a second expert in the keep set of the first choice, `[..., L]`."""
+    other_draws: torch.Tensor
+    """Choices of another expert than the best one left, `[..., L]`."""
+    tokens: torch.Tensor
+    """`[..., L]`."""
+
+    @classmethod
+    def from_columns(cls, columns: torch.Tensor) -> "RoutingSums":
+        """`[..., L, 2E + 4]`, as `routing_sums` returns it."""
+        num_experts = (columns.shape[-1] - 4) // 2
+        choices, probs, others = columns.split([num_experts, num_experts, 4], dim=-1)
+        return cls(choices, probs, *others.unbind(-1))
+
+    def balance_loss(self) -> torch.Tensor:
+        """E sum_i f_i E[softmax(z)_i], `[..., L]`: 1.0 when balanced."""
+        num_experts = self.choices.shape[-1]
+        fraction = self.choices / self.choices.sum(dim=-1, keepdim=True)
+        return num_experts * (fraction * self.probs).sum(dim=-1) / self.tokens
+
+
+@torch.no_grad()
+def routing_sums(
+    router_logits: tuple[torch.Tensor, ...],
+    selected_experts: tuple[torch.Tensor, ...],
+    counted: torch.Tensor,
+    jitter_eps: float,
+) -> torch.Tensor:
+    """The columns of `RoutingSums` for one forward pass, `[L, 2E + 4]`, float32, without waiting for the device.
+
+    Args:
+        router_logits: z of each layer, `[T, E]`.
+        selected_experts: each layer's choices in their order, `[T, K]`.
+        counted: bool `[T]`, False for padding.
+        jitter_eps: r of the keep set.
+    """
+    device = router_logits[0].device  # of all layers, so that a deep model needs no more kernels than a shallow one
+    counted = counted.to(device).unsqueeze(-1)  # [T, 1]
+    logits = torch.stack([layer.to(device) for layer in router_logits]).float()  # [L, T, E]
+    logits = logits.masked_fill(~counted, 0)  # what attention leaves at padding may be nan
+    experts = torch.stack([layer.to(device) for layer in selected_experts])  # [L, T, K]
+
+    log_probs = logits.log_softmax(dim=-1)
+    probs = log_probs.exp()
+    entropy = -(probs * log_probs).sum(dim=-1, keepdim=True)
+    left = torch.ones_like(logits, dtype=torch.bool)
+    near_tie = keep_set(logits, left, jitter_eps).sum(dim=-1, keepdim=True) > 1
+    other_draws = torch.zeros_like(entropy)
+    for expert in experts.split(1, dim=-1):
+        best = logits.masked_fill(~left, -torch.inf).amax(dim=-1, keepdim=True)
+        other_draws += logits.gather(-1, expert) < best  # of experts that tie exactly, each is the best one
+        left = left.scatter(-1, expert, False)
+    columns = torch.cat([~left, probs, entropy, near_tie, other_draws, torch.ones_like(entropy)], dim=-1)
+    return (columns * counted).sum(dim=1)
+
+
+class RoutingCallback(TrainerCallback):
+    """Adds what the router does to a trainer's log line; for Trainer, TRL's trainers and any `report_to`.
+
+    Each training log gets these scalars, counted over all steps since the log before, with all their micro-batches and
+    ranks, padding left out; means over the layers unless stated:
+
+    - `routing/load_max`: choices of the busiest expert, relative to a fair share: 1 balanced, at most E / K;
+    - `routing/load_max_worst`: the same in the layer where it is largest;
+    - `routing/load_entropy`: entropy of the experts' shares of the choices, relative to log E: 1 balanced;
+    - `routing/dead_experts`: experts that no token chose, in all layers together;
+    - `routing/router_entropy`: entropy of softmax(z), mean over tokens, relative to log E: 1 undecided;
+    - `routing/near_tie_rate`: share of tokens with a second expert in the keep set of their first choice;
+    - `routing/non_argmax_rate`: share of choices that fell on another expert than the best one left;
+    - `routing/balance_loss`: the load-balance loss of an optimizer step, mean over the steps: 1 balanced;
+    - `routing/balance_loss_worst`: the same in the layer where it is largest.
+
+    Two files in `output_dir/routing` show every layer: `layers.jsonl` has a line for each log with the values by layer
+    and the load `[L, E]`, each row the experts' shares of a layer's choices (a resumed run appends); `expert_load.png`
+    is the newest load as a heatmap, which goes to TensorBoard, too. It is drawn at the first log, then as often as
+    drawing takes no more than half a percent of the time, and at the end.
+
+        trainer.add_callback(RoutingCallback(trainer))
+    """
+
+    def __init__(self, trainer: Trainer, layers: Sequence[int] = ()):
+        """
+        Args:
+            trainer: whose log it is; callbacks are not told of each other, and this one has to come first.
+            layers: those whose values are scalars in the log, too: `routing/layer_3/load_max` and so on, 7 for each.
+        """
+        self._handler = trainer.callback_handler
+        self.layers = list(layers)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
+        """Start to observe `model`.
+
+        Raises:
+            ValueError: the model is no GRIN-MoE or has no such layer, or nothing is ever logged.
+        """
+        decoder = model.get_decoder()  # also that of a PEFT model
+        if not hasattr(decoder, "routing_observer"):
+            raise ValueError(f"RoutingCallback needs a GRIN-MoE model; {type(decoder).__name__} cannot be observed")
+        if args.logging_strategy == "no":
+            raise ValueError("RoutingCallback adds to the training log, and logging_strategy='no' turns that off")
+        config = decoder.config
+        if unknown := [layer for layer in self.layers if not 0 <= layer < config.num_hidden_layers]:
+            last = config.num_hidden_layers - 1
+            raise ValueError(f"RoutingCallback: layers {unknown} are not among the model's layers 0 to {last}")
+        # The order of callbacks is that of the log's journey, and the user's come after those that report it.
+        self._handler.callbacks = [self, *(callback for callback in self._handler.callbacks if callback is not self)]
+        self._decoder = decoder
+        decoder.routing_observer = self._observe
+        self._sums = torch.zeros(config.num_hidden_layers, 2 * config.num_local_experts + 4, device=model.device)
+        self._start_window()
+        self._load: torch.Tensor | None = None
+        self._load_step = self._picture_step = 0
+        self._next_picture = time.perf_counter()
+        self._folder = Path(args.output_dir) / "routing"
+        if state.is_world_process_zero:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if state.global_step == 0:
+                (self._folder / "layers.jsonl").unlink(missing_ok=True)
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._sums.zero_()
+
+    def _observe(
+        self,
+        router_logits: tuple[torch.Tensor, ...],
+        selected_experts: tuple[torch.Tensor, ...],
+        counted: torch.Tensor,
+    ) -> None:
+        sums = routing_sums(router_logits, selected_experts, counted, self._decoder.config.router_jitter_noise)
+        self._sums += sums.to(self._sums.device)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._pending.append(self._sums.clone())
+        if len(self._pending) == MAX_PENDING_STEPS:
+            self._gather()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        if "loss" not in logs or not (self._pending or self._balance_losses):
+            return  # not a training log: evaluation, the summary at the end, a trainer's extra lines
+        load, metrics = self._close_window()
+        scalars = {f"routing/{name}": values.mean().item() for name, values in metrics.items()}
+        scalars["routing/dead_experts"] = metrics["dead_experts"].sum().item()
+        for name in ("load_max", "balance_loss"):
+            scalars[f"routing/{name}_worst"] = metrics[name].max().item()
+        for layer in self.layers:
+            scalars.update({f"routing/layer_{layer}/{name}": values[layer].item() for name, values in metrics.items()})
+        logs.update(scalars)
+        state.log_history[-1].update(scalars)  # a copy of `logs`, made before its journey
+        if not state.is_world_process_zero:
+            return
+        by_layer = {name: values.tolist() for name, values in {**metrics, "load": load}.items()}
+        with (self._folder / "layers.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **by_layer}) + "\n")
+        self._load, self._load_step = load, state.global_step
+        start = time.perf_counter()
+        if start >= self._next_picture:
+            self._draw(load)
+            end = time.perf_counter()
+            self._next_picture = end + PICTURE_INTERVAL * (end - start)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._decoder.routing_observer = None
+        if self._load is not None and self._picture_step < self._load_step:
+            self._draw(self._load)
+
+    def _start_window(self) -> None:
+        self._pending: list[torch.Tensor] = []
+        self._total = torch.zeros(self._sums.shape, dtype=torch.float64)
+        self._balance_losses: list[torch.Tensor] = []
+
+    def _gather(self) -> None:
+        """Add the pending steps' sums over all ranks to the window."""
+        steps = reduce(torch.stack(self._pending), "sum").cpu().double()  # [S, L, 2E + 4]
+        self._pending.clear()
+        self._total += steps.sum(dim=0)
+        # That of each step, because a step's balance is what the loss acts on.
+        self._balance_losses.extend(RoutingSums.from_columns(steps).balance_loss())
+
+    def _close_window(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The load `[L, E]` (rows sum to 1) and the metrics by layer, each `[L]`, since the last call."""
+        if self._pending:
+            self._gather()
+        sums = RoutingSums.from_columns(self._total)
+        if not sums.tokens.all():
+            raise ValueError("RoutingCallback saw no token: the trainer's loss does not come from its model's decoder")
+        num_experts = sums.choices.shape[-1]
+        log_experts = math.log(num_experts) or 1.0  # a single expert has no entropy
+        num_choices = sums.choices.sum(dim=-1)
+        load = sums.choices / num_choices.unsqueeze(-1)
+        metrics = {
+            "load_max": num_experts * load.amax(dim=-1),
+            "load_entropy": torch.special.entr(load).sum(dim=-1) / log_experts,
+            "dead_experts": (sums.choices == 0).double().sum(dim=-1),
+            "router_entropy": sums.entropy / sums.tokens / log_experts,
+            "near_tie_rate": sums.near_ties / sums.tokens,
+            "non_argmax_rate": sums.other_draws / num_choices,
+            "balance_loss": torch.stack(self._balance_losses).mean(dim=0),
+        }
+        self._start_window()
+        return load, metrics
+
+    def _draw(self, load: torch.Tensor) -> None:
+        figure = draw_expert_load(load, f"Expert load, step {self._load_step}")
+        figure.savefig(self._folder / "expert_load.png")
+        for callback in self._handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_figure("train/routing/expert_load", figure, self._load_step)
+        self._picture_step = self._load_step

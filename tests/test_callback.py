@@ -1,0 +1,438 @@
+"""RoutingCallback: every number against plain loops over the routing that a real trainer's model did."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import released_config, released_tensors, write_checkpoint
+from datasets import Dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import TrainerCallback
+
+from modeling_grin import GrinMoeForCausalLM
+from modeling_grin.training import callback as callback_module
+from modeling_grin.training.callback import RoutingCallback
+
+NUM_EXPERTS = 6
+METRICS = {
+    "load_max", "load_entropy", "dead_experts", "router_entropy", "near_tie_rate", "non_argmax_rate", "balance_loss",
+}  # fmt: skip
+KEYS = {f"routing/{name}" for name in {*METRICS, "load_max_worst", "balance_loss_worst"}}
+
+
+def make_model(folder: Path, **overrides) -> GrinMoeForCausalLM:
+    """Tiny, with routers undecided enough for near-ties, ties and other draws than the best one."""
+    settings = {"torch_dtype": "float32", "router_jitter_noise": 0.2, "router_aux_loss_coef": 0.01, **overrides}
+    config = released_config(**settings)
+    return AutoModelForCausalLM.from_pretrained(write_checkpoint(folder, config, released_tensors(config)))
+
+
+def make_rows(num_rows: int, seed: int = 0) -> Dataset:
+    """Random rows of 10 ids, padded on the left or the right."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 131, (num_rows, 10), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(num_rows):
+        length = int(torch.randint(3, 11, (1,), generator=generator))
+        mask[row, slice(length, None) if row % 2 else slice(None, 10 - length)] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": mask.tolist(), "labels": labels.tolist()})
+
+
+def make_arguments(folder: Path, **overrides) -> TrainingArguments:
+    defaults = {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 6, "logging_steps": 2,
+        "learning_rate": 1e-2, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+    }  # fmt: skip
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **overrides})
+
+
+class Witness(TrainerCallback):
+    """Keeps the routing that the blocks did in training, by optimizer step and forward pass, with hooks of its own."""
+
+    def __init__(self, model):
+        self.steps: list[list[dict]] = []
+        decoder = model.get_decoder()
+        decoder.register_forward_pre_hook(self.on_forward, with_kwargs=True)
+        for layer in decoder.layers:
+            layer.block_sparse_moe.register_forward_hook(self.on_block)
+
+    def on_step_begin(self, *args, **kwargs):
+        self.steps.append([])
+
+    def on_forward(self, decoder, args, kwargs):
+        if decoder.training and torch.is_grad_enabled():
+            mask = kwargs["attention_mask"]
+            self.steps[-1].append({"mask": None if mask is None else mask.flatten().tolist(), "layers": []})
+
+    def on_block(self, block, args, output):
+        if block.training and torch.is_grad_enabled():
+            _, logits, experts = output
+            self.steps[-1][-1]["layers"].append((logits.detach().double().tolist(), experts.tolist()))
+
+
+def expected_layer(steps: list[list[dict]], layer: int, eps: float) -> dict:
+    """All metrics of a layer over `steps`, in plain Python."""
+    total_counts = [0] * NUM_EXPERTS
+    entropies, near_ties, others, balance = [], [], [], []
+    for forwards in steps:
+        counts, probabilities, tokens = [0] * NUM_EXPERTS, [0.0] * NUM_EXPERTS, 0
+        for forward in forwards:
+            logits, experts = forward["layers"][layer]
+            mask = forward["mask"] or [1] * len(logits)
+            for z, chosen, real in zip(logits, experts, mask, strict=True):
+                if not real:
+                    continue
+                tokens += 1
+                weights = [math.exp(value - max(z)) for value in z]
+                p = [weight / sum(weights) for weight in weights]
+                entropies.append(-sum(value * math.log(value) for value in p))
+                best = max(z)
+                near_ties.append(sum((best - v) / max(abs(v), best) <= 2 * eps for v in z) > 1)
+                left = set(range(NUM_EXPERTS))
+                for expert in chosen:
+                    counts[expert] += 1
+                    others.append(z[expert] < max(z[i] for i in left))
+                    left.remove(expert)
+                for i in range(NUM_EXPERTS):
+                    probabilities[i] += p[i]
+        balance.append(
+            NUM_EXPERTS * sum(c / sum(counts) * p / tokens for c, p in zip(counts, probabilities, strict=True))
+        )
+        total_counts = [a + b for a, b in zip(total_counts, counts, strict=True)]
+    load = [count / sum(total_counts) for count in total_counts]
+    return {
+        "load_max": NUM_EXPERTS * max(load),
+        "load_entropy": -sum(share * math.log(share) for share in load if share) / math.log(NUM_EXPERTS),
+        "dead_experts": sum(count == 0 for count in total_counts),
+        "router_entropy": sum(entropies) / len(entropies) / math.log(NUM_EXPERTS),
+        "near_tie_rate": sum(near_ties) / len(near_ties),
+        "non_argmax_rate": sum(others) / len(others),
+        "balance_loss": sum(balance) / len(balance),
+        "load": load,
+    }
+
+
+def expected(steps: list[list[dict]], eps: float, layers: tuple[int, ...] = ()) -> dict[str, float]:
+    by_layer = [expected_layer(steps, layer, eps) for layer in range(2)]
+    scalars = {f"routing/{name}": sum(values[name] for values in by_layer) / 2 for name in METRICS}
+    scalars["routing/dead_experts"] = sum(values["dead_experts"] for values in by_layer)
+    for name in ("load_max", "balance_loss"):
+        scalars[f"routing/{name}_worst"] = max(values[name] for values in by_layer)
+    for layer in layers:
+        scalars.update({f"routing/layer_{layer}/{name}": by_layer[layer][name] for name in METRICS})
+    return scalars
+
+
+def logged(trainer: Trainer) -> list[dict]:
+    return [
+        {key: value for key, value in entry.items() if key.startswith("routing/")}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Six steps of three micro-batches, evaluated after each, logged after every other one, to TensorBoard, too."""
+    folder = tmp_path_factory.mktemp("run")
+    set_seed(0)
+    model = make_model(folder / "model")
+    witness = Witness(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "events"))
+        trainer = Trainer(
+            model=model,
+            args=make_arguments(folder / "out", report_to="tensorboard", eval_strategy="steps", eval_steps=1),
+            train_dataset=make_rows(36),
+            eval_dataset=make_rows(4, seed=1),
+            callbacks=[witness],
+        )
+        trainer.add_callback(RoutingCallback(trainer, layers=[1]))
+        trainer.train()
+    return trainer, witness, folder
+
+
+def test_every_metric_is_that_of_plain_loops_over_the_routing(run):
+    """Over both steps of a log, all three micro-batches of a step; neither padding nor evaluation counts."""
+    trainer, witness, _ = run
+    assert [len(forwards) for forwards in witness.steps] == [3] * 6
+    entries = logged(trainer)
+    assert len(entries) == 3
+    for index, entry in enumerate(entries):
+        wanted = expected(witness.steps[2 * index : 2 * index + 2], eps=0.2, layers=(1,))
+        assert entry == pytest.approx(wanted, rel=1e-5)
+        # Nothing is compared that is not there.
+        assert 0.05 < entry["routing/non_argmax_rate"] < entry["routing/near_tie_rate"] < 1
+        assert entry["routing/load_max_worst"] > entry["routing/load_max"] > 1
+
+
+def test_evaluation_and_the_summary_have_no_routing_keys(run):
+    trainer, _, _ = run
+    others = [entry for entry in trainer.state.log_history if "loss" not in entry]
+    assert len(others) == 7 and not any(key.startswith("routing/") for entry in others for key in entry)
+    assert trainer.model.get_decoder().routing_observer is None
+
+
+def test_tensorboard_holds_every_scalar_and_the_pictures(run):
+    trainer, _, folder = run
+    events = EventAccumulator(str(folder / "events"))
+    events.Reload()
+    entries = logged(trainer)
+    for key in entries[0]:
+        points = events.Scalars(f"train/{key}")
+        assert [point.step for point in points] == [2, 4, 6]
+        assert [point.value for point in points] == pytest.approx([entry[key] for entry in entries], rel=1e-6)
+    pictures = events.Images("train/routing/expert_load")
+    assert [picture.step for picture in pictures] == [2, 6], "at the first log and the end; between, not for its cost"
+    assert all(picture.encoded_image_string.startswith(b"\x89PNG") for picture in pictures)
+    assert pictures[0].encoded_image_string != pictures[1].encoded_image_string
+    assert (folder / "out" / "routing" / "expert_load.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_file_holds_every_layer(run):
+    _, witness, folder = run
+    lines = [json.loads(line) for line in (folder / "out" / "routing" / "layers.jsonl").read_text().splitlines()]
+    assert [line.pop("step") for line in lines] == [2, 4, 6]
+    for index, line in enumerate(lines):
+        for layer in range(2):
+            wanted = expected_layer(witness.steps[2 * index : 2 * index + 2], layer, eps=0.2)
+            assert line.keys() == wanted.keys()
+            assert line["load"][layer] == pytest.approx(wanted.pop("load"), rel=1e-6)
+            assert {name: line[name][layer] for name in METRICS} == pytest.approx(wanted, rel=1e-5)
+
+
+def test_console_shows_it_and_depth_adds_no_keys(tmp_path, capsys):
+    for depth in (1, 5):
+        model = make_model(tmp_path / f"model{depth}", num_hidden_layers=depth)
+        arguments = make_arguments(tmp_path / "out", max_steps=1, logging_steps=1)
+        trainer = Trainer(model, arguments, train_dataset=make_rows(6))
+        trainer.add_callback(RoutingCallback(trainer))
+        trainer.train()
+        (entry,) = logged(trainer)
+        assert entry.keys() == KEYS
+        printed = next(line for line in capsys.readouterr().out.splitlines() if "'loss'" in line)
+        assert all(f"'{key}'" in printed for key in KEYS)
+
+
+def set_router_logits(model, *values: float) -> None:
+    """Make every layer's router see the same for every token, and answer `values`."""
+    for layer in model.get_decoder().layers:
+        norm, gate = layer.post_attention_layernorm, layer.block_sparse_moe.gate
+        with torch.no_grad():
+            norm.weight.zero_()
+            gate.weight.copy_(torch.tensor(values).unsqueeze(-1) * norm.bias / norm.bias.square().sum())
+
+
+def one_log(model, folder: Path, rows: int = 6, **arguments) -> dict[str, float]:
+    settings = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": rows // 3, **arguments}
+    trainer = Trainer(model, make_arguments(folder, **settings), train_dataset=make_rows(rows))
+    trainer.add_callback(RoutingCallback(trainer))
+    trainer.train()
+    (entry,) = logged(trainer)
+    return {key.removeprefix("routing/"): value for key, value in entry.items()}
+
+
+def test_uniform_router(tmp_path):
+    """Whatever the draws: entropy log E, every token tied, no draw worse than another, balance loss 1."""
+    model = make_model(tmp_path / "model", input_jitter_noise=0.0)
+    set_router_logits(model, *[0.0] * 6)
+    entry = one_log(model, tmp_path / "out")
+    assert entry["router_entropy"] == pytest.approx(1, rel=1e-6)
+    assert entry["near_tie_rate"] == 1 and entry["non_argmax_rate"] == 0
+    assert [entry["balance_loss"], entry["balance_loss_worst"]] == pytest.approx([1, 1], rel=1e-6)
+
+
+def test_collapsed_router(tmp_path):
+    """All tokens to the same two of six experts, in both layers: four dead experts in each."""
+    model = make_model(tmp_path / "model", input_jitter_noise=0.0, router_jitter_noise=0.01)
+    values = [3.0, -1.0, 0.5, 2.0, 0.0, 1.0]
+    set_router_logits(model, *values)
+    entry = one_log(model, tmp_path / "out")
+    p = torch.tensor(values, dtype=torch.float64).softmax(-1).tolist()
+    assert entry == pytest.approx(
+        {
+            "load_max": 3,
+            "load_max_worst": 3,
+            "load_entropy": math.log(2) / math.log(6),
+            "dead_experts": 8,
+            "router_entropy": -sum(x * math.log(x) for x in p) / math.log(6),
+            "near_tie_rate": 0,
+            "non_argmax_rate": 0,
+            "balance_loss": 3 * (p[0] + p[3]),
+            "balance_loss_worst": 3 * (p[0] + p[3]),
+        },
+        rel=1e-5,
+    )
+
+
+def test_share_of_other_draws(tmp_path):
+    """Two experts in reach of the first choice, one of the second: 5 sigma of its binomial share."""
+    model = make_model(tmp_path / "model", input_jitter_noise=0.0, router_jitter_noise=0.2)
+    set_router_logits(model, 1.0, 0.9, -9.0, -19.0, -39.0, -79.0)
+    set_seed(0)
+    entry = one_log(model, tmp_path / "out", rows=120)
+    probability, choices = 1 / (1 + math.exp(0.1)), 120 * 3 * 2  # at least 3 tokens in a row, 2 layers
+    assert entry["near_tie_rate"] == 1
+    tolerance = 5 * math.sqrt(probability * (1 - probability) / choices) / 2
+    assert entry["non_argmax_rate"] == pytest.approx(probability / 2, abs=tolerance)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_is_counted_once(tmp_path, use_reentrant):
+    calls, entries = [], []
+    for kwargs in ({}, {"activation_checkpointing": True}):
+        set_seed(0)
+        model = make_model(tmp_path / "model")
+        if kwargs:
+            kwargs["activation_checkpointing_kwargs"] = {"use_reentrant": use_reentrant}
+        arguments = make_arguments(tmp_path / "out", **kwargs)
+        trainer = Trainer(model, arguments, train_dataset=make_rows(36))
+        callback = RoutingCallback(trainer)
+        observe = callback._observe
+        callback._observe = lambda *args, observe=observe: (calls.append(args), observe(*args))
+        trainer.add_callback(callback)
+        trainer.train()
+        entries.append(logged(trainer))
+    assert len(calls) == 2 * 18
+    assert entries[0] == entries[1]
+
+
+def test_observation_breaks_no_graph(tmp_path):
+    """In a compiled forward pass, too, and with the same sums."""
+    model = make_model(tmp_path / "model", router_aux_loss_coef=0.0, router_jitter_noise=0.0, input_jitter_noise=0.0)
+    sums = []
+
+    def observe(*routing):
+        sums.append(callback_module.routing_sums(*routing, 0.2))
+
+    model.train().get_decoder().routing_observer = observe
+    inputs = {key: torch.tensor(value) for key, value in make_rows(2)[:].items()}
+    for forward in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        forward(**inputs, use_cache=False)
+    assert sums[0].shape == (2, 2 * NUM_EXPERTS + 4) and sums[0][0, -1] == inputs["attention_mask"].sum()
+    torch.testing.assert_close(sums[0], sums[1])
+
+
+def test_many_steps_between_two_logs(tmp_path, monkeypatch):
+    """Steps are added up before there are too many of them; the result is the same."""
+    entries = []
+    for most in (callback_module.MAX_PENDING_STEPS, 2):
+        monkeypatch.setattr(callback_module, "MAX_PENDING_STEPS", most)
+        set_seed(0)
+        model = make_model(tmp_path / "model")
+        arguments = make_arguments(tmp_path / "out", logging_steps=5, max_steps=5)
+        trainer = Trainer(model, arguments, train_dataset=make_rows(36))
+        trainer.add_callback(RoutingCallback(trainer))
+        trainer.train()
+        entries.append(logged(trainer))
+    assert entries[0][0] == pytest.approx(entries[1][0], rel=1e-12)
+
+
+def test_callback_changes_nothing_else(tmp_path):
+    histories = []
+    for watched in (False, True):
+        set_seed(0)
+        model = make_model(tmp_path / "model")
+        arguments = make_arguments(tmp_path / "out")
+        trainer = Trainer(model, arguments, train_dataset=make_rows(36))
+        if watched:
+            trainer.add_callback(RoutingCallback(trainer))
+        trainer.train()
+        histories.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history[:-1]])
+    assert histories[0] == histories[1]
+
+
+def test_what_cannot_be_observed_is_refused(tmp_path):
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=131, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    model = make_model(tmp_path / "model")
+    for refused, layers, arguments, message in (
+        (llama, [], {}, "LlamaModel"),
+        (model, [0, 2], {}, r"layers \[2\] are not among the model's layers 0 to 1"),
+        (model, [], {"logging_strategy": "no"}, "logging_strategy='no'"),
+    ):
+        trainer = Trainer(refused, make_arguments(tmp_path / "out", **arguments), train_dataset=make_rows(6))
+        trainer.add_callback(RoutingCallback(trainer, layers))
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_trl(method, tmp_path, trained_tokenizer):
+    """TRL's trainers, with LoRA: DPO's reference passes, without the adapter and without gradient, do not count."""
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    set_seed(0)
+    model = make_model(tmp_path / "model", vocab_size=len(trained_tokenizer), eos_token_id=3, router_sampling=True)
+    witness = Witness(model)
+    texts = [f"def f{n}(x):" + " return x" * n for n in range(1, 9)]
+    if method == "sft":
+        trainer_class, config_class = SFTTrainer, SFTConfig
+        dataset = Dataset.from_dict({"text": texts})
+    else:
+        trainer_class, config_class = DPOTrainer, DPOConfig
+        dataset = Dataset.from_dict(
+            {"prompt": texts, "chosen": [" return 1"] * 8, "rejected": [" return None or 2"] * 8}
+        )
+    settings = make_arguments(tmp_path, gradient_accumulation_steps=2, max_steps=2, logging_steps=1).to_dict()
+    wanted = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "logging_steps")
+    trainer = trainer_class(
+        model=model,
+        args=config_class(
+            output_dir=str(tmp_path / "out"), save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+            bf16=False, **{name: settings[name] for name in wanted},
+        ),
+        train_dataset=dataset,
+        processing_class=trained_tokenizer,
+        peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], r=2),
+        callbacks=[witness],
+    )  # fmt: skip
+    trainer.add_callback(RoutingCallback(trainer))
+    trainer.train()
+    entries = logged(trainer)
+    assert len(entries) == 2
+    for step, entry in enumerate(entries):
+        assert len(witness.steps[step]) == 2
+        assert entry == pytest.approx(expected(witness.steps[step : step + 1], eps=0.2), rel=1e-5)
+
+
+def test_two_processes_count_together(tmp_path):
+    """Both ranks log the same, the loops' results over the routing of both; one of them writes files."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, tmp_path]
+    done = subprocess.run(
+        [str(part) for part in command], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0]["logged"] == ranks[1]["logged"]
+    assert ranks[0]["steps"] != ranks[1]["steps"]
+    steps = [first + second for first, second in zip(ranks[0]["steps"], ranks[1]["steps"], strict=True)]
+    for index, entry in enumerate(ranks[0]["logged"]):
+        assert entry == pytest.approx(expected(steps[2 * index : 2 * index + 2], eps=0.2), rel=1e-5)
+    assert len((tmp_path / "out" / "routing" / "layers.jsonl").read_text().splitlines()) == 2
+
+
+def train_in_two_processes(folder: Path) -> None:
+    rank = os.environ["RANK"]
+    set_seed(0)
+    model = make_model(folder / f"model{rank}")
+    witness = Witness(model)
+    arguments = make_arguments(folder / "out", ddp_backend="gloo", max_steps=4)
+    trainer = Trainer(model, arguments, train_dataset=make_rows(48), callbacks=[witness])
+    trainer.add_callback(RoutingCallback(trainer))
+    trainer.train()
+    (folder / f"rank{rank}.json").write_text(json.dumps({"logged": logged(trainer), "steps": witness.steps}))
+
+
+if __name__ == "__main__":
+    train_in_two_processes(Path(sys.argv[1]))
