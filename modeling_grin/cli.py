@@ -1,6 +1,8 @@
 """The `grin-moe` command."""
 
+import ast
 import csv
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +17,11 @@ app = typer.Typer(
     help="Tools for gradient-informed mixture-of-experts models.", no_args_is_help=True, add_completion=False
 )
 console, errors = Console(), Console(stderr=True)
+
+recipes = typer.Typer(help="Training scripts and their configs, to copy and edit.", no_args_is_help=True)
+app.add_typer(recipes, name="recipes")
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"  # beside the package, in the checkout as in the wheel
+WHAT = "# What:"  # the line of a config's header that `recipes ls` shows
 
 
 @app.callback()
@@ -68,6 +75,54 @@ def gradients(
                 )
         console.print(table)
     console.print(f"{output_dir / 'gradients.csv'} has every quantity and both equations; plots are beside it")
+
+
+def find_recipes() -> dict[str, Path]:
+    """Scripts and configs by name, the file's without its suffix; scripts first."""
+    files = [*sorted(RECIPES.glob("*.py")), *sorted(RECIPES.rglob("*.yaml"))]
+    return {path.stem: path for path in files}
+
+
+def describe(path: Path) -> str:
+    """What a recipe does: the first sentence of a script's docstring, or the `# What:` line of a config."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    return next((line[len(WHAT) :].strip() for line in text.splitlines() if line.startswith(WHAT)), "")
+
+
+@recipes.command("ls")
+def list_recipes() -> None:
+    """List the training scripts and their configs.
+
+    Example: grin-moe recipes ls
+    """
+    table = Table("name", "what it does", box=None)
+    for name, path in find_recipes().items():
+        table.add_row(name, escape(describe(path)))
+    console.print(table)
+
+
+@recipes.command("cp")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="a name that `grin-moe recipes ls` lists")],
+    destination: Annotated[Path, typer.Argument(help="file or folder")] = Path("."),
+) -> None:
+    """Copy a training script or a config, to edit it. Nothing is overwritten.
+
+    Example: grin-moe recipes cp sft_tiny my_sft.yaml
+    """
+    files = find_recipes()
+    source = files.get(name) or next((path for path in files.values() if path.name == name), None)
+    if source is None:
+        raise ValueError(f"There is no recipe {name!r}; `grin-moe recipes ls` lists them")
+    if destination.is_dir():
+        destination = destination / source.name
+    if destination.exists():
+        raise ValueError(f"{destination} exists: give another name, or move it away")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, destination)
+    console.print(f"copied to {destination}")
 
 
 def main() -> None:

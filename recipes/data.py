@@ -1,0 +1,105 @@
+"""Write real data for the recipes, from the source code of Python's own standard library: no download.
+
+    python recipes/data.py data
+
+writes data/pretrain.jsonl (`text`: modules), data/sft.jsonl (`messages`: a docstring asked, its function answered)
+and data/dpo.jsonl (`prompt`, `chosen`, `rejected`: the function, and another one's body under the same signature).
+"""
+
+import ast
+import itertools
+import json
+import random
+import sysconfig
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+from rich.console import Console
+
+console = Console()
+
+
+class Function(NamedTuple):
+    """A documented function: its source in two parts, and what its docstring says."""
+
+    signature: str
+    body: str  # without the docstring
+    docstring: str
+
+
+def read_modules() -> Iterator[str]:
+    """The source of the standard library's modules, its tests and installed packages left out."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(folder.rglob("*.py")):
+        if not {"test", "tests", "idle_test", "site-packages", "dist-packages"} & set(path.relative_to(folder).parts):
+            yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def find_functions(source: str) -> Iterator[Function]:
+    """The documented functions and methods of a module that do something besides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # lib2to3's and others' old escapes
+        tree = ast.parse(source)
+    lines = source.split("\n")  # as ast counts them: form feeds end none
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and (docstring := ast.get_docstring(node)) and len(node.body) > 1:
+            start, end = node.body[0].lineno - 1, node.body[0].end_lineno  # of the docstring
+            signature = textwrap.dedent("\n".join(lines[node.lineno - 1 : start]))
+            body = textwrap.indent(textwrap.dedent("\n".join(lines[end : node.end_lineno])), " " * 4)
+            yield Function(signature, body, docstring)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """One JSON object a line."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    console.print(f"{path}: {len(rows)} rows, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def main(
+    output_dir: Annotated[Path, typer.Argument(help="where the three files go")],
+    max_rows: Annotated[int, typer.Option(min=2, help="rows per file, at most")] = 2000,
+    max_characters: Annotated[int, typer.Option(min=1, help="longer functions and docstrings are left out")] = 800,
+    seed: Annotated[int, typer.Option(help="of the choice of rows")] = 0,
+) -> None:
+    """Write pretrain.jsonl, sft.jsonl and dpo.jsonl, made from Python's standard library.
+
+    Example: python recipes/data.py data --max-rows 500
+    """
+    generator = random.Random(seed)
+    modules = list(read_modules())
+    generator.shuffle(modules)
+    functions: list[Function] = []
+    for source in modules:
+        functions += [f for f in find_functions(source) if len("".join(f)) <= max_characters]
+        if len(functions) >= max_rows:
+            break
+    functions = functions[:max_rows]
+    generator.shuffle(functions)
+
+    def say(role: str, text: str) -> list[dict]:
+        return [{"role": role, "content": text}]
+
+    def ask(function: Function) -> list[dict]:
+        return say("user", f"Write the Python function\n{function.signature}\n\n{function.docstring}")
+
+    def answer(function: Function, body: str) -> list[dict]:
+        return say("assistant", f"{function.signature}\n{body}")
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_rows(output_dir / "pretrain.jsonl", [{"text": source} for source in modules[:max_rows]])
+    write_rows(output_dir / "sft.jsonl", [{"messages": ask(f) + answer(f, f.body)} for f in functions])
+    # The next function's body is wrong here: it is shuffled, and a body of its own.
+    pairs = [(f, other) for f, other in itertools.pairwise(functions) if f.body != other.body]
+    write_rows(
+        output_dir / "dpo.jsonl",
+        [{"prompt": ask(f), "chosen": answer(f, f.body), "rejected": answer(f, other.body)} for f, other in pairs],
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,147 @@
+"""Pre-train a GRIN-MoE on plain text, from scratch or on from a checkpoint.
+
+    accelerate launch recipes/pretrain.py --config recipes/configs/pretrain_tiny.yaml --learning_rate 1e-3
+
+Texts are joined into one stream, <|endoftext|> after each, and cut into blocks; attention crosses from one text of a
+block to the next. `--help` lists every argument: these, and transformers' TrainingArguments.
+"""
+
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from modeling_grin import GrinMoeConfig, GrinMoeTokenizer
+from modeling_grin.training import GrinMoeTrainer, RoutingCallback, checks
+from modeling_grin.training.recipes import (
+    RecipeArguments,
+    RecipeParser,
+    check_arguments,
+    clear_errors,
+    hub_dataset,
+    load_config,
+    load_model,
+    load_tokenizer,
+    load_train_and_eval,
+    resume_from,
+    train_and_save,
+)
+
+
+@dataclass
+class PretrainArguments(RecipeArguments):
+    """What pre-training adds: the text, its blocks, and a vocabulary of its own."""
+
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    block_size: int = field(default=4096, metadata={"help": "Tokens per row."})
+    tokenizer_vocab_size: int | None = field(
+        default=None, metadata={"help": "Learn a tokenizer of this size from the training data."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [self.tokenizer_vocab_size, self.tokenizer_name_or_path or self.model_name_or_path]
+        if sum(value is not None for value in given) != 1:
+            raise ValueError(
+                "Give one of tokenizer_vocab_size and tokenizer_name_or_path (or a checkpoint, model_name_or_path)"
+            )
+
+
+def get_tokenizer(
+    arguments: PretrainArguments, training: TrainingArguments, texts: Dataset
+) -> PreTrainedTokenizerBase:
+    """The tokenizer the arguments name, or one learnt from `texts`: in output_dir/tokenizer, for a resumed run too."""
+    if arguments.tokenizer_vocab_size is None:
+        return load_tokenizer(arguments)
+    folder = Path(training.output_dir) / "tokenizer"
+    with training.main_process_first(desc="tokenizer"):
+        if training.should_save and not resume_from(training):
+            columns = texts.select_columns(arguments.text_column).iter(batch_size=1000)
+            learnt = GrinMoeTokenizer.train_from_iterator(
+                (batch[arguments.text_column] for batch in columns), arguments.tokenizer_vocab_size
+            )
+            learnt.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def get_config(arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> GrinMoeConfig:
+    """The checkpoint's configuration, or a new one for the tokenizer; `model_config` applied."""
+    if arguments.model_name_or_path is not None:
+        return load_config(arguments)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GrinMoeConfig(**{"vocab_size": len(tokenizer), **special, **arguments.config_overrides})
+
+
+def pack(texts: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Dataset:
+    """Rows of `block_size` tokens. Of each thousand texts, the last tokens that do not fill a row are left out."""
+
+    def tokenize_and_cut(batch: dict) -> dict:
+        encoded = tokenizer(batch[column], verbose=False)["input_ids"]
+        stream = list(chain.from_iterable([*ids, tokenizer.eos_token_id] for ids in encoded))
+        rows = [stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)]
+        # With labels of their own: a collator that makes them would mask <|endoftext|>, which is also the padding.
+        return {"input_ids": rows, "labels": rows}
+
+    return texts.map(tokenize_and_cut, batched=True, remove_columns=texts.column_names, desc="Packing")
+
+
+def parse(argv: list[str] | None = None) -> tuple[PretrainArguments, TrainingArguments]:
+    """The arguments of the command line, and of the YAML file that `--config` names."""
+    return RecipeParser([PretrainArguments, TrainingArguments], description=__doc__).parse_args_and_config(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check, load, train, and leave the model in the released layout in output_dir."""
+    with clear_errors():
+        arguments, training = parse(argv)
+        check_arguments(arguments, training)
+        set_seed(training.seed)
+        train_texts, eval_texts = load_train_and_eval(arguments, training, [arguments.text_column])
+        tokenizer = get_tokenizer(arguments, training, train_texts)
+        config = get_config(arguments, tokenizer)
+        checks.check_tokenizer(tokenizer, config)
+        checks.check_sequence_length(arguments.block_size, config, "block_size")
+        packed = []
+        with training.main_process_first(desc="packing"):
+            for texts, name in ((train_texts, "train_data"), (eval_texts, "evaluation data")):
+                if texts is not None:
+                    packed.append(pack(texts, arguments.text_column, tokenizer, arguments.block_size))
+                    checks.check_dataset(
+                        packed[-1], [], f"{name}, cut into rows of block_size={arguments.block_size} tokens,"
+                    )
+
+        if arguments.model_name_or_path is not None:
+            model = load_model(arguments, config)
+        else:
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
+            )
+            model.config._name_or_path = training.output_dir  # the model card would call it fine-tuned from ""
+            model.generation_config.eos_token_id = tokenizer.stop_token_ids
+
+    trainer = GrinMoeTrainer(
+        model=model,
+        args=training,
+        train_dataset=packed[0],
+        eval_dataset=packed[1] if len(packed) > 1 else None,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+    )
+    trainer.add_callback(RoutingCallback(trainer))
+    train_and_save(trainer)
+    trainer.create_model_card(
+        model_name=Path(training.output_dir).name, tags=["grinmoe"], dataset=hub_dataset(arguments)
+    )
+
+
+if __name__ == "__main__":
+    main()

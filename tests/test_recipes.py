@@ -1,0 +1,482 @@
+"""Recipes: every shipped config is valid, each recipe runs from data to model, and what is wrong is said first."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from checkpoints import released_config, released_tensors, write_checkpoint
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
+from typer.testing import CliRunner
+
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from modeling_grin import cli as cli_module
+from modeling_grin.training import checks
+from modeling_grin.training.recipes import load_data
+from modeling_grin.training.trl_trainers import GrinMoeSFTTrainer
+from recipes import data, dpo, pretrain, sft
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
+RELEASED_NAMES = {  # a few of the released layout
+    "model.layers.1.block_sparse_moe.experts.3.w2.weight",
+    "model.layers.0.block_sparse_moe.gate.weight",
+    "lm_head.bias",
+}
+
+
+def recipe_of(config):
+    return RECIPES[config.stem.partition("_")[0]]
+
+
+def run(recipe, config, *arguments):
+    """Run a recipe in this process, quietly, with a shipped config."""
+    path = ROOT / "recipes" / "configs" / f"{config}.yaml"
+    recipe.main(["--config", str(path), "--disable_tqdm", "true", *map(str, arguments)])
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CI", "1")  # TRL counts its runs elsewhere, but not these
+        yield
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A folder with data/, and the current one: where the debug configs expect their files."""
+    folder = tmp_path_factory.mktemp("recipes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        data.main(Path("data"), max_rows=48, max_characters=400, seed=0)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(workdir):
+    """What pretrain_debug leaves."""
+    run(pretrain, "pretrain_debug")
+    return workdir / "output" / "pretrain_debug"
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained):
+    """What sft_debug makes of it."""
+    run(sft, "sft_debug")
+    return pretrained.parent / "sft_debug"
+
+
+# ---- Configs ----
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_is_valid(path):
+    arguments, training = recipe_of(path).parse(["--config", str(path), "--use_cpu", "true"])
+    config = GrinMoeConfig(**arguments.config_overrides)
+    length = arguments.block_size if recipe_of(path) is pretrain else training.max_length
+    assert length <= config.max_position_embeddings
+    assert arguments.eval_fraction and training.eval_strategy != "no"
+    if recipe_of(path) is dpo:
+        checks.check_preference_routing(config)
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for holder in (arguments, training):
+        for name in {field.name for field in fields(holder)} & set(given) - {
+            "model_config",
+            "fsdp_config",
+            "report_to",
+        }:
+            assert getattr(holder, name) == given[name], name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_says_what_launch_override_limits_and_each_source(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    assert list(header) == ["What", "Launch", "Override", "Limits"]
+    recipe = recipe_of(path).__name__.removeprefix("recipes.")
+    assert f"accelerate launch recipes/{recipe}.py --config recipes/configs/{path.name}" in header["Launch"]
+    for option in re.findall(r"--(\w+)", header["Override"]):
+        assert any(option in {field.name for field in fields(part)} for part in recipe_of(path).parse(
+            ["--config", str(path), "--use_cpu", "true"])), option  # fmt: skip
+    for line in lines[len(header) :]:
+        if not line.endswith("_config:"):
+            assert re.search(r"  # (paper|release|ours)\b", line), line
+
+
+def test_pretrain_grin_has_the_released_sizes():
+    given = yaml.safe_load((CONFIGS[0].parent / "pretrain_grin.yaml").read_text(encoding="utf-8"))
+    released, config = GrinMoeConfig(), GrinMoeConfig(**given["model_config"])
+    differing = {name for name in given["model_config"] if getattr(config, name) != getattr(released, name)}
+    assert differing == {"router_aux_loss_coef"}
+    tokens = 64 * given["per_device_train_batch_size"] * given["gradient_accumulation_steps"] * given["block_size"]
+    assert given["max_steps"] * tokens == pytest.approx(4e12, rel=1e-6)
+
+
+def test_the_command_line_overrides_the_file():
+    path = CONFIGS[0].parent / "sft_debug.yaml"
+    arguments, training = sft.parse([f"--config={path}", "--learning_rate", "1e-5", "--freeze_router", "true",
+                                     "--model_config", '{"expert_dropout": 0.2}'])  # fmt: skip
+    assert (training.learning_rate, training.max_steps) == (1e-5, 8)
+    assert arguments.config_overrides == {"expert_dropout": 0.2, "freeze_router": True}
+
+
+# ---- Data ----
+
+
+def test_data_is_real_code(workdir):
+    pretrain_rows, sft_rows, dpo_rows = (
+        [json.loads(line) for line in Path("data", f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("pretrain", "sft", "dpo")
+    )
+    sources = [" ".join(row["text"].split()) for row in pretrain_rows]
+    assert len(sft_rows) == 48 and len(pretrain_rows) == 48 and len(dpo_rows) in (46, 47)
+    for row in sft_rows:
+        question, answer = (message["content"] for message in row["messages"])
+        (function,) = ast.parse(answer).body
+        assert isinstance(function, ast.FunctionDef) and ast.get_docstring(function) is None
+        signature, _, docstring = question.removeprefix("Write the Python function\n").partition("\n\n")
+        assert answer.startswith(signature)
+        body = " ".join(answer.removeprefix(signature).split())
+        assert any(body in source and " ".join(docstring.split()) in source for source in sources)
+    for row in dpo_rows:
+        chosen, rejected = (row[key][0]["content"] for key in ("chosen", "rejected"))
+        assert chosen != rejected and chosen.partition(":\n")[0] == rejected.partition(":\n")[0]
+        assert {"messages": row["prompt"] + row["chosen"]} in sft_rows
+
+
+@pytest.mark.parametrize("form", ["rows.jsonl", "rows.json", "rows.parquet", "folder", "folder/*.jsonl", "rows.txt"])
+def test_local_files_of_any_form(form, workdir, tmp_path):
+    rows = [{"text": f"line {i}\nand its next"} for i in range(3)]
+    target = tmp_path / form
+    if form == "rows.parquet":
+        Dataset.from_list(rows).to_parquet(target)
+    elif form == "rows.json":
+        target.write_text(json.dumps(rows))
+    elif form == "rows.txt":
+        target.write_text(rows[0]["text"])
+        rows = rows[:1]  # a file is one text
+    elif form == "rows.jsonl":
+        write_rows(target, rows)
+    else:
+        (tmp_path / "folder").mkdir()
+        for i, row in enumerate(rows):
+            write_rows(tmp_path / "folder" / f"{i}.jsonl", [row])
+    assert load_data(str(target)).to_list() == rows
+
+
+def test_blocks_are_the_stream_of_texts(trained_tokenizer):
+    texts = ["def f():\n    return 1\n", "", "x = 2\n" * 9]
+    packed = pretrain.pack(Dataset.from_dict({"body": texts}), "body", trained_tokenizer, 8)
+    stream = []
+    for text in texts:
+        stream += [*trained_tokenizer.encode(text), trained_tokenizer.eos_token_id]
+    assert packed.column_names == ["input_ids", "labels"]
+    assert list(chain.from_iterable(packed["input_ids"])) == stream[: len(stream) // 8 * 8]
+    assert all(row["labels"] == row["input_ids"] and len(row["labels"]) == 8 for row in packed)
+
+
+def padded_and_packed(tokenizer, tmp_path, **settings):
+    """SFT trainers on the same chats, packed and not, with the same model of random weights and greedy routing."""
+    config = released_config(
+        vocab_size=len(tokenizer), torch_dtype="float32", bos_token_id=1, eos_token_id=3, pad_token_id=3
+    )
+    folder = write_checkpoint(tmp_path / "model", config, released_tensors(config))
+    chats = [
+        [{"role": "user", "content": f"what is {i}?"}, {"role": "assistant", "content": "def f(x):\n" + "    x\n" * i}]
+        for i in range(1, 6)
+    ]
+    rows = Dataset.from_dict({"messages": chats})
+    for packing in (False, True):
+        model = GrinMoeForCausalLM.from_pretrained(
+            folder, attn_implementation="sdpa", router_sampling=False, input_jitter_noise=0.0
+        )
+        arguments = SFTConfig(
+            output_dir=tmp_path / "out", packing=packing, max_length=128, per_device_eval_batch_size=8, bf16=False,
+            use_cpu=True, report_to="none", disable_tqdm=True, activation_checkpointing=False, **settings,
+        )  # fmt: skip
+        yield GrinMoeSFTTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("assistant_only_loss", [False, True])
+def test_packed_loss_and_gradient_equal_those_row_by_row(assistant_only_loss, trained_tokenizer, tmp_path):
+    padded, packed = padded_and_packed(trained_tokenizer, tmp_path, assistant_only_loss=assistant_only_loss)
+    assert len(packed.eval_dataset) < len(padded.eval_dataset) == 5
+    model = padded.model.eval()
+    loss, count = 0, 0
+    for row in padded.eval_dataset:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        loss = loss + cross_entropy(logits.double(), labels, reduction="sum")
+        count += int((labels != -100).sum())
+    loss = loss / count
+    loss.backward()
+    gradient = model.model.layers[0].self_attn.v_proj.weight.grad
+    assert packed.evaluate()["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert padded.evaluate()["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+    inputs = packed.data_collator(list(packed.train_dataset))
+    assert "attention_mask" not in inputs and int((inputs["position_ids"] == 0).sum()) == 5
+    packed.model.train()
+    packed.compute_loss(packed.model, inputs).backward()
+    packed_gradient = packed.model.model.layers[0].self_attn.v_proj.weight.grad
+    torch.testing.assert_close(packed_gradient, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_assistant_only_loss_is_on_what_the_assistant_says(trained_tokenizer, tmp_path):
+    trainer, _ = padded_and_packed(trained_tokenizer, tmp_path, assistant_only_loss=True)
+    for i, row in enumerate(trainer.train_dataset, start=1):
+        learnt = [label for label in row["labels"] if label != -100]
+        assert trained_tokenizer.decode(learnt) == "def f(x):\n" + "    x\n" * i + "<|end|>"
+        assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+
+
+# ---- Runs ----
+
+
+def test_pretrain_leaves_the_best_model_in_the_released_layout(pretrained):
+    tensors = load_file(pretrained / "model.safetensors")
+    assert tensors.keys() >= RELEASED_NAMES
+    state = read_json(pretrained / "trainer_state.json")
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = pretrained / f"checkpoint-{min(losses, key=losses.get)}"
+    for name, tensor in load_file(best / "model.safetensors").items():
+        assert torch.equal(tensor, tensors[name]), name
+    assert read_json(pretrained / "eval_results.json")["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-5)
+    assert min(losses.values()) < 6.1 < torch.tensor(512.0).log(), "less than without training"
+    card = (pretrained / "README.md").read_text(encoding="utf-8")
+    assert "trained from scratch" in card and f"Loss: {min(losses.values()):.4f}" in card
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(pretrained / "tokenizer").get_vocab()
+    model = AutoModelForCausalLM.from_pretrained(pretrained)
+    assert model.config.vocab_size == len(tokenizer) == 512
+    assert model.generation_config.eos_token_id == tokenizer.stop_token_ids
+
+
+LAUNCHERS = {  # accelerate starts one process on the CPU, whatever --num_processes says
+    "accelerate launch": (["accelerate.commands.launch", "--cpu"], 1),
+    "torchrun": (["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launched_in_any_number_of_processes_it_trains_the_same(launcher, pretrained, tmp_path):
+    command, processes = LAUNCHERS[launcher]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(ROOT / "recipes" / "pretrain.py"),
+         "--config", str(ROOT / "recipes" / "configs" / "pretrain_debug.yaml"), "--output_dir", str(tmp_path / "out"),
+         "--per_device_train_batch_size", str(4 // processes), "--disable_tqdm", "true"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alone, both = (read_json(folder / "trainer_state.json") for folder in (pretrained, tmp_path / "out"))
+    for one, two in zip(alone["log_history"], both["log_history"], strict=True):
+        for key in {"loss", "eval_loss"} & set(one):
+            assert two[key] == pytest.approx(one[key], rel=1e-4)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in load_file(pretrained / "model.safetensors").items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_pretrain_goes_on_from_a_checkpoint(pretrained, tmp_path):
+    pretrain.main([
+        "--model_name_or_path", str(pretrained), "--train_data", "data/pretrain.jsonl", "--block_size", "32",
+        "--max_steps", "1", "--learning_rate", "0", "--output_dir", str(tmp_path), "--use_cpu", "true",
+        "--model_config", '{"router_aux_loss_coef": 0.5}', "--report_to", "none", "--disable_tqdm", "true",
+    ])  # fmt: skip
+    before, after = (load_file(folder / "model.safetensors") for folder in (pretrained, tmp_path))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert read_json(tmp_path / "config.json")["router_aux_loss_coef"] == 0.5
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def test_sft_learns_and_resumes_to_the_same_weights(tuned, tmp_path):
+    history = read_json(tuned / "trainer_state.json")["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert sorted(path.name for path in tuned.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    assert "sft" in (tuned / "README.md").read_text(encoding="utf-8")
+    shutil.copytree(tuned / "checkpoint-4", tmp_path / "checkpoint-4")
+    run(sft, "sft_debug", "--output_dir", tmp_path, "--resume_from_checkpoint", "true")
+    resumed = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
+    for name, tensor in load_file(tuned / "checkpoint-8" / "model.safetensors").items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_sft_with_frozen_routers(pretrained, tuned, tmp_path):
+    run(sft, "sft_debug", "--output_dir", tmp_path, "--freeze_router", "true", "--max_steps", 2, "--eval_steps", 2,
+        "--save_steps", 2)  # fmt: skip
+    before, after, free = (load_file(folder / "model.safetensors") for folder in (pretrained, tmp_path, tuned))
+    routers = {name for name in before if name.endswith("gate.weight")}
+    assert len(routers) == 2 and all(torch.equal(before[name], after[name]) for name in routers)
+    assert not any(torch.equal(before[name], free[name]) for name in routers)
+    others = {name for name in before if "block_sparse_moe" not in name}  # an expert may get no token
+    assert not any(torch.equal(before[name], after[name]) for name in others)
+
+
+def test_sft_with_lora_leaves_adapter_and_merged_model(pretrained, tmp_path):
+    run(sft, "sft_debug", "--output_dir", tmp_path, "--lora_r", 2, "--max_steps", 2, "--eval_steps", 2,
+        "--save_steps", 2, "--learning_rate", "1e-2")  # fmt: skip
+    ids = torch.randint(512, (2, 40), generator=torch.Generator().manual_seed(0))
+    base = AutoModelForCausalLM.from_pretrained(pretrained).eval()
+    with torch.no_grad():
+        untuned = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path).eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+    assert (adapted - untuned).abs().max() > 1e-3
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() >= RELEASED_NAMES
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_dpo_starts_at_a_margin_of_exactly_zero(lora_r, tuned, tmp_path):
+    run(dpo, "dpo_debug", "--output_dir", tmp_path, "--lora_r", lora_r, "--max_steps", 4, "--logging_steps", 1)
+    history = [entry for entry in read_json(tmp_path / "trainer_state.json")["log_history"] if "loss" in entry]
+    assert history[0]["rewards/margins"] == 0.0 and history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert all(entry["rewards/margins"] != 0.0 for entry in history[1:])
+    model = tmp_path / "merged" if lora_r else tmp_path
+    assert load_file(model / "model.safetensors").keys() >= RELEASED_NAMES
+    assert "dpo" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+# ---- What is wrong is said in one sentence ----
+
+CHAT = {"messages": [{"role": "user", "content": "hello " * 20}, {"role": "assistant", "content": "hi"}]}
+BROKEN = ["{broken"]
+PAIR = {"prompt": "hello " * 20, "chosen": "yes", "rejected": "no"}
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "arguments", "message"),
+    [
+        ("sft_debug", None, ["--train_data", "data/none.jsonl"], r"data/none\.jsonl: no such file or folder"),
+        ("sft_debug", None, ["--train_data", "configs/*.jsonl"], r"configs/\*\.jsonl: no data files"),
+        ("sft_debug", [], [], "rows.jsonl is empty"),
+        ("sft_debug", BROKEN, [], "rows.jsonl cannot be read as json"),
+        ("sft_debug", [{"chat": 1}] * 9, [], r"none of the columns messages or prompt and .*'chat"),
+        ("sft_debug", [CHAT] * 9, ["--max_length", "2048"], "max_length=2048 is longer than.*=1024"),
+        ("sft_debug", [CHAT] * 9, ["--max_length", "16", "--packing", "false"], "all labels are masked"),
+        ("sft_debug", [CHAT] * 9, ["--max_length", "16"], "all labels are masked"),
+        ("sft_debug", [{"messages": CHAT["messages"][:1]}] * 9, [], "row 0: no assistant turn in messages"),
+        ("sft_debug", [CHAT] * 9, ["--eval_fraction", "none"], "eval_strategy=steps needs one of eval_data"),
+        ("sft_debug", [CHAT] * 9, ["--eval_fraction", "1.5"], "eval_fraction=1.5 must be between 0 and 1"),
+        ("sft_debug", [CHAT] * 9, ["--eval_data", "x.jsonl"], "eval_fraction and eval_data .* at odds"),
+        ("sft_debug", [CHAT] * 9, ["--lora_r", "2", "--lora_router", "true", "--freeze_router", "true"], "at odds"),
+        ("sft_debug", [CHAT] * 9, ["--model_config", '{"num_expert": 4}'], "GrinMoeConfig has no field num_expert"),
+        ("sft_debug", [CHAT] * 9, ["--model_config", '{"eos_token_id": 7}'], r"eos_token_id is 3 .*endoftext.* and 7"),
+        ("sft_debug", [CHAT] * 9, ["--model_name_or_path", "nowhere/at/all"], "nowhere/at/all"),
+        ("sft_debug", [CHAT] * 9, ["--dtype", "float8"], "dtype=float8 is none of float32"),
+        ("sft_debug", [CHAT] * 9, ["--max_step", "3"], "--max_step"),
+        ("sft_debug", [CHAT] * 9, ["--max_steps", "many"], "max_steps.*invalid int value: 'many'"),
+        ("sft_debug", [CHAT] * 9, ["--resume_from_checkpoint", "true"], "no complete checkpoint to resume from"),
+        ("dpo_debug", [PAIR] * 9, ["--model_config", '{"router_sampling": true}'], "router_sampling=True is at odds"),
+        ("dpo_debug", [PAIR] * 9, ["--model_config", '{"input_jitter_noise": 0.1}'], "input_jitter_noise=0.1 is at"),
+        ("dpo_debug", [{"prompt": "a", "chosen": "b"}] * 9, [], "has no column rejected; its columns are"),
+        ("dpo_debug", [PAIR] * 9, ["--max_length", "16"], "whose prompt alone fills max_length=16, is empty"),
+        ("dpo_debug", [{**PAIR, "chosen": "a b " * 900}] * 9, ["--max_length", "none"], "tokens are more than"),
+        ("pretrain_debug", [{"body": "a"}] * 9, [], "has no column text"),
+        ("pretrain_debug", [{"text": "a"}] * 20, [], "block_size=64 tokens, is empty"),
+        ("pretrain_debug", [{"text": "a" * 99}] * 20, ["--block_size", "2048"], "block_size=2048 is longer than"),
+        ("pretrain_debug", [{"text": "a"}], ["--tokenizer_name_or_path", "x"], "one of tokenizer_vocab_size and"),
+        ("pretrain_debug", [{"text": "a"}] * 20, ["--model_config", '{"vocab_size": 99}'], "vocab_size is 99"),
+    ],
+)  # fmt: skip
+def test_an_error_comes_first_and_is_one_sentence(config, rows, arguments, message, tuned, tmp_path):
+    given = list(arguments)
+    if rows is not None:
+        path = write_rows(tmp_path / "rows.jsonl", [] if rows == BROKEN else rows)
+        if rows == BROKEN:
+            path.write_text(BROKEN[0])
+        given += ["--train_data", str(path)]
+    with pytest.raises(SystemExit, match=message) as raised:
+        run(RECIPES[config.partition("_")[0]], config, "--output_dir", tmp_path / "out", *given)
+    assert str(raised.value).startswith("error: ") and "\n" not in str(raised.value)
+    assert not list(tmp_path.glob("out/checkpoint-*"))
+
+
+def test_a_key_the_recipe_does_not_know_is_an_error(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train_data: x\nlearning_rat: 1.0e-3\n")
+    with pytest.raises(SystemExit, match="learning_rat"):
+        sft.main(["--config", str(tmp_path / "mine.yaml"), "--use_cpu", "true"])
+
+
+def test_a_folder_of_several_formats_is_an_error(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(ValueError, match=r"several formats \(json, text\)"):
+        load_data(str(tmp_path))
+
+
+# ---- grin-moe recipes ----
+
+
+def cli(*arguments):
+    return CliRunner().invoke(cli_module.app, ["recipes", *map(str, arguments)], env={"COLUMNS": "400"})
+
+
+def test_recipes_ls_names_every_recipe_and_config_with_what_it_does():
+    shown = {}
+    for line in cli("ls").stdout.splitlines()[1:]:
+        name, what = line.split(None, 1)
+        shown[name] = what.strip()
+    files = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "recipes").rglob("*.yaml")]
+    assert shown.keys() == {path.stem for path in files} and len(shown) == len(files)
+    assert shown["dpo"] == dpo.__doc__.splitlines()[0]
+    for path in CONFIGS:
+        assert shown[path.stem] == path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# What: ")
+
+
+def test_recipes_cp_copies_and_never_overwrites(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, copied, source in (
+        (["sft"], "sft.py", "sft.py"),
+        (["sft_debug.yaml", "mine/own.yaml"], "mine/own.yaml", "configs/sft_debug.yaml"),
+        (["dpo_grin", "mine"], "mine/dpo_grin.yaml", "configs/dpo_grin.yaml"),
+    ):
+        assert cli("cp", *arguments).exit_code == 0
+        assert Path(copied).read_bytes() == (ROOT / "recipes" / source).read_bytes()
+    Path("sft.py").write_text("mine")
+    again = cli("cp", "sft")
+    assert again.exit_code == 1 and "sft.py exists" in str(again.exception)
+    assert Path("sft.py").read_text() == "mine"
+    assert "no recipe 'stf'" in str(cli("cp", "stf").exception)
+
+
+@pytest.mark.slow
+def test_recipes_are_found_beside_an_installed_package(tmp_path):
+    for name in ("modeling_grin", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / "site" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from modeling_grin import cli; import sys; sys.argv = ['grin-moe', 'recipes', 'cp', 'sft']; cli.main()"
+    (tmp_path / "work" / "recipes").mkdir(parents=True)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "work", check=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+    )  # fmt: skip
+    assert (tmp_path / "work" / "sft.py").read_bytes() == (ROOT / "recipes" / "sft.py").read_bytes()
