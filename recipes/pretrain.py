@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=packed[1] if len(packed) > 1 else None,
         processing_class=tokenizer,
         data_collator=default_data_collator,
+        exact_balance=arguments.exact_balance,
     )
     trainer.add_callback(RoutingCallback(trainer))
     train_and_save(trainer)

@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             train_dataset=data["train_data"],
             eval_dataset=data["evaluation data"],
             processing_class=tokenizer,
+            exact_balance=arguments.exact_balance,
         )
         check_merge(arguments, trainer)
         for name, dataset in (("train_data", trainer.train_dataset), ("evaluation data", trainer.eval_dataset)):

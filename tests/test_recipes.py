@@ -17,6 +17,7 @@ import yaml
 from checkpoints import released_config, released_tensors, write_checkpoint
 from datasets import Dataset
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -355,6 +356,14 @@ def test_sft_with_lora_leaves_adapter_and_merged_model(pretrained, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
 
 
+def test_sft_trains_adapters_on_4_bits(pretrained, tmp_path):
+    run(sft, "sft_debug", "--output_dir", tmp_path, "--load_in_4bit", "true", "--lora_r", 2, "--max_steps", 2,
+        "--eval_steps", 2, "--save_steps", 2)  # fmt: skip
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert sum(".experts.0.w1.lora_A" in name for name in names) == 2, "one for each layer"
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("lora_r", [0, 2])
 def test_dpo_starts_at_a_margin_of_exactly_zero(lora_r, tuned, tmp_path):
     run(dpo, "dpo_debug", "--output_dir", tmp_path, "--lora_r", lora_r, "--max_steps", 4, "--logging_steps", 1)
@@ -392,6 +401,7 @@ PAIR = {"prompt": "hello " * 20, "chosen": "yes", "rejected": "no"}
         ("sft_debug", [CHAT] * 9, ["--model_config", '{"num_expert": 4}'], "GrinMoeConfig has no field num_expert"),
         ("sft_debug", [CHAT] * 9, ["--model_config", '{"eos_token_id": 7}'], r"eos_token_id is 3 .*endoftext.* and 7"),
         ("sft_debug", [CHAT] * 9, ["--model_name_or_path", "nowhere/at/all"], "nowhere/at/all"),
+        ("sft_debug", [CHAT] * 9, ["--load_in_4bit", "true"], "load_in_4bit needs LoRA"),
         ("sft_debug", [CHAT] * 9, ["--dtype", "float8"], "dtype=float8 is none of float32"),
         ("sft_debug", [CHAT] * 9, ["--max_step", "3"], "--max_step"),
         ("sft_debug", [CHAT] * 9, ["--max_steps", "many"], "max_steps.*invalid int value: 'many'"),
@@ -438,10 +448,11 @@ def test_a_folder_of_several_formats_is_an_error(tmp_path):
 
 
 def cli(*arguments):
-    return CliRunner().invoke(cli_module.app, ["recipes", *map(str, arguments)], env={"COLUMNS": "400"})
+    return CliRunner().invoke(cli_module.app, ["recipes", *map(str, arguments)])
 
 
-def test_recipes_ls_names_every_recipe_and_config_with_what_it_does():
+def test_recipes_ls_names_every_recipe_and_config_with_what_it_does(monkeypatch):
+    monkeypatch.setattr(cli_module, "console", Console(width=400))
     shown = {}
     for line in cli("ls").stdout.splitlines()[1:]:
         name, what = line.split(None, 1)

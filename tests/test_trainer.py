@@ -228,6 +228,14 @@ def test_adapters_resume_and_lack_no_tensor(tmp_path):
         make_trainer("resumed").train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_a_run_resumed_at_its_end_takes_no_step(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    trainer = runs.make_killed_trainer(tmp_path / "run")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 9
+    assert all(torch.equal(value, finished[1][name]) for name, value in runs.parameters(trainer).items())
+
+
 # ---- Killed while saving ----
 
 

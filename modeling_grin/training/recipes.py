@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import TrlParser
 
 from ..configuration_grinmoe import GrinMoeConfig
@@ -65,6 +65,10 @@ class RecipeArguments:
         metadata={"help": "Type of the weights in training. float32 with `bf16: true` keeps float32 master weights."},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention, as in `from_pretrained`."})
+    exact_balance: bool = field(
+        default=False,
+        metadata={"help": "Make the load-balance loss exact under gradient accumulation, for one more forward pass."},
+    )
 
     def __post_init__(self) -> None:
         given = self.model_config
@@ -90,13 +94,21 @@ class FineTuningArguments(RecipeArguments):
     lora_router: bool = field(default=False, metadata={"help": "LoRA on the routers."})
     lora_experts: bool = field(default=True, metadata={"help": "LoRA on the experts."})
     merge_adapter: bool = field(
-        default=True, metadata={"help": "Also write output_dir/merged, the model with the adapter merged into it."}
+        default=True,
+        metadata={"help": "Also write output_dir/merged, the model with the adapter merged into it; not from 4 bits."},
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Hold the weights in 4 bits (bitsandbytes' nf4) while LoRA trains."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.freeze_router:
             self.config_overrides["freeze_router"] = True
+        if self.load_in_4bit:
+            if not self.lora_r:
+                raise ValueError("load_in_4bit needs LoRA, since 4-bit weights cannot be trained: set lora_r")
+            self.merge_adapter = False  # the bfloat16 weights are what it has to be merged into
 
 
 class RecipeParser(TrlParser):
@@ -232,19 +244,28 @@ def load_config(arguments: RecipeArguments) -> GrinMoeConfig:
     return GrinMoeConfig.from_pretrained(arguments.model_name_or_path, **arguments.config_overrides)
 
 
-def load_model(arguments: RecipeArguments, config: GrinMoeConfig) -> GrinMoeForCausalLM:
-    """The checkpoint's model with the given configuration."""
+def load_model(arguments: RecipeArguments, config: GrinMoeConfig, **settings: Any) -> GrinMoeForCausalLM:
+    """The checkpoint's model with the given configuration; `settings` as in `from_pretrained`."""
     return GrinMoeForCausalLM.from_pretrained(
         arguments.model_name_or_path,
         config=config,
         dtype=arguments.dtype,
         attn_implementation=arguments.attn_implementation,
+        **settings,
     )
 
 
 def load_for_fine_tuning(arguments: FineTuningArguments, config: GrinMoeConfig) -> GrinMoeForCausalLM | PeftModel:
     """`load_model`, with LoRA on it if the arguments ask for that."""
-    model = load_model(arguments, config)
+    settings: dict[str, Any] = {}
+    if arguments.load_in_4bit:
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=arguments.dtype,
+        )
+    model = load_model(arguments, config, **settings)
     if not arguments.lora_r:
         return model
     return add_lora(

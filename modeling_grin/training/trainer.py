@@ -77,6 +77,9 @@ class GrinMoeTrainerMixin(_Base):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """The batches of the next optimizer step, announced to the model."""
+        if self.state.global_step >= self.state.max_steps:  # resumed at the end, where Trainer takes one step more
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_tokens = self._check_window(batches, num_items_in_batch)
         # All ranks, not only those with data of their own, are the group: tensor-parallel ranks count the same tokens
