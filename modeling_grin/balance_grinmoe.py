@@ -163,11 +163,6 @@ class BalanceLoss:
         ]
         self.window.add(torch.stack(counts))
 
-    @torch.compiler.disable
-    def attach(self, output: torch.Tensor, router_logits: torch.Tensor, layer: int) -> torch.Tensor:
-        """`output`, whose backward pass will bring the balance loss's gradient to `router_logits` `[T, E]`, too."""
-        return _AttachBalanceLoss.apply(output, router_logits, self, layer)
-
     def gradient(self, router_logits: torch.Tensor, layer: int) -> torch.Tensor:
         """d/dz of `sum_t token_weight_t sum_i f_i softmax(z_t)_i`, `[T, E]`."""
         fractions = self.window.fractions(layer).to(router_logits.device)
@@ -176,15 +171,28 @@ class BalanceLoss:
         return (self.token_weight.to(slope.device).unsqueeze(-1) * slope).to(router_logits.dtype)
 
 
+class LayerBalanceLoss:
+    """`BalanceLoss` of one layer; a layer compiled by itself must not have to know its number."""
+
+    def __init__(self, balance: BalanceLoss, layer: int):
+        self.balance, self.layer = balance, layer
+
+    @torch.compiler.disable
+    def attach(self, output: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        """`output`, whose backward pass will bring the balance loss's gradient to `router_logits` `[T, E]`, too."""
+        return _AttachBalanceLoss.apply(output, router_logits, self)
+
+
 class _AttachBalanceLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, output, router_logits, balance: BalanceLoss, layer: int):
+    def forward(ctx, output, router_logits, of_layer: LayerBalanceLoss):
         ctx.save_for_backward(router_logits)
-        ctx.balance, ctx.layer = balance, layer
+        ctx.of_layer = of_layer
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         (router_logits,) = ctx.saved_tensors
-        return grad_output, ctx.balance.gradient(router_logits, ctx.layer), None, None
+        of_layer = ctx.of_layer
+        return grad_output, of_layer.balance.gradient(router_logits, of_layer.layer), None

@@ -124,8 +124,8 @@ class GrinMoeConfig(PreTrainedConfig):
         # The release's remote code (GRINMoE...) no longer imports; this class stands in for it, also when it is saved
         # again. Our own is kept where `save_pretrained` writes the code, too.
         auto_map = kwargs.pop("auto_map", None) or {}
-        if self.is_remote_code():
-            kwargs["auto_map"] = {auto: name for auto, name in auto_map.items() if "GrinMoe" in str(name)}
+        ours = {auto: name for auto, name in auto_map.items() if "GrinMoe" in str(name)}
+        kwargs["auto_map"] = ours if self.is_remote_code() else {}  # TRL reads it of all classes that it does not know
         # transformers would set this alias only after the values have been checked.
         self.num_local_experts = kwargs.pop("num_experts", self.num_local_experts)
         if self.num_key_value_heads is None:

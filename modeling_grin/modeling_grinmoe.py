@@ -24,11 +24,11 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .balance_grinmoe import BalanceLoss, BalanceWindow, counted_tokens, load_balancing_loss
+from .balance_grinmoe import BalanceLoss, BalanceWindow, LayerBalanceLoss, counted_tokens, load_balancing_loss
 from .checkpoint_grinmoe import (
     EXPERT_WEIGHTS,
     ExpertConverter,
@@ -45,6 +45,8 @@ from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
 from .linear_experts_grinmoe import GrinMoeLinearExperts, check_quantized, keep_trainable, leave_router_out
 from .noise_grinmoe import fold, random_key, step_key, token_keys
 from .routing_grinmoe import Mixture, jitter_input, mix_outputs, route
+
+logger = logging.get_logger(__name__)
 
 LINEAR_EXPERTS = "linear"  # the experts_implementation with one `nn.Linear` per matrix
 FUSED_EXPERTS = {"sonicmoe"}  # implementations that do not call `GrinMoeExperts._apply_gate`
@@ -120,10 +122,9 @@ class GrinMoeExperts(nn.Module):
 class GrinMoeSparseMoeBlock(nn.Module):
     """Router and experts: every token goes to the K experts the router chooses, none is dropped."""
 
-    def __init__(self, config: GrinMoeConfig, layer_idx: int):
+    def __init__(self, config: GrinMoeConfig):
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx
         self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
         self.freeze_router()
         linear = config._experts_implementation == LINEAR_EXPERTS
@@ -151,12 +152,12 @@ class GrinMoeSparseMoeBlock(nn.Module):
         self,
         hidden_states: torch.Tensor,
         token_keys: torch.Tensor | None = None,
-        balance: BalanceLoss | None = None,
+        balance: LayerBalanceLoss | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states: `[batch, sequence, H]`.
-            token_keys: int64 `[T]`, what training draws its noise with; by default random ones.
+            token_keys: int64 `[T]`, the layer's own, which training draws its noise with; by default random ones.
             balance: the load-balance loss to attach.
 
         Returns:
@@ -168,8 +169,8 @@ class GrinMoeSparseMoeBlock(nn.Module):
         if self.training:
             if token_keys is None:
                 token_keys = torch.empty(tokens.shape[0], dtype=torch.int64, device=tokens.device).random_()
-            keys = fold(token_keys.to(tokens.device), self.layer_idx)
-            routing_keys, jitter_keys = fold(keys, 0), fold(keys, 1)
+            token_keys = token_keys.to(tokens.device)
+            routing_keys, jitter_keys = fold(token_keys, 0), fold(token_keys, 1)
             if config.input_jitter_noise > 0:
                 tokens = jitter_input(tokens, config.input_jitter_noise, jitter_keys)
         router_logits = self.gate(tokens)
@@ -189,7 +190,7 @@ class GrinMoeSparseMoeBlock(nn.Module):
         if self.output_scale is not None:
             output = output * self.output_scale
         if balance is not None:
-            output = balance.attach(output, router_logits, self.layer_idx)
+            output = balance.attach(output, router_logits)
         return output.reshape(hidden_states.shape), router_logits, routing.experts
 
 
@@ -201,13 +202,13 @@ class GrinMoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = GrinMoeAttention(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.block_sparse_moe = GrinMoeSparseMoeBlock(config, layer_idx)
+        self.block_sparse_moe = GrinMoeSparseMoeBlock(config)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         token_keys: torch.Tensor | None = None,
-        balance: BalanceLoss | None = None,
+        balance: LayerBalanceLoss | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Arguments and results as those of `GrinMoeSparseMoeBlock`; other arguments are the attention's."""
@@ -452,6 +453,12 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             )
         else:
             window = BalanceWindow()
+            if loss_share is None or window.is_distributed:
+                logger.warning_once(
+                    "The load-balance loss knows this forward pass and not the optimizer step it is part of: with "
+                    "gradient accumulation, or average_tokens_across_devices=False, it acts with a multiple of "
+                    "router_aux_loss_coef. Use GrinMoeTrainerMixin, or call begin_step with the step's num_tokens."
+                )
         config = self.config
         sizes = config.num_hidden_layers, config.num_local_experts
         return BalanceLoss(config.router_aux_loss_coef, *sizes, window, counted, loss_share)
@@ -511,19 +518,21 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         if self.training:
             key = random_key() if self.optimizer_step is None else self.optimizer_step.key
             # Without ids, a token is known by its row and position.
-            ids = torch.arange(counted.numel()).view_as(counted) if input_ids is None else input_ids
-            keys = token_keys(key, ids, counted)
+            rows = torch.arange(batch_size, device=counted.device).unsqueeze(-1).expand_as(counted)
+            # Packed sequences are told from each other as in the mask: where there is none, by their positions.
+            positions = position_ids.expand_as(counted) if attention_mask is None else counted.cumsum(dim=-1) - 1
+            keys = token_keys(key, rows if input_ids is None else input_ids, counted, positions)
         if learning and self.config.router_aux_loss_coef > 0:
             balance = self.begin_balance(counted.reshape(-1), loss_share)
 
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         routings = []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             hidden_states, *routing = layer(
                 hidden_states,
-                token_keys=keys,
-                balance=balance,
+                token_keys=None if keys is None else fold(keys, index),
+                balance=None if balance is None else LayerBalanceLoss(balance, index),
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 position_ids=position_ids,
@@ -592,14 +601,9 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         config = self.config
         if output_router_logits is None:
             output_router_logits = config.output_router_logits
-        loss_share = items = None
-        if labels is not None:
-            items = labels[..., 1:] != -100
-        elif input_ids is not None:  # a trainer that has a loss of its own keeps the labels; tokens stand in for them
-            batch_size, length = input_ids.shape
-            items = counted_tokens(attention_mask, batch_size, length, input_ids.device)
-        if self.training and items is not None and kwargs.get("num_items_in_batch") is not None:
-            loss_share = (items.sum() / kwargs["num_items_in_batch"]).clamp(max=1)
+        loss_share = None
+        if self.training and labels is not None and kwargs.get("num_items_in_batch") is not None:
+            loss_share = (labels[..., 1:] != -100).sum() / kwargs["num_items_in_batch"]
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

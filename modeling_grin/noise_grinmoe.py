@@ -49,19 +49,24 @@ def random_key() -> torch.Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
 
 
-def token_keys(key: torch.Tensor, input_ids: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """What identifies a token in a step: the ids of its row up to itself, wherever the row is and however padded.
+def token_keys(
+    key: torch.Tensor, input_ids: torch.Tensor, counted: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """What identifies a token in a step: the ids of its sequence up to itself, however batched, packed or padded.
 
-    Rows with the same ids draw the same numbers in one step, and so do their common beginnings.
+    Sequences with the same ids draw the same numbers in one step, and so do their common beginnings.
 
     Args:
         key: `step_key` or `random_key`, int64 scalar.
         input_ids: `[batch, sequence]`; any integers that tell the rows apart will do.
         counted: bool `[batch, sequence]`, False for padding.
+        positions: `[batch, sequence]`, from 0 in each sequence; a row may be several of them.
 
     Returns:
         int64 `[T]`.
     """
-    position = counted.cumsum(dim=-1)
-    tokens = fold(fold(key.to(position.device), position), input_ids)
-    return tokens.masked_fill(~counted, 0).cumsum(dim=-1).reshape(-1)
+    tokens = fold(fold(key.to(positions.device), positions), input_ids).masked_fill(~counted, 0)
+    before = tokens.cumsum(dim=-1) - tokens
+    index = torch.arange(positions.shape[-1], device=positions.device)
+    start = torch.where(positions == 0, index, 0).cummax(dim=-1).values  # of the token's own sequence
+    return (before + tokens - before.gather(-1, start)).reshape(-1)

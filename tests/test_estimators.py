@@ -25,7 +25,7 @@ def make_block(estimator):
         num_experts_per_tok=TOP_K.get(estimator, 2), router_jitter_noise=EPS, input_jitter_noise=0.0,
         router_estimator=estimator, experts_implementation="eager",
     )  # fmt: skip
-    block = GrinMoeSparseMoeBlock(config, layer_idx=0).double()
+    block = GrinMoeSparseMoeBlock(config).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.6, generator=generator)
@@ -73,7 +73,7 @@ def test_sparsemixer_family_equals_its_algorithm(estimator, x, upstream):
     torch.manual_seed(7)
     top_k = TOP_K.get(estimator, 2)
     token_keys = torch.empty(len(x), dtype=torch.int64).random_()
-    routing_keys = fold(fold(token_keys, block.layer_idx), 0)
+    routing_keys = fold(token_keys, 0)
     noise = draw_noise(x @ block.gate.weight.detach().T, top_k, keys=routing_keys)
     block.zero_grad()
     leaf = x.clone().requires_grad_()

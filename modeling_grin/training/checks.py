@@ -78,11 +78,11 @@ def check_labels(dataset: Dataset, name: str) -> None:
 
 def check_preference_routing(config: PreTrainedConfig) -> None:
     """Raise unless two passes in training route alike, so that log-ratios carry no routing noise."""
-    for field, greedy in (("router_sampling", False), ("input_jitter_noise", 0)):
+    for field, greedy in (("router_sampling", False), ("input_jitter_noise", 0), ("attention_dropout", 0)):
         if (value := getattr(config, field)) != greedy:
             raise ValueError(
-                f"{field}={value} is at odds with preference training, whose log-ratios would carry routing noise; "
-                f"set {field}={greedy} in model_config"
+                f"{field}={value} is at odds with preference training, whose log-ratios would carry its noise; "
+                f"set {field}={greedy} in the model's config"
             )
 
 

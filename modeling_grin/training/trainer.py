@@ -6,13 +6,14 @@ routing noise and load-balance loss are functions of the optimizer step (`GrinMo
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer
 from transformers.modeling_utils import LoadStateDictConfig
@@ -70,6 +71,22 @@ class GrinMoeTrainerMixin(_Base):
         if hasattr(train_dataset, "__len__"):
             check_dataset(train_dataset, (), "train_dataset")
         super().__init__(*args, **kwargs)
+        self._check_support()
+
+    def _check_support(self) -> None:
+        """Raise ValueError for what cannot be right with this model, or is not known to be."""
+        model = self._grin_model
+        if self.is_deepspeed_enabled:
+            raise ValueError("GrinMoeTrainerMixin does not know DeepSpeed's loss scale and checkpoints: use FSDP")
+        if self.exact_balance and model.get_output_embeddings() is None:
+            raise ValueError(f"exact_balance counts for language models, and {type(model).__name__} is none")
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        for field in ("expert_dropout", "attention_dropout"):
+            if getattr(plugin, "activation_checkpointing", False) and (rate := getattr(model.config, field)) > 0:
+                raise ValueError(
+                    f"FSDP's activation_checkpointing draws dropout again when it recomputes ({field}={rate}): use the "
+                    "trainer's activation_checkpointing argument in its place, or set the dropout to 0"
+                )
 
     # ---- Steps ----
 
@@ -92,7 +109,8 @@ class GrinMoeTrainerMixin(_Base):
             "gradient_scale": 1.0 if scaler is None else scaler.get_scale(),
         }
         self._grin_model.begin_step(**self._step)
-        self._uncounted = batches if self.exact_balance and len(batches) > 1 else []
+        exact = self.exact_balance and self._grin_model.config.router_aux_loss_coef > 0
+        self._uncounted = batches if exact and len(batches) > 1 else []
         return batches, num_items_in_batch
 
     @property
@@ -109,10 +127,15 @@ class GrinMoeTrainerMixin(_Base):
         longest = 0
         num_tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         for batch in batches:
-            mask, positions = batch.get("attention_mask"), batch.get("position_ids")
-            num_tokens += batch["input_ids"].numel() if mask is None else (mask != 0).sum()
+            if not isinstance(batch, Mapping) or "input_ids" not in batch:
+                raise ValueError(
+                    "GrinMoeTrainerMixin counts tokens, and needs batches that are mappings with input_ids"
+                )
+            input_ids, positions = batch["input_ids"], batch.get("position_ids")
+            counted = counted_tokens(batch.get("attention_mask"), *input_ids.shape, input_ids.device)
+            num_tokens += counted.sum().to(num_tokens.device)
             # Rows may be several sequences one after the other, each with positions from 0.
-            length = batch["input_ids"].shape[-1] if positions is None else int(positions.max()) + 1
+            length = input_ids.shape[-1] if positions is None else int(positions.max()) + 1
             longest = max(longest, length)
         num_labels = 1 if num_items_in_batch is None or not batches else int(num_items_in_batch)
         of_rank = torch.tensor([num_tokens, longest, num_labels], device=self.args.device)
@@ -171,6 +194,8 @@ class GrinMoeTrainerMixin(_Base):
                 f"{resume_from_checkpoint} is not a complete checkpoint: {', '.join(problems)}; "
                 "train(resume_from_checkpoint=True) takes the newest complete one"
             )
+        if resume_from_checkpoint and not hasattr(self.train_dataset, "__len__"):
+            logger.warning("train_dataset has no length: resuming is exact within its first pass only")
         if resume_from_checkpoint and has_only_the_model(resume_from_checkpoint):
             logger.warning(f"{resume_from_checkpoint} has the model only: optimizer and learning rate start anew")
         try:
@@ -221,9 +246,34 @@ class GrinMoeTrainerMixin(_Base):
         self._check_tensors(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True  # else the best step is lost where save_steps is a multiple of eval_steps
+        return is_best
+
     def _load_best_model(self) -> None:
-        self._check_tensors(self.state.best_model_checkpoint)
+        checkpoint, step = str(self.state.best_model_checkpoint), self.state.best_global_step
+        if not checkpoint.endswith(f"{PREFIX_CHECKPOINT_DIR}-{step}"):
+            raise ValueError(
+                f"the best step was {step}, and of it there is no checkpoint: {checkpoint} is the nearest"
+            )
+        self._check_tensors(checkpoint)
         super()._load_best_model()
+        # Trainer knows the default adapter's place only.
+        for adapter, path in self._find_adapters(checkpoint).items():
+            if path.parent != Path(checkpoint):
+                set_peft_model_state_dict(self._grin_model, load_file(path), adapter_name=adapter)
+
+    def _find_adapters(self, checkpoint: str) -> dict[str, Path]:
+        """The adapters in a checkpoint and their files; none if the model has none."""
+        model, folder = self._grin_model, Path(checkpoint)
+        if not isinstance(model, PeftModel):
+            return {}
+        adapters = {path.parent.name: path for path in folder.glob(f"*/{ADAPTER_WEIGHTS}")}
+        if (folder / ADAPTER_WEIGHTS).is_file():
+            adapters["default" if adapters else model.active_adapters[0]] = folder / ADAPTER_WEIGHTS
+        return adapters
 
     def _check_tensors(self, checkpoint: str) -> None:
         """Raise ValueError unless a checkpoint has exactly the tensors of the model, or of its adapters."""
@@ -232,9 +282,9 @@ class GrinMoeTrainerMixin(_Base):
             if files := sorted(str(path) for path in folder.glob("*.safetensors")):  # else FSDP's own, strict anyway
                 check_tensors(model, files, LoadStateDictConfig())
             return
-        adapters = {path.parent.name: path for path in folder.glob(f"*/{ADAPTER_WEIGHTS}")}
-        if (folder / ADAPTER_WEIGHTS).is_file():
-            adapters["default" if adapters else model.active_adapters[0]] = folder / ADAPTER_WEIGHTS
+        adapters = self._find_adapters(checkpoint)
+        if not adapters:
+            raise ValueError(f"{checkpoint} has no {ADAPTER_WEIGHTS}, and the model to load it into has adapters")
         for adapter, path in adapters.items():
             with safe_open(path, framework="pt") as tensors:
                 found = set(tensors.keys())

@@ -34,7 +34,10 @@ class GrinMoeDPOTrainer(_TrlTrainerMixin, DPOTrainer):
             models would not be 0.
     """
 
-    def __init__(self, model, *args, **kwargs):
-        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
-        check_preference_routing(config)
-        super().__init__(model, *args, **kwargs)
+    def __init__(self, model, ref_model=None, args=None, **kwargs):
+        if isinstance(model, str):
+            settings = getattr(args, "model_init_kwargs", None) or {}
+            check_preference_routing(AutoConfig.from_pretrained(model, **settings))
+        else:
+            check_preference_routing(model.config)
+        super().__init__(model, ref_model, args, **kwargs)
