@@ -203,6 +203,13 @@ class GrinMoeConfig(PreTrainedConfig):
             require(0 <= getattr(self, field) < 1, field, "must be in [0, 1)")
         require(self.hidden_dropout == 0, "hidden_dropout", "is not part of the model; only 0 is supported")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without an `auto_map` that is empty."""
+        values = super().to_dict()
+        if not values["auto_map"]:
+            del values["auto_map"]
+        return values
+
     @property
     def per_layer_config(self) -> Sequence[VisibleWindowConfig]:
         """Each layer's config as transformers' caches ask for it; the layers are alike, and this cannot be set."""

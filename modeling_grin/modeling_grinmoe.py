@@ -432,8 +432,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.optimizer_step: OptimizerStep | None = None  # set by `begin_step`
         self.routing_observer: RoutingObserver | None = None
-        """Called once for each forward pass in training, and not again where checkpointing recomputes it, with every
-        layer's router logits `[T, E]` and selected experts `[T, K]`, and which tokens are not padding, bool `[T]`."""
+        """Called once for each forward pass in training, and not again where a layer is recomputed, with every layer's
+        router logits `[T, E]` and selected experts `[T, K]`, and which tokens are not padding, bool `[T]`."""
         self.post_init()
 
     def begin_balance(self, counted: torch.Tensor, loss_share: torch.Tensor | None) -> BalanceLoss:

@@ -45,10 +45,10 @@ def test_uniform_numbers_are_the_upper_bits_of_each_half():
 def test_statistics():
     """Moments, and correlations between neighbours in token, number, layer and step, within five standard errors."""
     ids = torch.randint(0, 50, (64, 32), generator=torch.Generator().manual_seed(0))
-    counted = torch.ones_like(ids, dtype=torch.bool)
+    counted, positions = torch.ones_like(ids, dtype=torch.bool), torch.arange(32).expand(64, 32)
     draws = torch.stack(
         [
-            uniform(fold(token_keys(step_key(7, step), ids, counted), layer), 40)
+            uniform(fold(token_keys(step_key(7, step), ids, counted, positions), layer), 40)
             for step in range(3)
             for layer in range(3)
         ]
@@ -85,14 +85,20 @@ def test_a_token_is_known_by_the_ids_up_to_it_however_padded_and_batched():
         ids = torch.tensor([p + row if left else row + p for row, p in zip(batch, padding, strict=True)])
         ones = [[1] * len(row) for row in batch]
         mask = torch.tensor([p + one if left else one + p for one, p in zip(ones, padding, strict=True)]).bool()
-        return token_keys(key, ids, mask)[mask.flatten()].tolist()
+        return token_keys(key, ids, mask, mask.cumsum(-1) - 1)[mask.flatten()].tolist()
 
     together = keys_of(rows, 4, left=True)
     assert keys_of(rows, 9, left=False) == together
     assert [token for row in rows for token in keys_of([row], len(row), left=True)] == together
     assert together[:2] == together[4:6], "the same ids up to here"
+    packed = torch.tensor([[token for row in rows for token in row]])
+    positions = torch.tensor([[position for row in rows for position in range(len(row))]])
+    everything = torch.ones_like(packed, dtype=torch.bool)
+    assert token_keys(key, packed, everything, positions).tolist() == together, "one row, or several"
     assert len(set(together)) == len(together) - 2, "any other token has a key of its own"
-    other = token_keys(step_key(0, 4), torch.tensor([rows[0]]), torch.ones(1, 4, dtype=torch.bool))
+    other = token_keys(
+        step_key(0, 4), torch.tensor([rows[0]]), torch.ones(1, 4, dtype=torch.bool), torch.arange(4)[None]
+    )
     assert not set(other.tolist()) & set(together), "and another one in another step"
     assert step_key(0, 3) != step_key(3, 0)
 
@@ -140,6 +146,33 @@ def test_a_forward_pass_without_a_step_takes_one_number_from_torchs_generator(mo
     assert torch.equal(torch.get_rng_state(), state), "inference draws nothing"
 
 
+def test_packed_sequences_draw_what_they_draw_alone(model):
+    """As in TRL's padding-free batches: no mask, positions that start again."""
+    sequences = [torch.randint(0, 64, (1, n), generator=torch.Generator().manual_seed(n)) for n in (5, 9, 2)]
+    model.begin_step(3)
+    with torch.no_grad():
+        alone = torch.cat([model(ids, use_cache=False).logits for ids in sequences], dim=1)
+        positions = torch.cat([torch.arange(ids.shape[1]) for ids in sequences])[None]
+        packed = model(torch.cat(sequences, dim=1), position_ids=positions, use_cache=False).logits
+        unaware = model(torch.cat(sequences, dim=1), use_cache=False).logits
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    assert (unaware - alone).abs().max() > 1e-2
+
+
+def test_embeddings_without_ids_on_another_device_than_the_cpu():
+    config = GrinMoeConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=64,
+        intermediate_size=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = GrinMoeForCausalLM(config).to(torch.bfloat16).train()
+        embeddings, mask = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((2, 8, 16), (2, 1, 8, 8)))
+    keys = []
+    model.model.layers[0].block_sparse_moe.register_forward_pre_hook(lambda module, args: keys.append(args[1]))
+    model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
+    assert keys[0].device.type == "meta" and keys[0].shape == (16,)
+
+
 def test_embeddings_without_ids_are_sampled_by_row_and_position(model):
     embeddings = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(0)).expand(2, 8, 16)
     model.begin_step(0)
@@ -156,9 +189,10 @@ def test_layers_draw_different_noise(model):
             lambda module, args: seen.append(args[0].detach().clone())
         )
     state = torch.ones(1, 4, 16)
-    keys = token_keys(step_key(0, 0), torch.arange(4)[None], torch.ones(1, 4, dtype=torch.bool))
-    for layer in model.model.layers:
-        layer.block_sparse_moe(state, keys)
+    original = [layer.block_sparse_moe.forward for layer in model.model.layers]
+    for layer, forward in zip(model.model.layers, original, strict=True):
+        layer.block_sparse_moe.forward = lambda states, *args, forward=forward: forward(state, *args)
+    model(torch.arange(4)[None])
     jitters = torch.stack(seen).flatten(1)
     assert jitters.unique(dim=0).shape[0] == 3
     assert jitters.flatten().unique().numel() == jitters.numel()

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerState
 
 import modeling_grin
-from modeling_grin import load_balancing_loss
+from modeling_grin import GrinMoeForCausalLM, GrinMoeForSequenceClassification, load_balancing_loss
 from modeling_grin.training import GrinMoeTrainer, find_problems, last_complete_checkpoint
 
 # ---- Resuming ----
@@ -54,29 +55,65 @@ def test_counting_beforehand_draws_nothing(tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_the_best_step_is_restored_exactly(tmp_path):
-    """The best of the scores below is step 4 of 9; `save_total_limit` leaves it and the last."""
-    scores = {2: 0.3, 4: 0.9, 6: 0.5, 8: 0.1, 9: 0.2}
-    weights = {}
+class Remember(TrainerCallback):
+    """The weights after each step."""
 
-    class Remember(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            weights[state.global_step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    def __init__(self):
+        self.weights = {}
 
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.weights[state.global_step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+SCORES = {2: 0.3, 4: 0.5, 6: 0.9, 8: 0.1, 9: 0.2}
+BEST = {
+    "save_total_limit": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+    "metric_for_best_model": "score", "greater_is_better": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("save_steps", [2, 4])
+def test_the_best_step_is_restored_exactly(tmp_path, save_steps):
+    """Step 6 of 9, also where only every fourth step is saved; `save_total_limit` leaves it and the last."""
+    remember = Remember()
     trainer = runs.make_killed_trainer(
-        tmp_path, save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, save_total_limit=2,
-        metric_for_best_model="score", greater_is_better=True, callbacks=[Remember()],
-        eval_dataset=runs.Rows("various", 4),
-    )  # fmt: skip
-    trainer.compute_metrics = lambda prediction: {"score": scores[trainer.state.global_step]}
+        tmp_path, save_steps=save_steps, callbacks=[remember], eval_dataset=runs.Rows("various", 4), **BEST
+    )
+    trainer.compute_metrics = lambda prediction: {"score": SCORES[trainer.state.global_step]}
     trainer.train()
-    for name, expected in weights[4].items():
+    for name, expected in remember.weights[6].items():
         assert torch.equal(trainer.model.state_dict()[name], expected), name
-    assert not torch.equal(weights[4]["lm_head.weight"], weights[9]["lm_head.weight"])
-    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
-    assert sorted(path.name for path in tmp_path.glob("*")) == ["checkpoint-4", "checkpoint-9"]
-    state = TrainerState.load_from_json(str(tmp_path / "checkpoint-4" / "trainer_state.json"))
-    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    assert not torch.equal(remember.weights[6]["lm_head.weight"], remember.weights[9]["lm_head.weight"])
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
+    assert sorted(path.name for path in tmp_path.glob("*")) == ["checkpoint-6", "checkpoint-9"]
+    state = TrainerState.load_from_json(str(tmp_path / "checkpoint-6" / "trainer_state.json"))
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
+
+
+@pytest.mark.parametrize("adapter", ["default", "mine"])
+def test_the_best_adapter_is_restored_exactly(tmp_path, adapter):
+    """Whatever its name; Trainer itself looks for the default one only."""
+    torch.manual_seed(0)
+    model = get_peft_model(runs.make_model(), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name=adapter)
+    remember = Remember()
+    settings = {**runs.RESUME_ARGUMENTS, **BEST, "save_steps": 2, "eval_dataset": runs.Rows("various", 4)}
+    trainer = runs.make_trainer(tmp_path, model, callbacks=[remember], **settings)
+    trainer.compute_metrics = lambda prediction: {"score": SCORES[trainer.state.global_step]}
+    trainer.train()
+    adapters = [name for name in remember.weights[6] if "lora_B" in name]
+    assert adapters
+    for name in adapters:
+        assert torch.equal(trainer.model.state_dict()[name], remember.weights[6][name])
+        assert not torch.equal(remember.weights[6][name], remember.weights[9][name])
+
+
+def test_a_best_step_without_its_checkpoint_is_an_error(tmp_path):
+    trainer = runs.make_killed_trainer(tmp_path, eval_dataset=runs.Rows("various", 4), save_steps=2, **BEST)
+    trainer.compute_metrics = lambda prediction: {"score": SCORES[trainer.state.global_step]}
+    trainer.train()
+    trainer.state.best_global_step = 5
+    with pytest.raises(ValueError, match="the best step was 5, and of it there is no checkpoint"):
+        trainer._load_best_model()
 
 
 # ---- Checkpoints ----
@@ -226,6 +263,14 @@ def test_adapters_resume_and_lack_no_tensor(tmp_path):
     save_file(tensors, checkpoint / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"differ in 1 tensor.*{name}"):
         make_trainer("resumed").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_of_all_weights_is_no_adapter(finished, tmp_path):
+    """Trainer would give it to peft, which ignores the names, and go on with nothing loaded."""
+    model = get_peft_model(runs.make_model(**runs.RESUME_CONFIG), LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer = runs.make_trainer(tmp_path, model, **runs.RESUME_ARGUMENTS)
+    with pytest.raises(ValueError, match=r"checkpoint-8 has no adapter_model\.safetensors"):
+        trainer.train(resume_from_checkpoint=str(finished[0] / "checkpoint-8"))
 
 
 def test_a_run_resumed_at_its_end_takes_no_step(finished, tmp_path):
@@ -461,6 +506,63 @@ def test_sft_has_the_same_balance_gradient(tmp_path, trained_tokenizer, expected
     assert_same_gradients({name: found[0][name] - found[1][name] for name in found[0]}, expected_balance_gradients)
 
 
+def test_plain_trl_does_not_add_a_second_balance_loss(tmp_path, trained_tokenizer, expected_balance_gradients):
+    """TRL computes Mixtral's of the router logits that it is given; they carry no gradient while ours acts."""
+    from trl import SFTConfig, SFTTrainer
+
+    rows = runs.Rows("various")
+    dataset = Dataset.from_dict({key: [row[key].tolist() for row in rows.rows] for key in ("input_ids", "labels")})
+    found = []
+    for coefficient in (1.0, 0.0):
+        callback = Gradients()
+        settings = {**trl_arguments(tmp_path), "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
+        trainer = SFTTrainer(
+            model=runs.make_model(router_aux_loss_coef=coefficient),
+            args=SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False),
+            train_dataset=dataset, processing_class=trained_tokenizer, callbacks=[callback],
+        )  # fmt: skip
+        trainer.train()
+        found.append(callback.values)
+    batch = {key: torch.stack([row[key] for row in rows.rows[:8]]) for key in ("input_ids", "attention_mask")}
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])  # the rows are given with their padding
+    assert_same_gradients({name: found[0][name] - found[1][name] for name in found[0]}, definition(batch))
+
+
+@pytest.fixture
+def saved(tmp_path, trained_tokenizer):
+    """A checkpoint's folder, as TRL is given one."""
+    runs.make_model(vocab_size=len(trained_tokenizer)).save_pretrained(tmp_path / "saved")
+    trained_tokenizer.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_sft_of_a_path(tmp_path, saved):
+    from trl import SFTConfig
+
+    from modeling_grin.training.trl_trainers import GrinMoeSFTTrainer
+
+    dataset = Dataset.from_dict({"text": ["def return import class self value index"] * 8})
+    trainer = GrinMoeSFTTrainer(str(saved), SFTConfig(**trl_arguments(tmp_path)), train_dataset=dataset)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("by_path", [True, False])
+def test_dpo_makes_its_reference_from_a_path(tmp_path, saved, trained_tokenizer, by_path):
+    from trl import DPOConfig
+
+    from modeling_grin.training.trl_trainers import GrinMoeDPOTrainer
+
+    greedy = {"router_sampling": False, "input_jitter_noise": 0.0}
+    settings = {"model_init_kwargs": greedy} if by_path else {}
+    model = str(saved) if by_path else GrinMoeForCausalLM.from_pretrained(saved, **greedy)
+    trainer = GrinMoeDPOTrainer(
+        model, args=DPOConfig(**trl_arguments(tmp_path), **settings), train_dataset=preferences(trained_tokenizer)
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0.0
+
+
 def preferences(trained_tokenizer):
     words = ["def", "return", "import", "class", "self", "value", "index", "range", "list", "yield"]
     generator = random.Random(0)
@@ -506,7 +608,9 @@ def test_dpo_has_the_balance_gradient_and_no_noise(tmp_path, trained_tokenizer):
     assert_same_gradients(difference, definition(whole, **config))
 
 
-@pytest.mark.parametrize(("field", "value"), [("router_sampling", True), ("input_jitter_noise", 0.01)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("router_sampling", True), ("input_jitter_noise", 0.01), ("attention_dropout", 0.1)]
+)
 def test_dpo_with_noise_is_refused(tmp_path, trained_tokenizer, field, value):
     from trl import DPOConfig
 
@@ -550,3 +654,40 @@ def test_a_sequence_beyond_the_context_is_refused(tmp_path):
         row.pop("attention_mask")
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 1, 10, 10).tril(), torch.ones(2, 10).long()])
+def test_tokens_are_counted_as_the_model_counts_them(tmp_path, mask):
+    trainer = runs.make_trainer(tmp_path, runs.make_model())
+    batch = {"input_ids": torch.arange(20).reshape(2, 10)} | ({} if mask is None else {"attention_mask": mask})
+    trainer.state.max_steps, trainer._initial_global_step = 1, 0
+    trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    assert trainer._step["num_tokens"] == 20
+    for unusable in ({"inputs_embeds": torch.zeros(2, 10, 32)}, [1, 2]):
+        with pytest.raises(ValueError, match="batches have to be mappings with input_ids"):
+            trainer.get_batch_samples(iter([unusable]), 1, torch.device("cpu"))
+
+
+def test_counting_beforehand_costs_nothing_where_there_is_nothing_to_count_for(tmp_path):
+    trainer = runs.make_trainer(
+        tmp_path, runs.make_model(router_aux_loss_coef=0.0), exact_balance=True, accumulation=4, micro_batch=2
+    )
+    calls = []
+    trainer.model.register_forward_pre_hook(lambda *args: calls.append(1))
+    trainer.train()
+    assert len(calls) == 4 * runs.STEPS
+
+
+def test_what_cannot_be_right_is_refused(tmp_path, monkeypatch):
+    classifier = GrinMoeForSequenceClassification(runs.make_model().config)
+    with pytest.raises(ValueError, match="GrinMoeForSequenceClassification is none"):
+        runs.make_trainer(tmp_path, classifier, exact_balance=True)
+    trainer = runs.make_trainer(tmp_path, runs.make_model(expert_dropout=0.1))
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="DeepSpeed"):
+        trainer._check_support()
+    trainer.is_deepspeed_enabled = False
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, activation_checkpointing=True)
+    monkeypatch.setitem(trainer.accelerator.state.__dict__, "fsdp_plugin", plugin)
+    with pytest.raises(ValueError, match=r"draws dropout again .*expert_dropout=0\.1"):
+        trainer._check_support()

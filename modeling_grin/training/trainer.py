@@ -84,8 +84,8 @@ class GrinMoeTrainerMixin(_Base):
         for field in ("expert_dropout", "attention_dropout"):
             if getattr(plugin, "activation_checkpointing", False) and (rate := getattr(model.config, field)) > 0:
                 raise ValueError(
-                    f"FSDP's activation_checkpointing draws dropout again when it recomputes ({field}={rate}): use the "
-                    "trainer's activation_checkpointing argument in its place, or set the dropout to 0"
+                    f"FSDP's activation_checkpointing draws dropout again when it recomputes ({field}={rate}): "
+                    "use the trainer's activation_checkpointing argument instead, or set the dropout to 0"
                 )
 
     # ---- Steps ----
@@ -128,14 +128,13 @@ class GrinMoeTrainerMixin(_Base):
         num_tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         for batch in batches:
             if not isinstance(batch, Mapping) or "input_ids" not in batch:
-                raise ValueError(
-                    "GrinMoeTrainerMixin counts tokens, and needs batches that are mappings with input_ids"
-                )
+                raise ValueError("GrinMoeTrainerMixin counts tokens: batches have to be mappings with input_ids")
             input_ids, positions = batch["input_ids"], batch.get("position_ids")
-            counted = counted_tokens(batch.get("attention_mask"), *input_ids.shape, input_ids.device)
+            batch_size, length = input_ids.shape
+            counted = counted_tokens(batch.get("attention_mask"), batch_size, length, input_ids.device)
             num_tokens += counted.sum().to(num_tokens.device)
             # Rows may be several sequences one after the other, each with positions from 0.
-            length = input_ids.shape[-1] if positions is None else int(positions.max()) + 1
+            length = length if positions is None else int(positions.max()) + 1
             longest = max(longest, length)
         num_labels = 1 if num_items_in_batch is None or not batches else int(num_items_in_batch)
         of_rank = torch.tensor([num_tokens, longest, num_labels], device=self.args.device)
@@ -200,8 +199,9 @@ class GrinMoeTrainerMixin(_Base):
             logger.warning(f"{resume_from_checkpoint} has the model only: optimizer and learning rate start anew")
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
+        finally:  # a run that fails leaves the model as it was, too
             self._grin_model.begin_step(None)
+            self._grin_model.get_decoder().routing_observer = None
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)

@@ -37,7 +37,8 @@ class GrinMoeDPOTrainer(_TrlTrainerMixin, DPOTrainer):
     def __init__(self, model, ref_model=None, args=None, **kwargs):
         if isinstance(model, str):
             settings = getattr(args, "model_init_kwargs", None) or {}
-            check_preference_routing(AutoConfig.from_pretrained(model, **settings))
+            config = AutoConfig.from_pretrained(model, **settings)
         else:
-            check_preference_routing(model.config)
+            config = model.config
+        check_preference_routing(config, dropout_is_disabled=args is None or args.disable_dropout)
         super().__init__(model, ref_model, args, **kwargs)
