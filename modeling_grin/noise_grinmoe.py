@@ -68,5 +68,5 @@ def token_keys(
     tokens = fold(fold(key.to(positions.device), positions), input_ids).masked_fill(~counted, 0)
     before = tokens.cumsum(dim=-1) - tokens
     index = torch.arange(positions.shape[-1], device=positions.device)
-    start = torch.where(positions == 0, index, 0).cummax(dim=-1).values  # of the token's own sequence
+    start = torch.where(counted & (positions == 0), index, 0).cummax(dim=-1).values  # of the token's own sequence
     return (before + tokens - before.gather(-1, start)).reshape(-1)

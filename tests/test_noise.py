@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, draw_noise
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, draw_noise, modeling_grinmoe, route
 from modeling_grin.noise_grinmoe import fold, number, random_key, step_key, token_keys, uniform
 
 GOLDEN_RATIO = 0x9E3779B97F4A7C15
@@ -96,6 +96,11 @@ def test_a_token_is_known_by_the_ids_up_to_it_however_padded_and_batched():
     everything = torch.ones_like(packed, dtype=torch.bool)
     assert token_keys(key, packed, everything, positions).tolist() == together, "one row, or several"
     assert len(set(together)) == len(together) - 2, "any other token has a key of its own"
+    holes = torch.tensor([[5, 0, 6, 0, 0, 7, 8]])
+    mask = holes != 0
+    assert token_keys(key, holes, mask, mask.cumsum(-1) - 1)[mask.flatten()].tolist() == together[:4]
+    swapped = token_keys(key, torch.tensor([[6, 5]]), torch.ones(1, 2, dtype=torch.bool), torch.arange(2)[None])
+    assert not set(swapped.tolist()) & set(together), "the order of the ids counts"
     other = token_keys(
         step_key(0, 4), torch.tensor([rows[0]]), torch.ones(1, 4, dtype=torch.bool), torch.arange(4)[None]
     )
@@ -180,6 +185,21 @@ def test_embeddings_without_ids_are_sampled_by_row_and_position(model):
         output = model.model(inputs_embeds=embeddings, output_selected_experts=True)
     first = output.selected_experts[0]
     assert (first != first[0]).any(), "equal embeddings, different draws"
+
+
+def test_routing_and_input_jitter_draw_different_noise(model, monkeypatch):
+    seen = {}
+
+    def watch(*args, **kwargs):
+        seen["routing"] = kwargs["keys"]
+        return route(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_grinmoe, "route", watch)
+    block = model.model.layers[0].block_sparse_moe
+    block.gate.register_forward_pre_hook(lambda module, args: seen.update(jittered=args[0]))
+    block(torch.ones(1, 50, 16))
+    numbers = (seen["jittered"] - 0.9) / 0.2  # U(0.9, 1.1) of ones
+    assert abs(torch.corrcoef(torch.stack([numbers.flatten(), uniform(seen["routing"], 16).flatten()]))[0, 1]) < 0.2
 
 
 def test_layers_draw_different_noise(model):
