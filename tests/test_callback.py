@@ -221,6 +221,59 @@ def test_console_shows_it_and_depth_adds_no_keys(tmp_path, capsys):
         assert all(f"'{key}'" in printed for key in KEYS)
 
 
+def test_a_resumed_run_has_a_line_for_each_step(tmp_path):
+    """The lines after the checkpoint give way to those of the steps that are taken again; a torn line, too."""
+    path = tmp_path / "out" / "routing" / "layers.jsonl"
+    written = []
+    for resume_from in (None, str(tmp_path / "out" / "checkpoint-3")):
+        set_seed(0)
+        arguments = make_arguments(tmp_path / "out", max_steps=5, logging_steps=1, save_strategy="steps", save_steps=3)
+        trainer = Trainer(make_model(tmp_path / "model"), arguments, train_dataset=make_rows(36))
+        trainer.add_callback(RoutingCallback(trainer))
+        trainer.train(resume_from_checkpoint=resume_from)
+        written.append(path.read_text())
+        with path.open("a") as file:
+            file.write('{"step": 6, "load_')
+    assert [json.loads(line)["step"] for line in written[0].splitlines()] == [1, 2, 3, 4, 5]
+    assert written[0] == written[1]
+    assert [file.name for file in path.parent.iterdir() if "jsonl" in file.name] == ["layers.jsonl"]
+
+
+@pytest.mark.parametrize("same_trainer", [False, True])
+def test_training_after_one_that_raised_counts_its_own_steps(tmp_path, same_trainer):
+    class Raises(TrainerCallback):
+        raises = True
+
+        def on_step_end(self, *args, **kwargs):
+            if self.raises:
+                raise RuntimeError("out of memory")
+
+    def make_trainer(model, name):
+        raises = Raises()
+        arguments = make_arguments(tmp_path / name, learning_rate=0.0)  # the step that was taken changes nothing
+        trainer = Trainer(model, arguments, train_dataset=make_rows(36), callbacks=[raises])
+        trainer.add_callback(RoutingCallback(trainer))
+        return trainer, raises
+
+    histories = []
+    for first_raises in (False, True):
+        model = make_model(tmp_path / "model")
+        trainer, raises = make_trainer(model, f"out {first_raises}")
+        if first_raises:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                trainer.train()
+            if not same_trainer:
+                trainer, raises = make_trainer(model, "again")
+        raises.raises = False
+        set_seed(0)
+        trainer.train()
+        histories.append(logged(trainer))
+        assert model.get_decoder().routing_observer is None
+        lines = Path(trainer.args.output_dir, "routing", "layers.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
+    assert histories[0] == histories[1]
+
+
 def set_router_logits(model, *values: float) -> None:
     """Make every layer's router see the same for every token, and answer `values`."""
     for layer in model.get_decoder().layers:

@@ -84,8 +84,18 @@ def routing_sums(
     return (columns * counted).sum(dim=1)
 
 
+def drop_lines_after(step: int, path: Path) -> None:
+    """Leave out of `layers.jsonl` the steps that are yet to be taken, and a line that was not written to its end."""
+    if not path.exists():
+        return
+    rest = path.with_suffix(".jsonl.tmp")
+    with path.open(encoding="utf-8") as lines, rest.open("w", encoding="utf-8") as file:
+        file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+    rest.replace(path)
+
+
 class RoutingCallback(TrainerCallback):
-    """Adds what the router does to a trainer's log line; for Trainer, TRL's trainers and any `report_to`.
+    """Adds what the router does to the log line of Trainer and TRL's trainers; every `report_to` gets its scalars.
 
     Each training log gets these scalars, counted over all steps since the log before, with all their micro-batches and
     ranks, padding left out; means over the layers unless stated:
@@ -101,9 +111,10 @@ class RoutingCallback(TrainerCallback):
     - `routing/balance_loss_worst`: the same in the layer where it is largest.
 
     Two files in `output_dir/routing` show every layer: `layers.jsonl` has a line for each log with the values by layer
-    and the load `[L, E]`, each row the experts' shares of a layer's choices (a resumed run appends); `expert_load.png`
-    is the newest load as a heatmap, which goes to TensorBoard, too. It is drawn at the first log, then as often as
-    drawing takes no more than half a percent of the time, and at the end.
+    and the load `[L, E]`, each row the experts' shares of a layer's choices (a resumed run drops the lines of later
+    steps, and appends); `expert_load.png` is the newest load as a heatmap. It is drawn at the first log, then as often
+    as drawing takes no more than half a percent of the time, and at the end. Of the reporters TensorBoard alone gets
+    this image; the others get the scalars only.
 
         trainer.add_callback(RoutingCallback(trainer))
     """
@@ -142,7 +153,6 @@ class RoutingCallback(TrainerCallback):
         # The order of callbacks is that of the log's journey, and the user's come after those that report it.
         self._handler.callbacks = [self, *(callback for callback in self._handler.callbacks if callback is not self)]
         self._decoder = decoder
-        decoder.routing_observer = self._observe
         self._sums = torch.zeros(config.num_hidden_layers, 2 * config.num_local_experts + 4, device=model.device)
         self._start_window()
         self._load: torch.Tensor | None = None
@@ -151,8 +161,8 @@ class RoutingCallback(TrainerCallback):
         self._folder = Path(args.output_dir) / "routing"
         if state.is_world_process_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
-            if state.global_step == 0:
-                (self._folder / "layers.jsonl").unlink(missing_ok=True)
+            drop_lines_after(state.global_step, self._folder / "layers.jsonl")
+        decoder.routing_observer = self._observe  # in place of one that a training left which raised
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._sums.zero_()

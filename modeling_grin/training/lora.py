@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from rich.table import Table
@@ -35,11 +36,15 @@ NO_GROUP = "in full"  # `modules_to_save` and heads of new tasks, which have no 
 # rounding, about 15 times the dtype's epsilon in 32 layers: W + BA is rounded to the dtype of W, which unmerged
 # modules do not do.
 MERGE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.2}
-# The error must also stay below this share of what the adapters change, unless it is rounding of float32 either way.
+# The error must also stay below this share of what the adapters change, in the logits as in every weight, unless it is
+# rounding of float32 either way.
 LARGEST_SHARE_LOST = 0.5
 FLOAT32_ROUNDING = 3e-5
 
 PROBE_SHAPE = (4, 128)  # sequences, tokens
+
+# Fields of LoraConfig that peft honours for modules and ignores for parameters, which fused experts are.
+MODULE_SETTINGS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 
 def group_of(name: str) -> str:
@@ -84,18 +89,19 @@ def add_lora(
         attention: adapt `q_proj`, `k_proj`, `v_proj` and `o_proj`.
         router: adapt the routers, `gate`.
         experts: adapt all matrices of all experts, each expert with `r` ranks of its own. Fused experts compute with
-            W + BA rounded to the dtype of W, so that in bfloat16 most of a small BA is lost: load them in float32, or
-            with `experts_implementation="linear"`, where W and BA are applied apart.
+            W + BA rounded to the dtype of W, so that in bfloat16 most of a small BA is lost, which is warned of: load
+            them in float32, or with `experts_implementation="linear"`, where W and BA are applied apart.
         r, lora_alpha: rank, and numerator of the scale `lora_alpha / r`, of every adapter.
         settings: other fields of `peft.LoraConfig`, such as `rank_pattern` or `use_rslora`.
 
     Raises:
         ValueError: nothing was asked for; a group that was asked for matches nothing in `model`; `router=True` with
-            `config.freeze_router`; or `lora_dropout` with fused experts. The model is unchanged.
+            `config.freeze_router`; or `lora_dropout`, `layers_to_transform`, `layers_pattern` or `exclude_modules`
+            with fused experts. The model is unchanged.
     """
     if router and model.config.freeze_router:
         raise ValueError("router=True trains the routers that config.freeze_router=True freezes; change one of them")
-    fused = experts and bool(find_targets(model, EXPERT_PARAMETERS, "experts"))
+    fused = find_targets(model, EXPERT_PARAMETERS, "experts") if experts else []
     chosen: list[tuple[bool, str, tuple[str, ...]]] = [
         (attention, "attention", ATTENTION_MODULES),
         (router, "router", ROUTER_MODULES),
@@ -114,7 +120,20 @@ def add_lora(
             f"lora_dropout={settings['lora_dropout']} cannot act on fused experts, whose adapters are added to the "
             "weights; set it to 0, or experts=False"
         )
+    for field in MODULE_SETTINGS:
+        if fused and settings.get(field) is not None:
+            raise ValueError(
+                f"{field}={settings[field]} cannot choose among fused experts, which peft adapts in all layers; load "
+                'the model with experts_implementation="linear", or set experts=False'
+            )
 
+    is_first_rank = os.environ.get("RANK", "0") == "0"
+    if fused and is_first_rank and (dtype := model.get_parameter(fused[0]).dtype).itemsize < torch.float32.itemsize:
+        warnings.warn(
+            f"fused experts are trained as W + BA rounded to {dtype}, which loses a small BA: load the model in "
+            'float32, or with experts_implementation="linear"',
+            stacklevel=2,
+        )
     parameters = wanted.pop("experts") if fused else ()
     tasks = {GrinMoeForCausalLM: "CAUSAL_LM", GrinMoeForSequenceClassification: "SEQ_CLS"}
     config = LoraConfig(
@@ -125,7 +144,7 @@ def add_lora(
         **{"task_type": next((task for cls, task in tasks.items() if isinstance(model, cls)), None), **settings},
     )
     adapted = get_peft_model(model, config)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank:
         print_adapters(adapted)
     return adapted
 
@@ -165,55 +184,86 @@ def relative_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> 
     return torch.stack([error.cpu() for error in errors]).max().item()
 
 
-def warn_of_unproven_experts(model: PeftModel, router_logits: list[torch.Tensor]) -> None:
-    """Warn if some experts, where experts have adapters, had no part in the proof."""
-    if not any(isinstance(module, BaseTunerLayer) and group_of(name) == "experts"
-               for name, module in model.named_modules()):  # fmt: skip
-        return
-    config = model.get_base_model().config
-    # Inference takes the largest logits, whatever the keep set.
-    reached = sum(logits.topk(config.num_experts_per_tok).indices.unique().numel() for logits in router_logits)
-    num_experts = len(router_logits) * config.num_local_experts
-    if reached < num_experts:
-        warnings.warn(
-            f"{num_experts - reached} of {num_experts} experts got no token of the probe: their merged weights are "
-            "unproven; give merge_lora more input_ids, of the kind that the model was trained on",
-            stacklevel=4,
-        )
+def refusal(reason: str) -> ValueError:
+    """The error for a merge that is not what it should be."""
+    return ValueError(
+        f"the merge is refused: {reason}; nothing has been merged. Keep the adapters, or load the base model in "
+        "float32, without quantization, and merge there."
+    )
+
+
+def check_weight(name: str, layer: LoraLayer, unmerged: torch.Tensor, merged: torch.Tensor) -> None:
+    """Raise ValueError unless `merged` is `unmerged` plus the products of `layer`'s active adapters, but for rounding.
+
+    Both are `[out, in]` or `[E, out, in]`. The products follow from the adapters' definition, not from peft's code:
+    `scaling * B A` for each matrix, where A is `[E r, in]`, one expert's ranks after the other's, and B is
+    `[out, r E]`, one rank's experts after the other's.
+    """
+    adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    rounding = torch.finfo(merged.dtype)
+    dtype = torch.promote_types(merged.dtype, torch.float32)
+    weights = unmerged.reshape(-1, *unmerged.shape[-2:])  # [E, out, in], E = 1 where there is but one matrix
+    num_experts = len(weights)
+    squares = torch.zeros(3, dtype=torch.float64)  # of what is lost, of the products, of the weight
+    # One expert at a time, whose matrix in float32 is small next to the layer's.
+    for expert, (weight, result) in enumerate(zip(weights, merged.reshape(weights.shape), strict=True)):
+        weight = weight.to(dtype)
+        delta, size = torch.zeros_like(weight), weight.abs()
+        for adapter in adapters:
+            a = layer.lora_A[adapter].weight.to(weight).unflatten(0, (num_experts, -1))[expert]  # [r, in]
+            b = layer.lora_B[adapter].weight.to(weight).unflatten(1, (-1, num_experts))[..., expert]  # [out, r]
+            scaling = layer.scaling[adapter]
+            delta += scaling * (b @ a)
+            size += abs(scaling) * (b.abs() @ a.abs())  # of all terms, because their sum may be small
+        error = result.to(dtype) - weight - delta
+        # At most half an epsilon for each rounding: when a product is made, scaled and cast, and when it is added.
+        allowed = (1 + len(adapters)) * rounding.eps * size.clamp(min=rounding.smallest_normal)
+        if not (error.abs() <= allowed).all():  # NaN, too
+            matrix = f"{name}[{expert}]" if unmerged.ndim == 3 else name
+            raise refusal(
+                f"{matrix} is not W + BA rounded to {merged.dtype}: it differs by {error.norm():.2g}, where BA has "
+                f"the norm {delta.norm():.2g}"
+            )
+        squares += torch.stack([error.norm(), delta.norm(), weight.norm()]).cpu().double().square()
+    lost, change, norm = squares.sqrt().tolist()
+    if lost > max(LARGEST_SHARE_LOST * change, torch.finfo(torch.float32).eps * norm):
+        raise refusal(f"rounding {name} to {merged.dtype} loses {lost:.2g} of BA, whose norm is {change:.2g}")
 
 
 @torch.no_grad()
 def merge_lora(peft_model: PeftModel, input_ids: torch.Tensor | None = None) -> GrinMoePreTrainedModel:
-    """Merge the active adapters into the weights, and prove it on `input_ids`: merged logits = adapter-on logits.
+    """Merge the active adapters into the weights, and prove it: W' = W + BA in every weight, and the same logits.
 
-    Both are computed in eval mode, on the same routing; the routers' logits are compared as well. The relative error
-    must not exceed `MERGE_TOLERANCE` for the dtype of the weights, nor half of what the adapters change. While this
-    is checked, the unmerged weights are kept: up to twice the memory.
+    Every weight must be W + BA (computed anew from the adapters, in float32) within rounding to its dtype, which must
+    not lose more than half of BA. Merged and adapter-on logits are computed on `input_ids` in eval mode, on the same
+    routing; the routers' logits are compared as well. The relative error must not exceed `MERGE_TOLERANCE` for the
+    dtype of the weights, nor half of what the adapters change. Quantised weights, and adapters that are no plain
+    product, such as DoRA's, have this second proof alone. Meanwhile the unmerged weights are kept: up to twice the
+    memory.
 
     Args:
         peft_model: as `add_lora` or `PeftModel.from_pretrained` returns it.
-        input_ids: `[batch, sequence]`, on the model's device; 4 x 128 random tokens by default. The adapters of
-            experts that get none of the tokens cannot be proven, which is warned of.
+        input_ids: `[batch, sequence]`, on the model's device; 4 x 128 random tokens by default.
 
     Returns:
         The base model, merged, in the mode `peft_model` was in. It is saved in the released layout.
 
     Raises:
-        ValueError: the merge is wrong, or the dtype of the weights cannot hold it: `peft_model` is as it was. Or
-            there is nothing to compare with, because adapters have been merged before.
+        ValueError: the merge is wrong, or the dtype of the weights cannot hold it; names the weight, and leaves
+            `peft_model` as it was. Or there is nothing to compare with, because adapters have been merged before.
     """
-    layers = [module for module in peft_model.modules() if isinstance(module, BaseTunerLayer)]
-    if any(layer.merged for layer in layers):
-        raise ValueError("the adapters are merged already; call unmerge_adapter() first, so that the merge is checked")
     base_model = peft_model.get_base_model()
+    layers = {name: module for name, module in base_model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("the adapters are merged already; call unmerge_adapter() first, so that the merge is checked")
     if input_ids is None:
         generator = torch.Generator().manual_seed(0)
         input_ids = torch.randint(base_model.config.vocab_size, PROBE_SHAPE, generator=generator).to(peft_model.device)
 
     # safe_merge writes new tensors, so that these stay as they are; peft's unmerge() would subtract, which rounds.
-    modules = [layer.get_base_layer() for layer in layers]
-    unmerged = [(module, name, parameter, parameter.data) for module in modules
-                for name, parameter in module.named_parameters(recurse=False)]  # fmt: skip
+    modules = [layer.get_base_layer() for layer in layers.values()]
+    unmerged = {(module, name): (parameter, parameter.data) for module in modules
+                for name, parameter in module.named_parameters(recurse=False)}  # fmt: skip
     training = peft_model.training
     peft_model.eval()
     try:
@@ -223,24 +273,30 @@ def merge_lora(peft_model: PeftModel, input_ids: torch.Tensor | None = None) -> 
             effect = relative_error(run(peft_model, input_ids, routing), adapted)
         limit = max(min(MERGE_TOLERANCE[base_model.dtype], LARGEST_SHARE_LOST * effect), FLOAT32_ROUNDING)
         peft_model.merge_adapter(safe_merge=True)
+        for name, layer in layers.items():
+            # Exactly these types: their subclasses are for quantised weights.
+            if type(layer) not in (Linear, ParamWrapper) or layer.lora_variant:
+                continue
+            module, weight = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+            merged = getattr(module, weight)
+            if merged.is_floating_point():
+                weight_name = f"{name.replace('.base_layer', '')}.{weight}"
+                check_weight(weight_name, layer, unmerged[module, weight][1], merged)
         error = relative_error(run(peft_model, input_ids, routing), adapted)
         if not error <= limit:  # NaN, too
-            raise ValueError(
-                f"the merge is refused: merged and adapter-on logits differ by {error:.2g} (relative), where the "
-                f"adapters change them by {effect:.2g} and up to {limit:.2g} would be rounding of {base_model.dtype} "
-                "weights; nothing has been merged. Keep the adapters, or load the base model in float32, without "
-                "quantization, and merge there."
+            raise refusal(
+                f"merged and adapter-on logits differ by {error:.2g} (relative), where the adapters change them by "
+                f"{effect:.2g} and up to {limit:.2g} would be rounding of {base_model.dtype} weights"
             )
     except Exception:
-        for module, name, parameter, data in unmerged:
+        for (module, name), (parameter, data) in unmerged.items():
             setattr(module, name, parameter)
             parameter.data = data
-        for layer in layers:
+        for layer in layers.values():
             layer.merged_adapters.clear()
         raise
     finally:
         peft_model.train(training)
-    warn_of_unproven_experts(peft_model, routing)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         return peft_model.merge_and_unload()
