@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -106,7 +107,7 @@ def list_recipes() -> None:
 @recipes.command("cp")
 def copy_recipe(
     name: Annotated[str, typer.Argument(help="a name that `grin-moe recipes ls` lists")],
-    destination: Annotated[Path, typer.Argument(help="file or folder")] = Path("."),
+    destination: Annotated[str, typer.Argument(help="file or folder; a new folder's name ends with /")] = ".",
 ) -> None:
     """Copy a training script or a config, to edit it. Nothing is overwritten.
 
@@ -116,13 +117,14 @@ def copy_recipe(
     source = files.get(name) or next((path for path in files.values() if path.name == name), None)
     if source is None:
         raise ValueError(f"There is no recipe {name!r}; `grin-moe recipes ls` lists them")
-    if destination.is_dir():
-        destination = destination / source.name
-    if destination.exists():
-        raise ValueError(f"{destination} exists: give another name, or move it away")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, destination)
-    console.print(f"copied to {destination}")
+    target = Path(destination)
+    if target.is_dir() or destination.endswith(("/", os.sep)):
+        target = target / source.name
+    if target.exists():
+        raise ValueError(f"{target} exists: give another name, or move it away")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    console.print(f"copied to {escape(str(target))}")
 
 
 def main() -> None:

@@ -2,12 +2,12 @@
 
     accelerate launch recipes/dpo.py --config recipes/configs/dpo_tiny.yaml --learning_rate 1e-6
 
-Rows have `prompt`, `chosen` and `rejected`, as messages or as text. Training routes greedily, so that log-ratios carry
-no routing noise. `--help` lists every argument: these, and TRL's DPOConfig.
+Rows have `prompt`, `chosen` and `rejected`, all as messages or all as text; `prompt` may be missing where `chosen` and
+`rejected` are whole conversations that begin alike. Training routes greedily, so that log-ratios carry no routing
+noise. `--help` lists every argument: these, and TRL's DPOConfig.
 """
 
-from pathlib import Path
-
+from datasets import Dataset
 from transformers import set_seed
 from trl import DPOConfig
 
@@ -25,12 +25,24 @@ from modeling_grin.training.recipes import (
     load_tokenizer,
     load_train_and_eval,
     save_merged,
+    select_columns,
     train_and_save,
+    write_card,
 )
 from modeling_grin.training.trl_trainers import GrinMoeDPOTrainer
 
-COLUMNS = ("prompt", "chosen", "rejected")
+ANSWERS = ["chosen", "rejected"]
 GREEDY_ROUTING = {"router_sampling": False, "input_jitter_noise": 0.0}
+
+
+def select(dataset: Dataset, name: str) -> Dataset:
+    """The columns to train on, of data called `name`; ValueError if one is missing, or holds something else."""
+    checks.check_dataset(dataset, ANSWERS, name)
+    implicit = "prompt" not in dataset.column_names and not checks.is_text(dataset, "chosen")
+    columns = ANSWERS if implicit else ["prompt", *ANSWERS]
+    checks.check_dataset(dataset, columns, name)
+    checks.check_text_or_messages(dataset, columns, name)
+    return select_columns(dataset, columns)
 
 
 def parse(argv: list[str] | None = None) -> tuple[FineTuningArguments, DPOConfig]:
@@ -49,11 +61,11 @@ def main(argv: list[str] | None = None) -> None:
         set_seed(training.seed)
         tokenizer, config = load_tokenizer(arguments), load_config(arguments)
         checks.check_tokenizer(tokenizer, config)
-        checks.check_preference_routing(config)
+        checks.check_preference_routing(config, dropout_is_disabled=training.disable_dropout)
         checks.check_frozen_router(config, lora_router=arguments.lora_r > 0 and arguments.lora_router)
         if training.max_length is not None:
             checks.check_sequence_length(training.max_length, config, "max_length")
-        train, held_out = load_train_and_eval(arguments, training, COLUMNS)
+        train, held_out = load_train_and_eval(arguments, training, select)
         model = load_for_fine_tuning(arguments, config)
         # With LoRA the reference is the model as the adapter found it. TRL would load another with a default config.
         separate = not arguments.lora_r and not training.precompute_ref_log_probs
@@ -78,11 +90,9 @@ def main(argv: list[str] | None = None) -> None:
 
     trainer.add_callback(RoutingCallback(trainer))
     train_and_save(trainer)
+    write_card(trainer, arguments, dataset_name=hub_dataset(arguments))
     if arguments.lora_r and arguments.merge_adapter:
         save_merged(trainer)
-    trainer.create_model_card(
-        model_name=Path(training.output_dir).name, tags=["grinmoe"], dataset_name=hub_dataset(arguments)
-    )
 
 
 if __name__ == "__main__":

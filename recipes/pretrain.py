@@ -7,6 +7,7 @@ block to the next. `--help` lists every argument: these, and transformers' Train
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from modeling_grin.training.recipes import (
     load_train_and_eval,
     resume_from,
     train_and_save,
+    write_card,
 )
 
 
@@ -59,17 +61,22 @@ class PretrainArguments(RecipeArguments):
 def get_tokenizer(
     arguments: PretrainArguments, training: TrainingArguments, texts: Dataset
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer the arguments name, or one learnt from `texts`: in output_dir/tokenizer, for a resumed run too."""
+    """The tokenizer the arguments name, or one learnt from `texts`: in output_dir/tokenizer, for a resumed run too,
+    which takes that of the checkpoint it is given."""
     if arguments.tokenizer_vocab_size is None:
         return load_tokenizer(arguments)
     folder = Path(training.output_dir) / "tokenizer"
     with training.main_process_first(desc="tokenizer"):
-        if training.should_save and not resume_from(training):
-            columns = texts.select_columns(arguments.text_column).iter(batch_size=1000)
-            learnt = GrinMoeTokenizer.train_from_iterator(
-                (batch[arguments.text_column] for batch in columns), arguments.tokenizer_vocab_size
-            )
-            learnt.save_pretrained(folder)
+        resumed = resume_from(training)
+        if training.should_save and resumed is not True:
+            if resumed:
+                tokenizer = AutoTokenizer.from_pretrained(resumed)
+            else:
+                tokenizer = GrinMoeTokenizer.train_from_iterator(
+                    (batch[arguments.text_column] for batch in texts.iter(batch_size=1000)),
+                    arguments.tokenizer_vocab_size,
+                )
+            tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -79,6 +86,13 @@ def get_config(arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase)
         return load_config(arguments)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return GrinMoeConfig(**{"vocab_size": len(tokenizer), **special, **arguments.config_overrides})
+
+
+def select(dataset: Dataset, name: str, column: str) -> Dataset:
+    """The column of the text, of data called `name`; ValueError if it is not there, or holds something else."""
+    checks.check_dataset(dataset, [column], name)
+    checks.check_text(dataset, [column], name)
+    return dataset.select_columns(column)
 
 
 def pack(texts: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Dataset:
@@ -105,7 +119,9 @@ def main(argv: list[str] | None = None) -> None:
         arguments, training = parse(argv)
         check_arguments(arguments, training)
         set_seed(training.seed)
-        train_texts, eval_texts = load_train_and_eval(arguments, training, [arguments.text_column])
+        train_texts, eval_texts = load_train_and_eval(
+            arguments, training, partial(select, column=arguments.text_column)
+        )
         tokenizer = get_tokenizer(arguments, training, train_texts)
         config = get_config(arguments, tokenizer)
         checks.check_tokenizer(tokenizer, config)
@@ -123,7 +139,10 @@ def main(argv: list[str] | None = None) -> None:
             model = load_model(arguments, config)
         else:
             model = AutoModelForCausalLM.from_config(
-                config, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
+                config,
+                dtype=arguments.dtype,
+                attn_implementation=arguments.attn_implementation,
+                experts_implementation=arguments.experts_implementation,
             )
             model.config._name_or_path = training.output_dir  # the model card would call it fine-tuned from ""
             model.generation_config.eos_token_id = tokenizer.stop_token_ids
@@ -139,9 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.add_callback(RoutingCallback(trainer))
     train_and_save(trainer)
-    trainer.create_model_card(
-        model_name=Path(training.output_dir).name, tags=["grinmoe"], dataset=hub_dataset(arguments)
-    )
+    write_card(trainer, arguments, dataset=hub_dataset(arguments))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Rows have `messages`, or `prompt` and `completion`, or `text` (dataset_text_fiel
 these, and TRL's SFTConfig.
 """
 
-from pathlib import Path
+from functools import partial
 
 from datasets import Dataset
 from transformers import set_seed
@@ -25,19 +25,40 @@ from modeling_grin.training.recipes import (
     load_tokenizer,
     load_train_and_eval,
     save_merged,
+    select_columns,
     train_and_save,
+    write_card,
 )
 from modeling_grin.training.trl_trainers import GrinMoeSFTTrainer
 
 
-def find_columns(dataset: Dataset, training: SFTConfig) -> list[str]:
+def find_columns(dataset: Dataset, name: str, training: SFTConfig) -> list[str]:
     """The columns that hold the conversation or text, of those TRL knows; ValueError if there are none."""
     known = (["messages"], ["prompt", "completion"], [training.dataset_text_field])
     for columns in known:
         if set(columns) <= set(dataset.column_names):
             return columns
     wanted = " or ".join(" and ".join(columns) for columns in known)
-    raise ValueError(f"train_data has none of the columns {wanted}; it has {sorted(dataset.column_names)}")
+    raise ValueError(f"{name} has none of the columns {wanted}; it has {sorted(dataset.column_names)}")
+
+
+def select(dataset: Dataset, name: str, training: SFTConfig) -> Dataset:
+    """The columns to train on, of data called `name`.
+
+    Raises:
+        ValueError: there are none, or rows that nothing can be learnt from.
+    """
+    columns = find_columns(dataset, name, training)
+    checks.check_dataset(dataset, columns, name)
+    if columns == ["messages"]:
+        checks.check_messages(dataset, columns, name)
+        if training.assistant_only_loss:
+            checks.check_assistant_turns(dataset, name)
+    elif columns == [training.dataset_text_field]:
+        checks.check_text(dataset, columns, name)
+    else:
+        checks.check_text_or_messages(dataset, columns, name)
+    return select_columns(dataset, columns)
 
 
 def parse(argv: list[str] | None = None) -> tuple[FineTuningArguments, SFTConfig]:
@@ -56,19 +77,13 @@ def main(argv: list[str] | None = None) -> None:
         checks.check_frozen_router(config, lora_router=arguments.lora_r > 0 and arguments.lora_router)
         if training.max_length is not None:
             checks.check_sequence_length(training.max_length, config, "max_length")
-        data = dict(zip(("train_data", "evaluation data"), load_train_and_eval(arguments, training, []), strict=True))
-        columns = find_columns(data["train_data"], training)
-        for name, dataset in data.items():
-            if dataset is not None:
-                checks.check_dataset(dataset, columns, name)
-                if training.assistant_only_loss and columns == ["messages"]:
-                    checks.check_assistant_turns(dataset, name)
+        train, held_out = load_train_and_eval(arguments, training, partial(select, training=training))
         model = load_for_fine_tuning(arguments, config)
         trainer = GrinMoeSFTTrainer(
             model=model,
             args=training,
-            train_dataset=data["train_data"],
-            eval_dataset=data["evaluation data"],
+            train_dataset=train,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             exact_balance=arguments.exact_balance,
         )
@@ -81,11 +96,9 @@ def main(argv: list[str] | None = None) -> None:
 
     trainer.add_callback(RoutingCallback(trainer))
     train_and_save(trainer)
+    write_card(trainer, arguments, dataset_name=hub_dataset(arguments))
     if arguments.lora_r and arguments.merge_adapter:
         save_merged(trainer)
-    trainer.create_model_card(
-        model_name=Path(training.output_dir).name, tags=["grinmoe"], dataset_name=hub_dataset(arguments)
-    )
 
 
 if __name__ == "__main__":

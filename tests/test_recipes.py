@@ -16,6 +16,7 @@ import torch
 import yaml
 from checkpoints import released_config, released_tensors, write_checkpoint
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -26,7 +27,7 @@ from typer.testing import CliRunner
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 from modeling_grin import cli as cli_module
-from modeling_grin.training import checks
+from modeling_grin.training import checks, merge_lora, recipes
 from modeling_grin.training.recipes import load_data
 from modeling_grin.training.trl_trainers import GrinMoeSFTTrainer
 from recipes import data, dpo, pretrain, sft
@@ -53,6 +54,10 @@ def run(recipe, config, *arguments):
 
 def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def write_rows(path, rows):
@@ -144,16 +149,37 @@ def test_the_command_line_overrides_the_file():
                                      "--model_config", '{"expert_dropout": 0.2}'])  # fmt: skip
     assert (training.learning_rate, training.max_steps) == (1e-5, 8)
     assert arguments.config_overrides == {"expert_dropout": 0.2, "freeze_router": True}
+    arguments, _ = sft.parse([f"--config={path}", "--freeze_router", "false",
+                              "--model_config", '{"router_aux_loss_coef": 0.5}'])  # fmt: skip
+    assert arguments.config_overrides == {
+        "expert_dropout": 0.1, "router_aux_loss_coef": 0.5, "freeze_router": False
+    }  # fmt: skip
+    arguments, _ = sft.parse([f"--config={path}"])
+    assert arguments.config_overrides == {"expert_dropout": 0.1}
+
+
+def test_sharded_configs_recompute_with_the_same_dropout():
+    sharded = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in CONFIGS]
+    sharded = [given for given in sharded if "fsdp_config" in given]
+    assert len(sharded) == 2
+    for given in sharded:
+        assert given["activation_checkpointing"] and "activation_checkpointing" not in given["fsdp_config"]
+
+
+@pytest.mark.parametrize("config", ["sft_grin_lora", "dpo_grin", "sft_grin_qlora"])
+def test_configs_with_lora_in_bfloat16_keep_it_apart_from_the_weights(config):
+    arguments, _ = recipe_of(Path(config)).parse(
+        ["--config", str(CONFIGS[0].parent / f"{config}.yaml"), "--use_cpu", "true"]
+    )
+    assert arguments.lora_r and arguments.dtype == "bfloat16"
+    assert arguments.experts_implementation == "linear" or arguments.load_in_4bit
 
 
 # ---- Data ----
 
 
 def test_data_is_real_code(workdir):
-    pretrain_rows, sft_rows, dpo_rows = (
-        [json.loads(line) for line in Path("data", f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        for name in ("pretrain", "sft", "dpo")
-    )
+    pretrain_rows, sft_rows, dpo_rows = (read_rows(f"data/{name}.jsonl") for name in ("pretrain", "sft", "dpo"))
     sources = [" ".join(row["text"].split()) for row in pretrain_rows]
     assert len(sft_rows) == 48 and len(pretrain_rows) == 48 and len(dpo_rows) in (46, 47)
     for row in sft_rows:
@@ -269,8 +295,9 @@ def test_pretrain_leaves_the_best_model_in_the_released_layout(pretrained):
         assert torch.equal(tensor, tensors[name]), name
     assert read_json(pretrained / "eval_results.json")["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-5)
     assert min(losses.values()) < 6.1 < torch.tensor(512.0).log(), "less than without training"
-    card = (pretrained / "README.md").read_text(encoding="utf-8")
-    assert "trained from scratch" in card and f"Loss: {min(losses.values()):.4f}" in card
+    card = ModelCard.load(pretrained / "README.md")
+    assert "trained from scratch" in card.text and card.text.count(f"- Loss: {min(losses.values()):.4f}") == 1
+    assert (card.data.library_name, card.data.base_model) == ("transformers", None)
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(pretrained / "tokenizer").get_vocab()
     model = AutoModelForCausalLM.from_pretrained(pretrained)
@@ -315,6 +342,18 @@ def test_pretrain_goes_on_from_a_checkpoint(pretrained, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert read_json(tmp_path / "config.json")["router_aux_loss_coef"] == 0.5
     assert not (tmp_path / "tokenizer").exists()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "is a fine-tuned version of `pretrain_debug` on" in card.text and "from scratch" not in card.text
+
+
+def test_pretrain_resumes_from_a_folder_into_a_new_one(pretrained, tmp_path):
+    run(pretrain, "pretrain_debug", "--output_dir", tmp_path / "new", "--resume_from_checkpoint",
+        pretrained / "checkpoint-4")  # fmt: skip
+    tensors = load_file(tmp_path / "new" / "checkpoint-8" / "model.safetensors")
+    for name, tensor in load_file(pretrained / "checkpoint-8" / "model.safetensors").items():
+        assert torch.equal(tensor, tensors[name]), name
+    vocabulary = AutoTokenizer.from_pretrained(pretrained).get_vocab()
+    assert AutoTokenizer.from_pretrained(tmp_path / "new" / "tokenizer").get_vocab() == vocabulary
 
 
 def test_sft_learns_and_resumes_to_the_same_weights(tuned, tmp_path):
@@ -322,7 +361,11 @@ def test_sft_learns_and_resumes_to_the_same_weights(tuned, tmp_path):
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert sorted(path.name for path in tuned.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
-    assert "sft" in (tuned / "README.md").read_text(encoding="utf-8")
+    card = ModelCard.load(tuned / "README.md")
+    assert "is a fine-tuned version of `pretrain_debug`." in card.text and "None" not in card.text
+    assert card.text.count(f"- Loss: {read_json(tuned / 'eval_results.json')['eval_loss']:.4f}") == 1
+    assert (card.data.library_name, card.data.base_model) == ("transformers", None)
+    assert {"grinmoe", "sft", "trl"} <= set(card.data.tags) and "lora" not in card.data.tags
     shutil.copytree(tuned / "checkpoint-4", tmp_path / "checkpoint-4")
     run(sft, "sft_debug", "--output_dir", tmp_path, "--resume_from_checkpoint", "true")
     resumed = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
@@ -341,11 +384,25 @@ def test_sft_with_frozen_routers(pretrained, tuned, tmp_path):
     assert not any(torch.equal(before[name], after[name]) for name in others)
 
 
-def test_sft_with_lora_leaves_adapter_and_merged_model(pretrained, tmp_path):
-    run(sft, "sft_debug", "--output_dir", tmp_path, "--lora_r", 2, "--max_steps", 2, "--eval_steps", 2,
-        "--save_steps", 2, "--learning_rate", "1e-2")  # fmt: skip
+LORA = ["--lora_r", 2, "--max_steps", 2, "--eval_steps", 2, "--save_steps", 2]
+
+
+@pytest.mark.parametrize("experts", [None, "linear"])
+def test_sft_with_lora_leaves_adapter_and_merged_model(experts, pretrained, tmp_path, monkeypatch):
+    proofs = []
+    monkeypatch.setattr(recipes, "merge_lora", lambda model, ids: proofs.append(ids) or merge_lora(model, ids))
+    run(sft, "sft_debug", "--output_dir", tmp_path, *LORA, "--learning_rate", "1e-2",
+        *(["--experts_implementation", experts] if experts else []))  # fmt: skip
+    (proof,) = proofs
+    assert proof.shape == recipes.PROOF_SHAPE
+    text = AutoTokenizer.from_pretrained(pretrained).decode(proof.flatten())
+    assert text.count("Write the Python function") > 5, "what the model was trained on"
+    for folder, library in ((tmp_path, "peft"), (tmp_path / "merged", "transformers")):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == library and ("lora" in card.data.tags) == (library == "peft")
+        assert "is a fine-tuned version of `pretrain_debug`." in card.text and "None" not in card.text
     ids = torch.randint(512, (2, 40), generator=torch.Generator().manual_seed(0))
-    base = AutoModelForCausalLM.from_pretrained(pretrained).eval()
+    base = AutoModelForCausalLM.from_pretrained(pretrained, experts_implementation=experts).eval()
     with torch.no_grad():
         untuned = base(ids).logits
         adapted = PeftModel.from_pretrained(base, tmp_path).eval()(ids).logits
@@ -354,6 +411,64 @@ def test_sft_with_lora_leaves_adapter_and_merged_model(pretrained, tmp_path):
     assert (adapted - untuned).abs().max() > 1e-3
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() >= RELEASED_NAMES
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+
+
+def test_a_refused_merge_is_one_sentence_after_all_else_is_written(pretrained, tmp_path):
+    with pytest.raises(SystemExit, match="error: the merge") as raised:
+        run(sft, "sft_debug", "--output_dir", tmp_path, *LORA, "--learning_rate", "1e-6", "--dtype", "bfloat16",
+            "--experts_implementation", "linear")  # fmt: skip
+    assert "\n" not in str(raised.value)
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "merged").exists()
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "peft"
+
+
+def test_merging_into_a_quantised_base_is_refused_before_it_is_loaded(pretrained, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(pretrained, base, ignore=shutil.ignore_patterns("checkpoint-*", "model.safetensors"))
+    config = read_json(base / "config.json")
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match=r"merge_adapter cannot merge into the quantised weights of .*base"):
+        run(sft, "sft_debug", "--output_dir", tmp_path / "out", "--model_name_or_path", base, *LORA)
+
+
+def test_a_base_of_the_hub_is_in_the_card(pretrained, tmp_path):
+    arguments, training = sft.parse(["--config", str(CONFIGS[0].parent / "sft_debug.yaml"), "--output_dir",
+                                     str(tmp_path), "--model_name_or_path", "microsoft/GRIN-MoE"])  # fmt: skip
+    model = recipes.add_lora(GrinMoeForCausalLM.from_pretrained(pretrained), r=2)
+    model.config._name_or_path = arguments.model_name_or_path
+    rows = Dataset.from_list([CHAT] * 2)
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    trainer = GrinMoeSFTTrainer(model, training, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    recipes.write_card(trainer, arguments, dataset_name="owner/chats")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("peft", "microsoft/GRIN-MoE")
+    assert card.data.datasets == "owner/chats" and card.data.pipeline_tag == "text-generation"
+    assert "[microsoft/GRIN-MoE](https://huggingface.co/microsoft/GRIN-MoE) on the [owner/chats]" in card.text
+
+
+def test_sft_takes_the_chats_of_a_dataset_with_prompts_too(tuned, tmp_path):
+    rows = read_rows("data/sft.jsonl")
+    rows = [{"prompt": row["messages"][0]["content"], "prompt_id": str(i), **row} for i, row in enumerate(rows)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    run(sft, "sft_debug", "--output_dir", tmp_path, "--train_data", tmp_path / "rows.jsonl", "--seed", 42)
+    losses, same = (
+        [entry["loss"] for entry in read_json(folder / "trainer_state.json")["log_history"] if "loss" in entry]
+        for folder in (tmp_path, tuned)
+    )
+    assert losses == same
+
+
+def test_dpo_takes_whole_conversations_without_a_prompt(tuned, tmp_path):
+    rows = read_rows("data/dpo.jsonl")
+    whole = [{answer: row["prompt"] + row[answer] for answer in ("chosen", "rejected")} for row in rows]
+    write_rows(tmp_path / "rows.jsonl", whole)
+    histories = []
+    for data_file in ("data/dpo.jsonl", tmp_path / "rows.jsonl"):
+        run(dpo, "dpo_debug", "--output_dir", tmp_path / "out", "--train_data", data_file, "--max_steps", 2)
+        history = read_json(tmp_path / "out" / "trainer_state.json")["log_history"]
+        histories.append([entry["loss"] for entry in history if "loss" in entry])
+    assert histories[0] == histories[1]
 
 
 def test_sft_trains_adapters_on_4_bits(pretrained, tmp_path):
@@ -372,7 +487,9 @@ def test_dpo_starts_at_a_margin_of_exactly_zero(lora_r, tuned, tmp_path):
     assert all(entry["rewards/margins"] != 0.0 for entry in history[1:])
     model = tmp_path / "merged" if lora_r else tmp_path
     assert load_file(model / "model.safetensors").keys() >= RELEASED_NAMES
-    assert "dpo" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == ("peft" if lora_r else "transformers") and "dpo" in card.data.tags
+    assert "is a fine-tuned version of `sft_debug`." in card.text and "- Loss: " in card.text
 
 
 # ---- What is wrong is said in one sentence ----
@@ -380,6 +497,7 @@ def test_dpo_starts_at_a_margin_of_exactly_zero(lora_r, tuned, tmp_path):
 CHAT = {"messages": [{"role": "user", "content": "hello " * 20}, {"role": "assistant", "content": "hi"}]}
 BROKEN = ["{broken"]
 PAIR = {"prompt": "hello " * 20, "chosen": "yes", "rejected": "no"}
+SAID = CHAT["messages"]
 
 
 @pytest.mark.parametrize(
@@ -400,7 +518,35 @@ PAIR = {"prompt": "hello " * 20, "chosen": "yes", "rejected": "no"}
         ("sft_debug", [CHAT] * 9, ["--lora_r", "2", "--lora_router", "true", "--freeze_router", "true"], "at odds"),
         ("sft_debug", [CHAT] * 9, ["--model_config", '{"num_expert": 4}'], "GrinMoeConfig has no field num_expert"),
         ("sft_debug", [CHAT] * 9, ["--model_config", '{"eos_token_id": 7}'], r"eos_token_id is 3 .*endoftext.* and 7"),
-        ("sft_debug", [CHAT] * 9, ["--model_name_or_path", "nowhere/at/all"], "nowhere/at/all"),
+        ("sft_debug", [CHAT] * 9, ["--model_config", "{expert"], r"--model_config.*: \{expert is not JSON"),
+        ("sft_debug", [CHAT] * 9, ["--model_config", "[1]"], r"--model_config.*: \[1\] is no JSON object"),
+        ("sft_debug", [CHAT] * 9, ["--model_name_or_path", "nowhere/at/all"], "model_name_or_path=nowhere/at/all: no"),
+        ("sft_debug", [CHAT] * 9, ["--model_name_or_path", "output/sft_dbug"], "path=output/sft_dbug: no such folder"),
+        ("sft_debug", [CHAT] * 9, ["--tokenizer_name_or_path", "no/to/ken"], "tokenizer_name_or_path=no/to/ken: no"),
+        ("sft_debug", [CHAT] * 9, ["--experts_implementation", "wide"], "`experts_implementation=.?wide"),
+        ("pretrain_debug", [{"text": "a b " * 99}] * 20, ["--experts_implementation", "wide"],
+         "`experts_implementation=.?wide"),
+        ("sft_debug", [CHAT] * 9, ["--train_split", "train_sft"], "train_split=train_sft is for datasets on the Hub"),
+        ("sft_debug", [CHAT] * 9, ["--eval_fraction", "none", "--eval_split", "test"], "eval_split=test is for"),
+        ("sft_debug", [CHAT] * 9, ["--dataset_config", "en"], "dataset_config=en is for datasets on the Hub"),
+        ("sft_debug", [CHAT] * 9, ["--lora_alpha", "64"], "lora_alpha=64 means nothing without LoRA: set lora_r"),
+        ("sft_debug", [CHAT] * 9, ["--lora_experts", "false"], "lora_experts=False means nothing without LoRA"),
+        ("sft_debug", [CHAT] * 9, ["--resume_from_checkpoint", "data"], "resume_from_checkpoint=data is not a compl"),
+        ("sft_debug", [{"messages": [{"from": "a", "value": "b"}]}] * 9, [], "row 0: messages is .*role and content"),
+        ("sft_debug", [*[CHAT] * 8, {"messages": None}], [], "row 8: messages is None, and must be a list"),
+        ("sft_debug", [*[CHAT] * 8, {"messages": "hello"}], [], "row 8: messages is 'hello', and must be a list"),
+        ("sft_debug", [{"messages": "hello"}] * 9, [], "row 0: messages is 'hello', and must be a list"),
+        ("sft_debug", [CHAT, {"messages": []}] * 5, [], r"row 1: messages is \[\], and must be a list"),
+        ("sft_debug", [{"text": 3}] * 9, ["--assistant_only_loss", "false"], r"text holds Value\('int64'\), and must"),
+        ("sft_debug", [{"prompt": "a", "completion": SAID}] * 9, [], "prompt holds text and completion does not"),
+        ("dpo_debug", [{"prompt": "a", "chosen": SAID, "rejected": SAID}] * 9, [], "chosen and rejected does not"),
+        ("dpo_debug", [PAIR, {**PAIR, "rejected": None}] * 5, [], "row 1: rejected is null, and must be text"),
+        ("dpo_debug", [PAIR] * 9, ["--eval_fraction", "none", "--eval_data", "data/sft.jsonl"],
+         "eval_data=data/sft.jsonl has no column chosen, rejected"),
+        ("dpo_debug", [{"chosen": "a", "rejected": "b"}] * 9, [], "has no column prompt; its columns are"),
+        ("dpo_debug", [PAIR] * 9, ["--disable_dropout", "false"], "expert_dropout=0.1 is at odds"),
+        ("pretrain_debug", [{"text": 3}] * 20, [], r"text holds Value\('int64'\), and must hold text"),
+        ("pretrain_debug", [*[{"text": "a"}] * 20, {"text": None}], [], "row 20: text is null, and must be text"),
         ("sft_debug", [CHAT] * 9, ["--load_in_4bit", "true"], "load_in_4bit needs LoRA"),
         ("sft_debug", [CHAT] * 9, ["--dtype", "float8"], "dtype=float8 is none of float32"),
         ("sft_debug", [CHAT] * 9, ["--max_step", "3"], "--max_step"),
@@ -418,7 +564,8 @@ PAIR = {"prompt": "hello " * 20, "chosen": "yes", "rejected": "no"}
         ("pretrain_debug", [{"text": "a"}] * 20, ["--model_config", '{"vocab_size": 99}'], "vocab_size is 99"),
     ],
 )  # fmt: skip
-def test_an_error_comes_first_and_is_one_sentence(config, rows, arguments, message, tuned, tmp_path):
+def test_an_error_comes_first_and_is_one_sentence(config, rows, arguments, message, tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     given = list(arguments)
     if rows is not None:
         path = write_rows(tmp_path / "rows.jsonl", [] if rows == BROKEN else rows)
@@ -470,8 +617,11 @@ def test_recipes_cp_copies_and_never_overwrites(tmp_path, monkeypatch):
         (["sft"], "sft.py", "sft.py"),
         (["sft_debug.yaml", "mine/own.yaml"], "mine/own.yaml", "configs/sft_debug.yaml"),
         (["dpo_grin", "mine"], "mine/dpo_grin.yaml", "configs/dpo_grin.yaml"),
+        (["sft_tiny", "new/"], "new/sft_tiny.yaml", "configs/sft_tiny.yaml"),
+        (["sft_tiny", "[bold]x"], "[bold]x", "configs/sft_tiny.yaml"),
     ):
-        assert cli("cp", *arguments).exit_code == 0
+        done = cli("cp", *arguments)
+        assert done.exit_code == 0 and done.stdout.split() == ["copied", "to", copied]
         assert Path(copied).read_bytes() == (ROOT / "recipes" / source).read_bytes()
     Path("sft.py").write_text("mine")
     again = cli("cp", "sft")

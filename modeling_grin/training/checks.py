@@ -1,8 +1,9 @@
 """What can be known to go wrong before a training run starts: one small function and one clear sentence each.
 
-Every function returns nothing, or raises ValueError.
+Every `check_` returns nothing, or raises ValueError.
 """
 
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,47 @@ def check_dataset(dataset: Dataset, columns: Sequence[str], name: str) -> None:
         raise ValueError(f"{name} is empty")
     if missing := [column for column in columns if column not in dataset.column_names]:
         raise ValueError(f"{name} has no column {', '.join(missing)}; its columns are {sorted(dataset.column_names)}")
+
+
+def is_text(dataset: Dataset, column: str) -> bool:
+    """Whether a column of `dataset` holds strings."""
+    return getattr(dataset.features[column], "dtype", None) in ("string", "large_string")
+
+
+def check_text(dataset: Dataset, columns: Sequence[str], name: str) -> None:
+    """Raise unless each of `columns` of a dataset as it was loaded holds text, in every row."""
+    for column in columns:
+        if not is_text(dataset, column):
+            raise ValueError(f"{name}: column {column} holds {dataset.features[column]}, and must hold text")
+        if dataset.data.column(column).null_count:  # known without reading the rows
+            row = dataset.data.column(column).is_null().index(True).as_py()
+            raise ValueError(f"{name}, row {row}: {column} is null, and must be text")
+
+
+def check_messages(dataset: Dataset, columns: Sequence[str], name: str) -> None:
+    """Raise unless each of `columns` holds a conversation, in every row: a list of messages with role and content."""
+    for column in columns:
+        for row, messages in enumerate(dataset[column]):
+            if not (messages and isinstance(messages, list) and all(map(_is_message, messages))):
+                raise ValueError(
+                    f"{name}, row {row}: {column} is {reprlib.repr(messages)}, and must be a list of messages, each "
+                    "with role and content as text"
+                )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def check_text_or_messages(dataset: Dataset, columns: Sequence[str], name: str) -> None:
+    """Raise unless all of `columns` hold text, or all hold conversations, in every row."""
+    text = [column for column in columns if is_text(dataset, column)]
+    if text and (others := [column for column in columns if column not in text]):
+        raise ValueError(
+            f"{name}: {' and '.join(text)} holds text and {' and '.join(others)} does not: make all of them text, or "
+            "all of them lists of messages"
+        )
+    (check_text if text else check_messages)(dataset, columns, name)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
@@ -76,13 +118,20 @@ def check_labels(dataset: Dataset, name: str) -> None:
         )
 
 
-def check_preference_routing(config: PreTrainedConfig) -> None:
-    """Raise unless two passes in training route alike, so that log-ratios carry no routing noise."""
-    for field, greedy in (("router_sampling", False), ("input_jitter_noise", 0), ("attention_dropout", 0)):
-        if (value := getattr(config, field)) != greedy:
+def check_preference_routing(config: PreTrainedConfig, *, dropout_is_disabled: bool = True) -> None:
+    """Raise unless two passes in training compute alike, so that log-ratios carry no noise.
+
+    Args:
+        dropout_is_disabled: as by trl's `disable_dropout`, which reaches the experts' dropout and not attention's.
+    """
+    noise: dict[str, Any] = {"router_sampling": False, "input_jitter_noise": 0, "attention_dropout": 0}
+    if not dropout_is_disabled:
+        noise["expert_dropout"] = 0
+    for field, none in noise.items():
+        if (value := getattr(config, field)) != none:
             raise ValueError(
                 f"{field}={value} is at odds with preference training, whose log-ratios would carry its noise; "
-                f"set {field}={greedy} in the model's config"
+                f"set {field}={none} in the model's config"
             )
 
 

@@ -6,14 +6,17 @@ The recipes themselves are scripts to copy and edit (`grin-moe recipes ls`); thi
 import glob
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass, field, fields
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import TrlParser
@@ -21,6 +24,7 @@ from trl import TrlParser
 from ..configuration_grinmoe import GrinMoeConfig
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from . import add_lora, checks, last_complete_checkpoint, merge_lora
+from .checkpoints import find_problems
 
 FORMATS = {  # of local files, by suffix
     ".jsonl": "json",
@@ -32,7 +36,11 @@ FORMATS = {  # of local files, by suffix
     ".py": "text",
 }
 
+CHAT_SETTINGS = ("tools", "chat_template_kwargs")  # columns of rows with conversations
+
 DTYPES = ("float32", "bfloat16", "float16")
+
+PROOF_SHAPE = (16, 128)  # sequences and tokens of the training data, at most, that a merge is proven on
 
 
 @dataclass
@@ -56,23 +64,29 @@ class RecipeArguments:
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to start from."})
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer; by default the model's."})
-    model_config: dict | str | None = field(
-        default=None, metadata={"help": "Fields of GrinMoeConfig to set, as a mapping (JSON on the command line)."}
+    model_config: dict | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of GrinMoeConfig to set, as a mapping (JSON on the command line: those fields only)."
+        },
     )
-    config_overrides: dict[str, Any] = field(init=False)  # `model_config`, read and checked
+    config_overrides: dict[str, Any] = field(init=False)  # `model_config`, checked, and what other arguments set
     dtype: str = field(
         default="float32",
         metadata={"help": "Type of the weights in training. float32 with `bf16: true` keeps float32 master weights."},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention, as in `from_pretrained`."})
+    experts_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Experts, as in `from_pretrained`; `linear` keeps LoRA apart from bfloat16 weights."},
+    )
     exact_balance: bool = field(
         default=False,
         metadata={"help": "Make the load-balance loss exact under gradient accumulation, for one more forward pass."},
     )
 
     def __post_init__(self) -> None:
-        given = self.model_config
-        self.config_overrides = json.loads(given) if isinstance(given, str) else dict(given or {})
+        self.config_overrides = dict(self.model_config or {})
         checks.check_config_fields(GrinMoeConfig, self.config_overrides, "model_config")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype} is none of {', '.join(DTYPES)}")
@@ -87,7 +101,9 @@ class RecipeArguments:
 class FineTuningArguments(RecipeArguments):
     """What fine-tuning adds: what is trained."""
 
-    freeze_router: bool = field(default=False, metadata={"help": "Leave the routers' weights as they are."})
+    freeze_router: bool | None = field(
+        default=None, metadata={"help": "Leave the routers' weights as they are; by default as in the model's config."}
+    )
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA; 0 trains all weights instead."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale is lora_alpha / lora_r."})
     lora_attention: bool = field(default=True, metadata={"help": "LoRA on the attention projections."})
@@ -103,8 +119,11 @@ class FineTuningArguments(RecipeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.freeze_router:
-            self.config_overrides["freeze_router"] = True
+        if self.freeze_router is not None:
+            self.config_overrides["freeze_router"] = self.freeze_router
+        for option in fields(self):
+            if option.name.startswith("lora_") and not self.lora_r and getattr(self, option.name) != option.default:
+                raise ValueError(f"{option.name}={getattr(self, option.name)} means nothing without LoRA: set lora_r")
         if self.load_in_4bit:
             if not self.lora_r:
                 raise ValueError("load_in_4bit needs LoRA, since 4-bit weights cannot be trained: set lora_r")
@@ -112,12 +131,30 @@ class FineTuningArguments(RecipeArguments):
 
 
 class RecipeParser(TrlParser):
-    """TRL's parser of YAML and command line; numbers in the YAML are checked, and errors raised without the usage."""
+    """TRL's parser of YAML and command line; numbers in the YAML are checked, `--model_config` sets fields one by one,
+    and errors are raised without the usage."""
 
     def __init__(self, dataclass_types: Sequence[type], **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self._model_config: dict[str, Any] = {}  # the YAML's
+        for action in self._actions:
+            if action.dest == "model_config":
+                action.type = self._merge_model_config
+
+    def _merge_model_config(self, given: str) -> dict[str, Any]:
+        """The YAML's `model_config` with the fields set that the command line gives."""
+        try:
+            chosen = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise ArgumentTypeError(f"{given} is not JSON ({error})") from error
+        if not isinstance(chosen, dict):
+            raise ArgumentTypeError(f'{given} is no JSON object, such as {{"expert_dropout": 0.1}}')
+        return {**self._model_config, **chosen}
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
+        self._model_config = config.get("model_config") or {}
+        if not isinstance(self._model_config, dict):
+            raise ValueError(f"model_config must be a mapping in the YAML file, and is {self._model_config!r}")
         # argparse converts and checks a default that is a string, and takes any other as it is.
         return super().set_defaults_with_config(
             **{key: str(value) if type(value) in (int, float) else value for key, value in config.items()}
@@ -134,8 +171,19 @@ class RecipeParser(TrlParser):
 
 
 @contextmanager
+def errors_of(argument: str, name: str) -> Iterator[None]:
+    """Around what loads the model or tokenizer `name`, the value of `argument`: errors say so, in one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        place = "" if Path(name).exists() else "no such folder here, and as a model of the Hub: "
+        raise ValueError(f"{argument}={name}: {place}{' '.join(str(error).split())}") from error
+
+
+@contextmanager
 def clear_errors() -> Iterator[None]:
-    """Around what comes before training: an error about data, files or arguments ends the run with its sentence."""
+    """Around what is done before training and after: an error about data, files or arguments ends the run with its
+    sentence."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -198,15 +246,18 @@ def load_data(name: str, *, split: str = "train", config: str | None = None) -> 
 
 
 def load_train_and_eval(
-    arguments: RecipeArguments, training: TrainingArguments, columns: Sequence[str]
+    arguments: RecipeArguments, training: TrainingArguments, prepare: Callable[[Dataset, str], Dataset]
 ) -> tuple[Dataset, Dataset | None]:
-    """The training rows and those to evaluate on, which have `columns`.
+    """The training rows and those to evaluate on.
+
+    Args:
+        prepare: is given a dataset and what to call it in errors, checks its rows and returns the columns to use.
 
     Raises:
-        ValueError: data that cannot be found or read, has no rows or lacks a column.
+        ValueError: data that cannot be found or read; what `prepare` raises.
     """
     train = load_data(arguments.train_data, split=arguments.train_split, config=arguments.dataset_config)
-    checks.check_dataset(train, columns, f"train_data={arguments.train_data}")
+    train = prepare(train, f"train_data={arguments.train_data}")
     if arguments.eval_fraction:
         parts = train.train_test_split(test_size=arguments.eval_fraction, seed=training.seed)
         return parts["train"], parts["test"]
@@ -214,18 +265,38 @@ def load_train_and_eval(
         return train, None
     name = arguments.eval_data or arguments.train_data
     held_out = load_data(name, split=arguments.eval_split or "test", config=arguments.dataset_config)
-    checks.check_dataset(held_out, columns, f"eval_data={name}")
-    return train, held_out
+    return train, prepare(held_out, f"eval_data={name}")
+
+
+def select_columns(dataset: Dataset, columns: Sequence[str]) -> Dataset:
+    """`columns`, and what TRL reads beside conversations; others it could take for another format of the rows."""
+    return dataset.select_columns([*columns, *(name for name in CHAT_SETTINGS if name in dataset.column_names)])
 
 
 def check_arguments(arguments: RecipeArguments, training: TrainingArguments) -> None:
-    """Raise ValueError if evaluation is asked for without data for it, or there is nothing to resume from."""
+    """Raise ValueError if evaluation is asked for without data for it, if splits or configurations of local files are
+    asked for, which have none, or if there is nothing to resume from."""
     evaluate = arguments.eval_data or arguments.eval_split or arguments.eval_fraction
     if training.eval_strategy != "no" and not evaluate:
         raise ValueError(
             f"eval_strategy={training.eval_strategy.value} needs one of eval_data, eval_split and eval_fraction"
         )
-    if resume_from(training) is True:
+    train_is_local = bool(find_files(arguments.train_data))
+    eval_is_local = bool(find_files(arguments.eval_data)) if arguments.eval_data else train_is_local
+    for name, is_ignored in (
+        ("train_split", train_is_local and arguments.train_split != "train"),
+        ("eval_split", eval_is_local and arguments.eval_split is not None),
+        ("dataset_config", train_is_local and eval_is_local and arguments.dataset_config is not None),
+    ):
+        if is_ignored:
+            raise ValueError(
+                f"{name}={getattr(arguments, name)} is for datasets on the Hub, and the data are local files: leave "
+                "it out, and give files to evaluate on as eval_data or a share of the rows as eval_fraction"
+            )
+    given = resume_from(training)
+    if isinstance(given, str) and (problems := find_problems(given)):
+        raise ValueError(f"resume_from_checkpoint={given} is not a complete checkpoint: {', '.join(problems)}")
+    if given is True:
         folder = Path(training.output_dir)
         if not folder.is_dir() or last_complete_checkpoint(folder)[0] is None:
             raise ValueError(f"output_dir={folder} has no complete checkpoint to resume from")
@@ -233,30 +304,46 @@ def check_arguments(arguments: RecipeArguments, training: TrainingArguments) -> 
 
 def load_tokenizer(arguments: RecipeArguments) -> PreTrainedTokenizerBase:
     """The tokenizer the arguments name."""
-    name = arguments.tokenizer_name_or_path or arguments.model_name_or_path
+    argument = "tokenizer_name_or_path" if arguments.tokenizer_name_or_path else "model_name_or_path"
+    name = getattr(arguments, argument)
     if name is None:
         raise ValueError("model_name_or_path is not set: give the folder or the Hub name of a checkpoint")
-    return AutoTokenizer.from_pretrained(name)
+    with errors_of(argument, name):
+        return AutoTokenizer.from_pretrained(name)
 
 
 def load_config(arguments: RecipeArguments) -> GrinMoeConfig:
     """The checkpoint's configuration, `model_config` applied; quick, so that checks come before the weights."""
-    return GrinMoeConfig.from_pretrained(arguments.model_name_or_path, **arguments.config_overrides)
+    name = str(arguments.model_name_or_path)
+    with errors_of("model_name_or_path", name):
+        return GrinMoeConfig.from_pretrained(name, **arguments.config_overrides)
 
 
 def load_model(arguments: RecipeArguments, config: GrinMoeConfig, **settings: Any) -> GrinMoeForCausalLM:
     """The checkpoint's model with the given configuration; `settings` as in `from_pretrained`."""
-    return GrinMoeForCausalLM.from_pretrained(
-        arguments.model_name_or_path,
-        config=config,
-        dtype=arguments.dtype,
-        attn_implementation=arguments.attn_implementation,
-        **settings,
-    )
+    name = str(arguments.model_name_or_path)
+    with errors_of("model_name_or_path", name):
+        return GrinMoeForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=arguments.dtype,
+            attn_implementation=arguments.attn_implementation,
+            experts_implementation=arguments.experts_implementation,
+            **settings,
+        )
 
 
 def load_for_fine_tuning(arguments: FineTuningArguments, config: GrinMoeConfig) -> GrinMoeForCausalLM | PeftModel:
-    """`load_model`, with LoRA on it if the arguments ask for that."""
+    """`load_model`, with LoRA on it if the arguments ask for that.
+
+    Raises:
+        ValueError: the adapter is to be merged into a checkpoint that is quantised.
+    """
+    if arguments.lora_r and arguments.merge_adapter and getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"merge_adapter cannot merge into the quantised weights of {arguments.model_name_or_path}: set it to "
+            "false, and merge into the checkpoint they were made of"
+        )
     settings: dict[str, Any] = {}
     if arguments.load_in_4bit:
         settings["quantization_config"] = BitsAndBytesConfig(
@@ -305,10 +392,58 @@ def check_merge(arguments: FineTuningArguments, trainer: Trainer) -> None:
         raise ValueError("merge_adapter needs whole weights in each process: set it to false, and merge afterwards")
 
 
+def write_card(trainer: Trainer, arguments: RecipeArguments, **described: Any) -> None:
+    """Write output_dir/README.md: the trainer's card, with local base, library and loss, which it lacks.
+
+    Args:
+        described: other arguments of the trainer's `create_model_card`, such as the dataset's name.
+    """
+    folder = Path(trainer.args.output_dir)
+    trainer.create_model_card(model_name=folder.name, tags=["grinmoe"], **described)
+    if not trainer.is_world_process_zero():
+        return
+    card = ModelCard.load(folder / "README.md")
+    card.data.library_name, card.data.pipeline_tag = "transformers", "text-generation"
+    if isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel):
+        card.data.library_name = "peft"
+        card.data.tags = [*card.data.tags, "lora"]
+    text, base = card.text, arguments.model_name_or_path
+    if base is not None and Path(base).is_dir():  # which the trainers take for none; no `base_model` of the Hub
+        for generated in (
+            "was trained from scratch",
+            "is a fine-tuned version of [None](https://huggingface.co/None)",
+        ):
+            text = text.replace(generated, f"is a fine-tuned version of `{Path(base).resolve().name}`")
+    text = text.replace('model="None"', f'model="{folder.name}"')
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if losses and "- Loss: " not in text:
+        text += f"\n## Evaluation\n\n- Loss: {losses[-1]:.4f}\n"
+    card.text = text
+    card.save(folder / "README.md")
+
+
+def proof_ids(dataset: Dataset) -> torch.Tensor:
+    """Tokens of a tokenized dataset's first rows, one after the other: `[batch, sequence]`, at most PROOF_SHAPE."""
+    columns = ["input_ids"] if "input_ids" in dataset.column_names else ["prompt_ids", "chosen_ids"]
+    stream = chain.from_iterable(row[column] for row in dataset for column in columns)
+    ids = torch.tensor(list(islice(stream, PROOF_SHAPE[0] * PROOF_SHAPE[1])))
+    length = min(len(ids), PROOF_SHAPE[1])
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
 def save_merged(trainer: Trainer) -> None:
-    """Write the model with its adapter merged into it, and the tokenizer, to output_dir/merged."""
+    """Write the model with its adapter merged into it, the tokenizer and the card to output_dir/merged.
+
+    The merge is proven on training data; one that is refused ends the run with a sentence that says why.
+    """
     folder = Path(trainer.args.output_dir) / "merged"
-    merged = merge_lora(trainer.accelerator.unwrap_model(trainer.model))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with clear_errors():
+        merged = merge_lora(model, proof_ids(trainer.train_dataset).to(model.device))
     if trainer.args.should_save:
         merged.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
+        card = ModelCard.load(folder.parent / "README.md")
+        card.data.library_name = "transformers"
+        card.data.tags = [tag for tag in card.data.tags if tag != "lora"]
+        card.save(folder / "README.md")
