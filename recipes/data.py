@@ -3,11 +3,10 @@
     python recipes/data.py data
 
 writes data/pretrain.jsonl (`text`: modules), data/sft.jsonl (`messages`: a docstring asked, its function answered)
-and data/dpo.jsonl (`prompt`, `chosen`, `rejected`: the function, and another one's body under the same signature).
+and data/dpo.jsonl (`prompt`, `chosen`, `rejected`: the function, and the same with the lines of its body in disorder).
 """
 
 import ast
-import itertools
 import json
 import random
 import sysconfig
@@ -93,11 +92,15 @@ def main(
     output_dir.mkdir(parents=True, exist_ok=True)
     write_rows(output_dir / "pretrain.jsonl", [{"text": source} for source in modules[:max_rows]])
     write_rows(output_dir / "sft.jsonl", [{"messages": ask(f) + answer(f, f.body)} for f in functions])
-    # The next function's body is wrong here: it is shuffled, and a body of its own.
-    pairs = [(f, other) for f, other in itertools.pairwise(functions) if f.body != other.body]
+    pairs = []
+    for function in functions:
+        lines = function.body.split("\n")
+        disorder = "\n".join(generator.sample(lines, len(lines)))
+        if disorder != function.body:  # as it is for a body of one line
+            pairs.append((function, disorder))
     write_rows(
         output_dir / "dpo.jsonl",
-        [{"prompt": ask(f), "chosen": answer(f, f.body), "rejected": answer(f, other.body)} for f, other in pairs],
+        [{"prompt": ask(f), "chosen": answer(f, f.body), "rejected": answer(f, disorder)} for f, disorder in pairs],
     )
 
 
