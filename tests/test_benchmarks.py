@@ -10,7 +10,7 @@ import typer
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from benchmarks import callback_cost, estimators, quantized_memory, routing_cost
+from benchmarks import accumulation, callback_cost, estimators, lora_cost, quantized_memory, routing_cost
 from modeling_grin.tokenization_grinmoe import GrinMoeTokenizer
 
 
@@ -121,3 +121,24 @@ def test_peak_memory_counts_what_is_held_at_a_time():
         return torch.zeros(2**17), second  # 0.5 MiB
 
     assert routing_cost.peak_memory(task) == 3 * 2**20
+
+
+def test_accumulation_is_exact_with_the_whole_steps_counts(results):
+    app = typer.Typer()
+    app.command()(accumulation.main)
+    invoke(app, "--experts", 4, "--repeats", 1, "--record")
+    rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 9
+    for row in rows:
+        by_itself, so_far, whole = (float(row[column]) for column in (3, 5, 7))
+        assert whole == 0 and min(by_itself, so_far) > 0
+
+
+def test_lora_cost_compares_what_is_trained(results):
+    app = typer.Typer()
+    app.command()(lora_cost.main)
+    sizes = ["--hidden-size", 64, "--intermediate-size", 16, "--experts", 4, "--layers", 1, "--tokens", 64]
+    invoke(app, *sizes, "--rounds", 2, "--record")
+    rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == list(lora_cost.VARIANTS)
+    assert rows[0][2] == "1.00 (1.00 to 1.00)" and all(float(row[2].split()[0]) > 0 for row in rows)

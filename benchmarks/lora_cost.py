@@ -1,0 +1,99 @@
+"""What does LoRA on the experts cost, fused ones or `nn.Linear`, against LoRA on attention alone and full training?
+
+One model of each kind takes turns, one step (forward and backward) each per round; medians over the rounds, and ratios
+to LoRA on attention alone in the same round. Memory is the most that a step's tensors hold over weights and inputs,
+without and with activation checkpointing.
+
+    python benchmarks/lora_cost.py --record
+"""
+
+import contextlib
+import io
+from functools import partial
+from statistics import median, quantiles
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.routing_cost import interleave, peak_memory, show
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from modeling_grin.training import add_lora
+
+CONTROL = "LoRA on attention"
+# Experts' implementation, and the groups that LoRA adapts; None: all weights are trained.
+VARIANTS: dict[str, tuple[str, dict[str, bool] | None]] = {
+    CONTROL: ("grouped_mm", {"experts": False}),
+    "and on fused experts": ("grouped_mm", {"experts": True}),
+    "and on linear experts": ("linear", {"experts": True}),
+    "all weights": ("grouped_mm", None),
+}
+
+
+def build(config: GrinMoeConfig, experts_implementation: str, groups: dict[str, bool] | None) -> Any:
+    """A model in training, with adapters on `groups`."""
+    torch.manual_seed(0)
+    config = GrinMoeConfig(**{**config.to_dict(), "experts_implementation": experts_implementation})
+    model: Any = GrinMoeForCausalLM(config)
+    if groups is not None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = add_lora(model, r=8, **groups)
+    return model.train()
+
+
+def step(model: Any, rows: torch.Tensor) -> None:
+    model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+    model.zero_grad()
+
+
+COLUMNS = ["trained", "step", "x attention", "memory", "checkpointed"]
+
+
+def main(
+    hidden_size: Annotated[int, typer.Option(min=64)] = 384,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="of one expert")] = 600,
+    experts: Annotated[int, typer.Option(min=2)] = 16,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    tokens: Annotated[int, typer.Option(min=64, help="in a step, in rows of at most 256")] = 1024,
+    rounds: Annotated[int, typer.Option(min=2)] = 7,
+    record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
+) -> None:
+    """Time and memory of a training step, by what LoRA is on; float32.
+
+    Example: python benchmarks/lora_cost.py --rounds 3
+    """
+    config = GrinMoeConfig(
+        vocab_size=1024,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 64,
+        num_local_experts=experts,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    length = min(tokens, 256)
+    rows = torch.randint(config.vocab_size, (tokens // length, length))
+    models = {name: build(config, *variant) for name, variant in VARIANTS.items()}
+    steps = {name: partial(step, model, rows) for name, model in models.items()}
+    seconds = interleave(steps, rounds, "steps")
+    plain = {name: peak_memory(task) for name, task in steps.items()}
+    for model in models.values():
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointed = {name: peak_memory(task) for name, task in steps.items()}
+
+    table = []
+    for name in VARIANTS:
+        ratios = [own / other for own, other in zip(seconds[name], seconds[CONTROL], strict=True)]
+        low, middle, high = quantiles(ratios, n=4, method="inclusive")
+        memory = [f"{peak[name] / 2**20:.0f} MiB" for peak in (plain, checkpointed)]
+        time = f"{1e3 * median(seconds[name]):.0f} ms"
+        table.append([name, time, f"{middle:.2f} ({low:.2f} to {high:.2f})", *memory])
+    title = f"LoRA on experts: hidden {hidden_size}, FFN {intermediate_size} x {experts}, {layers} layers, "
+    show(f"{title}{tokens} tokens, float32", COLUMNS, table, record)
+
+
+if __name__ == "__main__":
+    typer.run(main)
