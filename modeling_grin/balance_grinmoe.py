@@ -70,11 +70,39 @@ def load_balancing_loss(
     return torch.stack([loss.to(device) for loss in losses]).mean()
 
 
-class BalanceWindow:
-    """f of an optimizer step: the experts' counts of its forward passes so far, over all data-parallel ranks.
+class ExpertCounts:
+    """How often each expert was chosen up to a forward pass, over all data-parallel ranks: a sum on its way."""
 
-    A backward pass uses what has been added when it comes to a layer. The micro-batches still to come are not in it,
-    unless all counts were known beforehand; `docs/training.md` states and bounds what that changes.
+    def __init__(self, before: "ExpertCounts | None", counts: torch.Tensor, work: dist.Work | None = None):
+        """
+        Args:
+            before: the counts up to the forward pass before.
+            counts: this one's, int64 `[L, E]`, summed over the ranks when `work` is done.
+        """
+        self._before, self._counts, self._work = before, counts, work
+
+    def total(self) -> torch.Tensor:
+        """The counts, int64 `[L, E]`."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        if self._before is not None:
+            self._counts = self._counts + self._before.total()
+            self._before = None
+        return self._counts
+
+    def fractions(self, layer: int) -> torch.Tensor:
+        """f of one layer, float32 `[E]`."""
+        counts = self.total()[layer]
+        return counts / counts.sum().clamp(min=1)
+
+
+class BalanceWindow:
+    """What the forward passes of an optimizer step share: its size, and the experts' counts so far.
+
+    The backward pass of each uses the counts up to itself, whatever was computed since: in a pipeline, too, f is the
+    same as in one process. The micro-batches still to come are not in it, unless all counts were known beforehand;
+    `docs/training.md` states and bounds what that changes.
     """
 
     def __init__(
@@ -90,9 +118,8 @@ class BalanceWindow:
         self.group = group
         self.is_distributed = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size(group) if self.is_distributed else 1
-        self.is_complete = expert_counts is not None
-        self._counts = expert_counts
-        self._pending: tuple[dist.Work | None, torch.Tensor] | None = None
+        self._whole_step = None if expert_counts is None else ExpertCounts(None, expert_counts)
+        self.so_far: ExpertCounts | None = None
 
     def of_forward(self) -> "BalanceWindow":
         """The window that a forward pass belongs to: this one, or one of its own where the step's size is unknown."""
@@ -100,28 +127,14 @@ class BalanceWindow:
             return self
         return BalanceWindow(gradient_scale=self.gradient_scale, group=self.group)
 
-    def add(self, expert_counts: torch.Tensor) -> None:
-        """Add a forward pass's counts, int64 `[L, E]`: start their sum over the ranks, which `fractions` awaits."""
-        if self.is_complete:
-            return
-        self._settle()
-        work = dist.all_reduce(expert_counts, group=self.group, async_op=True) if self.is_distributed else None
-        self._pending = work, expert_counts
-
-    def _settle(self) -> None:
-        if self._pending is not None:
-            work, counts = self._pending
-            if work is not None:
-                work.wait()
-            self._counts = counts if self._counts is None else self._counts + counts
-            self._pending = None
-
-    def fractions(self, layer: int) -> torch.Tensor:
-        """f of one layer, float32 `[E]`."""
-        self._settle()
-        assert self._counts is not None, "a backward pass comes after its forward pass"
-        counts = self._counts[layer]
-        return counts / counts.sum().clamp(min=1)
+    def add(self, counts: torch.Tensor) -> ExpertCounts:
+        """The counts that a forward pass's backward pass will use: these, int64 `[L, E]`, added to those before. Their
+        sum over the ranks is only started."""
+        if self._whole_step is not None:
+            return self._whole_step
+        work = dist.all_reduce(counts, group=self.group, async_op=True) if self.is_distributed else None
+        self.so_far = ExpertCounts(self.so_far, counts, work)
+        return self.so_far
 
 
 class BalanceLoss:
@@ -146,6 +159,7 @@ class BalanceLoss:
         self.num_experts = num_experts
         self.window = window
         self.counted = counted
+        self.expert_counts: ExpertCounts | None = None
         # Data parallelism averages the ranks' gradients: each gives world_size times its part of a sum.
         if window.num_tokens is not None:
             per_token: torch.Tensor | float = window.world_size / window.num_tokens
@@ -161,11 +175,12 @@ class BalanceLoss:
             count_experts(experts, self.counted.to(experts.device), self.num_experts).to(self.counted.device)
             for experts in selected_experts
         ]
-        self.window.add(torch.stack(counts))
+        self.expert_counts = self.window.add(torch.stack(counts))
 
     def gradient(self, router_logits: torch.Tensor, layer: int) -> torch.Tensor:
         """d/dz of `sum_t token_weight_t sum_i f_i softmax(z_t)_i`, `[T, E]`."""
-        fractions = self.window.fractions(layer).to(router_logits.device)
+        assert self.expert_counts is not None, "a backward pass comes after its forward pass"
+        fractions = self.expert_counts.fractions(layer).to(router_logits.device)
         probs = router_logits.float().softmax(dim=-1)
         slope = probs * (fractions - (probs * fractions).sum(dim=-1, keepdim=True))
         return (self.token_weight.to(slope.device).unsqueeze(-1) * slope).to(router_logits.dtype)

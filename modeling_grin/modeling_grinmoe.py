@@ -199,6 +199,7 @@ class GrinMoeDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: GrinMoeConfig, layer_idx: int):
         super().__init__()
+        self.layer_idx = layer_idx  # in the whole model, of which a pipeline stage has a part
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = GrinMoeAttention(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -242,6 +243,15 @@ class GrinMoePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GrinMoeDecoderLayer, "attentions": GrinMoeAttention}
+
+    def _resolve_parallel_plans(self, distributed_config):
+        """As in transformers, for layouts that the model can have.
+
+        Raises:
+            ValueError: sizes that tensor parallelism cannot divide, or experts that it cannot shard.
+        """
+        check_parallel_sizes(self.config, tp_size=distributed_config.tp_size)
+        return super()._resolve_parallel_plans(distributed_config)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -400,11 +410,28 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         if whole:
             check_tensors(model, checkpoint_files, load_config)
         if model.config._experts_implementation == LINEAR_EXPERTS:
-            if (model._tp_size or 1) > 1:
-                raise ValueError("tensor parallelism shards fused experts only: load without a quantization_config")
             mapping = [entry for entry in load_config.weight_mapping or [] if not isinstance(entry, ExpertConverter)]
             load_config = replace(load_config, weight_mapping=mapping)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+
+def check_parallel_sizes(config: GrinMoeConfig, *, tp_size: int = 1, pp_size: int = 1) -> None:
+    """Raise ValueError, with the field, if `config` cannot be split over so many ranks.
+
+    Tensor parallelism gives each rank whole attention heads and an equal slice of every expert; vocabularies may be
+    uneven. Pipeline parallelism gives each stage a layer at least.
+    """
+    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (size := getattr(config, field)) % tp_size:
+            raise ValueError(f"{field}={size} is not divisible by tp_size={tp_size}: choose a tp_size that divides it")
+    if tp_size > 1 and config._experts_implementation == LINEAR_EXPERTS:
+        raise ValueError(
+            "tensor parallelism shards fused experts: load without quantization_config and experts_implementation"
+        )
+    if pp_size > config.num_hidden_layers:
+        raise ValueError(
+            f"num_hidden_layers={config.num_hidden_layers} layers do not make {pp_size} pipeline stages: use fewer"
+        )
 
 
 def create_mask(config: GrinMoeConfig, *, past_key_values: Cache | None, **kwargs) -> Any:
@@ -460,6 +487,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
                     "router_aux_loss_coef. Use GrinMoeTrainerMixin, or call begin_step with the step's num_tokens."
                 )
         config = self.config
+        if loss_share is not None:  # window.world_size has the tensor-parallel ranks, too, which share their tokens
+            loss_share = loss_share / getattr(getattr(config, "distributed_config", None), "tp_size", 1)
         sizes = config.num_hidden_layers, config.num_local_experts
         return BalanceLoss(config.router_aux_loss_coef, *sizes, window, counted, loss_share)
 
@@ -476,6 +505,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         output_router_logits: bool = False,
         output_selected_experts: bool = False,
         loss_share: torch.Tensor | None = None,
+        token_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> GrinMoeModelOutput:
         """
@@ -486,6 +516,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
                 mark packed sequences.
             loss_share: in training without `begin_step`, the share of the optimizer step's loss that this forward
                 pass makes, a scalar.
+            token_ids: `[batch, sequence]`, which tokens `inputs_embeds` are: in training, what their routing noise is
+                a function of. By default `input_ids`, or else the rows' numbers.
             kwargs: `output_hidden_states`, `output_attentions` and what the attention implementation takes.
 
         Returns:
@@ -517,11 +549,12 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         keys = balance = None
         if self.training:
             key = random_key() if self.optimizer_step is None else self.optimizer_step.key
-            # Without ids, a token is known by its row and position.
-            rows = torch.arange(batch_size, device=counted.device).unsqueeze(-1).expand_as(counted)
+            if token_ids is None:
+                rows = torch.arange(batch_size, device=counted.device).unsqueeze(-1).expand_as(counted)
+                token_ids = rows if input_ids is None else input_ids
             # Packed sequences are told from each other as in the mask: where there is none, by their positions.
             positions = position_ids.expand_as(counted) if attention_mask is None else counted.cumsum(dim=-1) - 1
-            keys = token_keys(key, rows if input_ids is None else input_ids, counted, positions)
+            keys = token_keys(key, token_ids, counted, positions)
         if learning and self.config.router_aux_loss_coef > 0:
             balance = self.begin_balance(counted.reshape(-1), loss_share)
 
@@ -531,7 +564,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         for index, layer in enumerate(self.layers):
             hidden_states, *routing = layer(
                 hidden_states,
-                token_keys=None if keys is None else fold(keys, index),
+                token_keys=None if keys is None else fold(keys, layer.layer_idx),  # type: ignore[arg-type]
                 balance=None if balance is None else LayerBalanceLoss(balance, index),
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
@@ -563,6 +596,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GrinMoeConfig):
         super().__init__(config)

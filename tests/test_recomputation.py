@@ -64,8 +64,7 @@ def run(model, steps=2):
         loss = model(IDS, labels=IDS, use_cache=False).loss
         loss.backward()
         losses.append(loss.item())
-    window = model.model.optimizer_step.window
-    counts = torch.stack([window.fractions(layer) for layer in range(2)])
+    counts = model.model.optimizer_step.window.so_far.total()
     gradients = {
         name.replace("_checkpoint_wrapped_module.", ""): parameter.grad for name, parameter in model.named_parameters()
     }
