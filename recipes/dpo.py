@@ -8,6 +8,7 @@ noise. `--help` lists every argument: these, and TRL's DPOConfig.
 """
 
 from datasets import Dataset
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from trl import DPOConfig
 
@@ -96,4 +97,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # a launcher then reports the error of the rank that failed

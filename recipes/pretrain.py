@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 
 from datasets import Dataset
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -23,6 +23,7 @@ from transformers import (
 
 from modeling_grin import GrinMoeConfig, GrinMoeTokenizer
 from modeling_grin.training import GrinMoeTrainer, RoutingCallback, checks
+from modeling_grin.training.layouts import take_launched_layout
 from modeling_grin.training.recipes import (
     RecipeArguments,
     RecipeParser,
@@ -33,6 +34,7 @@ from modeling_grin.training.recipes import (
     load_model,
     load_tokenizer,
     load_train_and_eval,
+    make_model,
     resume_from,
     train_and_save,
     write_card,
@@ -135,15 +137,11 @@ def main(argv: list[str] | None = None) -> None:
                         packed[-1], [], f"{name}, cut into rows of block_size={arguments.block_size} tokens,"
                     )
 
+        layout = take_launched_layout(training.world_size)
         if arguments.model_name_or_path is not None:
-            model = load_model(arguments, config)
+            model = load_model(arguments, config, layout)
         else:
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=arguments.dtype,
-                attn_implementation=arguments.attn_implementation,
-                experts_implementation=arguments.experts_implementation,
-            )
+            model = make_model(arguments, config, training, layout)
             model.config._name_or_path = training.output_dir  # the model card would call it fine-tuned from ""
             model.generation_config.eos_token_id = tokenizer.stop_token_ids
 
@@ -156,10 +154,11 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=default_data_collator,
         exact_balance=arguments.exact_balance,
     )
-    trainer.add_callback(RoutingCallback(trainer))
+    if arguments.pipeline_parallel_size == 1:
+        trainer.add_callback(RoutingCallback(trainer))
     train_and_save(trainer)
     write_card(trainer, arguments, dataset=hub_dataset(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # a launcher then reports the error of the rank that failed

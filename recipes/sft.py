@@ -9,10 +9,12 @@ these, and TRL's SFTConfig.
 from functools import partial
 
 from datasets import Dataset
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from trl import SFTConfig
 
 from modeling_grin.training import RoutingCallback, checks
+from modeling_grin.training.layouts import take_launched_layout
 from modeling_grin.training.recipes import (
     FineTuningArguments,
     RecipeParser,
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         if training.max_length is not None:
             checks.check_sequence_length(training.max_length, config, "max_length")
         train, held_out = load_train_and_eval(arguments, training, partial(select, training=training))
-        model = load_for_fine_tuning(arguments, config)
+        model = load_for_fine_tuning(arguments, config, take_launched_layout(training.world_size))
         trainer = GrinMoeSFTTrainer(
             model=model,
             args=training,
@@ -94,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
                 if training.max_length is None:
                     checks.check_longest(map(len, dataset["input_ids"]), config, name)
 
-    trainer.add_callback(RoutingCallback(trainer))
+    if arguments.pipeline_parallel_size == 1:
+        trainer.add_callback(RoutingCallback(trainer))
     train_and_save(trainer)
     write_card(trainer, arguments, dataset_name=hub_dataset(arguments))
     if arguments.lora_r and arguments.merge_adapter:
@@ -102,4 +105,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # a launcher then reports the error of the rank that failed

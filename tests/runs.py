@@ -73,7 +73,7 @@ class Rows(Dataset):
 
 def make_trainer(
     output_dir, model, data="various", accumulation=1, micro_batch=8, trainer_class=GrinMoeTrainer, callbacks=None,
-    exact_balance=None, eval_dataset=None, **arguments,
+    exact_balance=None, distributed_checkpoint=None, eval_dataset=None, **arguments,
 ):  # fmt: skip
     """A trainer of `STEPS` steps of plain gradient descent on rows in order, unless `arguments` say otherwise."""
     defaults = {"train_sampling_strategy": "sequential", "max_steps": STEPS, "optim": "sgd", "max_grad_norm": 0.0,
@@ -88,6 +88,7 @@ def make_trainer(
         eval_dataset=eval_dataset,
         callbacks=callbacks,
         **({} if exact_balance is None else {"exact_balance": exact_balance}),
+        **({} if distributed_checkpoint is None else {"distributed_checkpoint": distributed_checkpoint}),
     )  # fmt: skip
 
 

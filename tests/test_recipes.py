@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ from recipes import data, dpo, pretrain, sft
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
 RELEASED_NAMES = {  # a few of the released layout
     "model.layers.1.block_sparse_moe.experts.3.w2.weight",
@@ -50,6 +52,13 @@ def run(recipe, config, *arguments):
     """Run a recipe in this process, quietly, with a shipped config."""
     path = ROOT / "recipes" / "configs" / f"{config}.yaml"
     recipe.main(["--config", str(path), "--disable_tqdm", "true", *map(str, arguments)])
+
+
+def header_of(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    assert list(header) == ["What", "Launch", "Override", "Limits"]
+    return header
 
 
 def read_json(path):
@@ -122,10 +131,14 @@ def test_shipped_config_is_valid(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_config_says_what_launch_override_limits_and_each_source(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    header = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-    assert list(header) == ["What", "Launch", "Override", "Limits"]
+    header = header_of(path)
     recipe = recipe_of(path).__name__.removeprefix("recipes.")
-    assert f"accelerate launch recipes/{recipe}.py --config recipes/configs/{path.name}" in header["Launch"]
+    command = (
+        rf"accelerate launch (--config_file recipes/accelerate/(\w+)\.yaml )?.*recipes/{recipe}\.py --config (\S+)"
+    )
+    launch = re.search(command, header["Launch"])
+    assert launch[3] == f"recipes/configs/{path.name}"
+    assert launch[2] is None or launch[2] in {path.stem for path in LAUNCHES}
     for option in re.findall(r"--(\w+)", header["Override"]):
         assert any(option in {field.name for field in fields(part)} for part in recipe_of(path).parse(
             ["--config", str(path), "--use_cpu", "true"])), option  # fmt: skip
@@ -158,12 +171,19 @@ def test_the_command_line_overrides_the_file():
     assert arguments.config_overrides == {"expert_dropout": 0.1}
 
 
-def test_sharded_configs_recompute_with_the_same_dropout():
-    sharded = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in CONFIGS]
-    sharded = [given for given in sharded if "fsdp_config" in given]
-    assert len(sharded) == 2
-    for given in sharded:
-        assert given["activation_checkpointing"] and "activation_checkpointing" not in given["fsdp_config"]
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_shipped_layout_names_itself_and_leaves_recomputation_to_the_trainer(path):
+    """FSDP's own activation checkpointing would draw other dropout when it recomputes."""
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe, config = re.search(
+        r"recipes/(\w+)\.py --config recipes/configs/(\w+)\.yaml", header_of(path)["Launch"]
+    ).groups()
+    assert f"--config_file recipes/accelerate/{path.name}" in header_of(path)["Launch"]
+    assert config in {path.stem for path in CONFIGS} and config.startswith(recipe)
+    assert "fsdp_activation_checkpointing" not in given.get("fsdp_config", {})
+    assert given.get("fsdp_config", {"fsdp_version": 2})["fsdp_version"] == 2
+    sizes = given.get("parallelism_config", {}).values()
+    assert given["num_processes"] % math.prod(sizes) == 0
 
 
 @pytest.mark.parametrize("config", ["sft_grin_lora", "dpo_grin", "sft_grin_qlora"])

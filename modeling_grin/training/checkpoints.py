@@ -19,6 +19,9 @@ from ..checkpoint_grinmoe import is_readable
 # a checkpoint nor uploads to the Hub (`_*`).
 STAGING_FOLDER = "_incomplete"
 
+OPTIMIZER_FOLDER = "optimizer"  # where every rank writes its part
+FILE_LIST = "files.json"  # in there: the names of the files
+
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -29,7 +32,7 @@ WEIGHTS = (
 )
 # What Trainer saves beside the weights unless `save_only_model`.
 TRAINING_STATE = {
-    "optimizer.pt": ("optimizer.pt", "optimizer.bin", "optimizer_*/.metadata"),
+    "optimizer.pt": ("optimizer.pt", "optimizer.bin", "optimizer_*/.metadata", f"{OPTIMIZER_FOLDER}/{FILE_LIST}"),
     "scheduler.pt": ("scheduler.pt",),
     "rng_state.pth": ("rng_state*.pth",),
 }
@@ -51,6 +54,14 @@ def find_problems(checkpoint: str | os.PathLike) -> list[str]:
     if index.is_file() and is_readable(index):
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         problems += [f"{shard} is missing" for shard in sorted(shards) if not (folder / shard).is_file()]
+
+    optimizer = folder / OPTIMIZER_FOLDER
+    if (optimizer / FILE_LIST).is_file():
+        try:
+            parts = json.loads((optimizer / FILE_LIST).read_text(encoding="utf-8"))
+            problems += [f"{OPTIMIZER_FOLDER}/{part} is missing" for part in parts if not (optimizer / part).is_file()]
+        except ValueError:
+            problems.append(f"{OPTIMIZER_FOLDER}/{FILE_LIST} is cut off or damaged")
 
     has_state = {name: has_any(patterns) for name, patterns in TRAINING_STATE.items()}
     if any(has_state.values()):  # else only the model was saved

@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from peft import PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
 from trl import TrlParser
 
 from ..configuration_grinmoe import GrinMoeConfig
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from . import add_lora, checks, last_complete_checkpoint, merge_lora
 from .checkpoints import find_problems
+from .pipeline import SCHEDULES, pipeline_model
 
 FORMATS = {  # of local files, by suffix
     ".jsonl": "json",
@@ -79,6 +81,16 @@ class RecipeArguments:
     experts_implementation: str | None = field(
         default=None,
         metadata={"help": "Experts, as in `from_pretrained`; `linear` keeps LoRA apart from bfloat16 weights."},
+    )
+    pipeline_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Stages of a pipeline; its micro-batches are those of gradient_accumulation_steps. Others are "
+            "layouts that accelerate is told of: recipes/accelerate has its files. Not for DPO and LoRA."
+        },
+    )
+    pipeline_schedule: str = field(
+        default="1F1B", metadata={"help": f"Order of the pipeline's work: {', '.join(SCHEDULES)}."}
     )
     exact_balance: bool = field(
         default=False,
@@ -319,26 +331,72 @@ def load_config(arguments: RecipeArguments) -> GrinMoeConfig:
         return GrinMoeConfig.from_pretrained(name, **arguments.config_overrides)
 
 
-def load_model(arguments: RecipeArguments, config: GrinMoeConfig, **settings: Any) -> GrinMoeForCausalLM:
-    """The checkpoint's model with the given configuration; `settings` as in `from_pretrained`."""
-    name = str(arguments.model_name_or_path)
+def model_settings(arguments: RecipeArguments) -> dict[str, Any]:
+    """What the arguments say of how a model is made, as in `from_pretrained` and `from_config`."""
+    names = ("dtype", "attn_implementation", "experts_implementation")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def load_model(
+    arguments: RecipeArguments,
+    config: GrinMoeConfig,
+    layout: DistributedConfig | None = None,
+    name: str | None = None,
+    **settings: Any,
+) -> GrinMoeForCausalLM:
+    """The checkpoint's model with the given configuration, or this rank's part of it.
+
+    Args:
+        name: the checkpoint's, by default as the arguments say.
+        layout: of `take_launched_layout`. In a pipeline its tensor-parallel ranks are those of each stage, and all
+            ranks beyond the stages are data-parallel.
+        settings: as in `from_pretrained`.
+    """
+    name = name or str(arguments.model_name_or_path)
+    settings |= model_settings(arguments)
     with errors_of("model_name_or_path", name):
-        return GrinMoeForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=arguments.dtype,
-            attn_implementation=arguments.attn_implementation,
-            experts_implementation=arguments.experts_implementation,
+        if arguments.pipeline_parallel_size == 1:
+            return GrinMoeForCausalLM.from_pretrained(name, config=config, distributed_config=layout, **settings)
+        return pipeline_model(
+            name if Path(name).is_dir() else snapshot_download(name),
+            config,
+            pp_size=arguments.pipeline_parallel_size,
+            tp_size=1 if layout is None else layout.tp_size,
+            schedule=arguments.pipeline_schedule,
             **settings,
         )
 
 
-def load_for_fine_tuning(arguments: FineTuningArguments, config: GrinMoeConfig) -> GrinMoeForCausalLM | PeftModel:
+def make_model(
+    arguments: RecipeArguments, config: GrinMoeConfig, training: TrainingArguments, layout: DistributedConfig | None
+) -> GrinMoeForCausalLM:
+    """A new model with random weights, or this rank's part of it.
+
+    Where ranks have parts, the main process makes the model, in the CPU's memory, and writes it to output_dir/initial,
+    so that it is the same in every layout.
+    """
+    if layout is None and arguments.pipeline_parallel_size == 1:
+        return GrinMoeForCausalLM._from_config(config, **model_settings(arguments))
+    folder = Path(training.output_dir) / "initial"
+    with training.main_process_first(desc="new model"):
+        if training.should_save and not (resume_from(training) and folder.is_dir()):
+            GrinMoeForCausalLM._from_config(config, **model_settings(arguments)).save_pretrained(folder)
+    return load_model(arguments, config, layout, str(folder))
+
+
+def load_for_fine_tuning(
+    arguments: FineTuningArguments, config: GrinMoeConfig, layout: DistributedConfig | None = None
+) -> GrinMoeForCausalLM | PeftModel:
     """`load_model`, with LoRA on it if the arguments ask for that.
 
     Raises:
-        ValueError: the adapter is to be merged into a checkpoint that is quantised.
+        ValueError: the adapter is to be merged into a checkpoint that is quantised, or trained on a model in parts.
     """
+    if arguments.lora_r and (layout is not None or arguments.pipeline_parallel_size > 1):
+        raise ValueError(
+            "LoRA needs the whole model in each process: launch with recipes/accelerate/ddp.yaml, with load_in_4bit "
+            "where memory is short"
+        )
     if arguments.lora_r and arguments.merge_adapter and getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"merge_adapter cannot merge into the quantised weights of {arguments.model_name_or_path}: set it to "
@@ -352,7 +410,7 @@ def load_for_fine_tuning(arguments: FineTuningArguments, config: GrinMoeConfig) 
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=arguments.dtype,
         )
-    model = load_model(arguments, config, **settings)
+    model = load_model(arguments, config, layout, **settings)
     if not arguments.lora_r:
         return model
     return add_lora(

@@ -7,39 +7,34 @@ routing noise and load-balance loss are functions of the optimizer step (`GrinMo
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from ..balance_grinmoe import count_experts, counted_tokens
 from ..checkpoint_grinmoe import check_tensors
-from .checkpoints import STAGING_FOLDER, find_problems, has_only_the_model, last_complete_checkpoint
+from .checkpoints import OPTIMIZER_FOLDER, STAGING_FOLDER, find_problems, has_only_the_model, last_complete_checkpoint
 from .checks import check_dataset, check_sequence_length
+from .pipeline import LOSS_INPUTS, PipelineTrainerMixin
+from .sharded import load_optimizer, load_weights, save_optimizer, save_weights
 
 logger = logging.get_logger(__name__)
 
-# What batches hold for the loss alone, in Trainer and in trl.
-LOSS_INPUTS = {"labels", "shift_labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
-
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-if TYPE_CHECKING:  # checked as a part of what it is mixed into
-    from transformers import Trainer as _Base
-else:
-    _Base = object
 
-
-class GrinMoeTrainerMixin(_Base):
+class GrinMoeTrainerMixin(PipelineTrainerMixin):
     """Put before `Trainer` or a subclass of it: `class MyTrainer(GrinMoeTrainerMixin, Trainer)`.
 
     - Each optimizer step is announced to the model, with the number of its tokens over all micro-batches and ranks:
@@ -47,12 +42,16 @@ class GrinMoeTrainerMixin(_Base):
     - A checkpoint gets its name when it is complete. `train(resume_from_checkpoint=True)` takes the newest complete
       one and names the others; an incomplete one is refused, as is one that lacks tensors of the model. Several
       machines need a folder that all of them share, or `save_on_each_node`.
+    - A model that `from_pretrained(distributed_config=...)` has spread over ranks (FSDP2, tensor parallelism) is saved
+      by all of them, in the released layout, and so is the optimizer: any other layout resumes from it (`sharded.py`).
     - Batches without labels and sequences beyond the model's context are errors.
 
     Args:
         exact_balance: count the experts of all micro-batches before the first backward pass, so that gradient
             accumulation gives the load-balance loss of the whole batch exactly; otherwise each micro-batch knows those
             up to itself. Costs one more forward pass for each micro-batch; for language models.
+        distributed_checkpoint: save the optimizer so that a run on any other layout can resume, too; by default where
+            the model is spread over ranks, and otherwise as `Trainer` does.
         Others as in the trainer.
 
     Raises:
@@ -63,14 +62,25 @@ class GrinMoeTrainerMixin(_Base):
     # Whether a step whose labels are all masked has a finite loss. If so, one is an error only where a run starts.
     steps_without_labels_are_finite = False
 
-    def __init__(self, *args, exact_balance: bool = False, **kwargs):
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *others,
+        exact_balance: bool = False,
+        distributed_checkpoint: bool | None = None,
+        **kwargs,
+    ):
         self.exact_balance = exact_balance
         self._uncounted: list[dict[str, Any]] = []  # the step's batches, where their experts are yet to be counted
         self._staging: str | None = None  # stands in for the run's folder while a checkpoint is written
         train_dataset = kwargs.get("train_dataset")
         if hasattr(train_dataset, "__len__"):
             check_dataset(train_dataset, (), "train_dataset")
-        super().__init__(*args, **kwargs)
+        with allow_resuming(model, args):
+            super().__init__(model, args, *others, **kwargs)
+        self.is_sharded = self.is_distributed_loading_by_transformers
+        self.distributed_checkpoint = self.is_sharded if distributed_checkpoint is None else distributed_checkpoint
         self._check_support()
 
     def _check_support(self) -> None:
@@ -242,9 +252,56 @@ class GrinMoeTrainerMixin(_Base):
         if self.args.push_to_hub:
             self._push_from_checkpoint(checkpoint)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.is_sharded:
+            return super()._save(output_dir, state_dict)
+        folder = output_dir or self.args.output_dir
+        save_weights(self._grin_model, folder)
+        if self.args.should_save:
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.distributed_checkpoint:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_optimizer(self._grin_model, self.optimizer.optimizer, os.path.join(output_dir, OPTIMIZER_FOLDER))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._check_tensors(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.is_sharded:
+            load_weights(self._grin_model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or has_only_the_model(checkpoint):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        folder = os.path.join(checkpoint, OPTIMIZER_FOLDER)
+        if not os.path.isdir(folder):
+            if self.is_sharded:
+                raise ValueError(
+                    f"{checkpoint} has no {OPTIMIZER_FOLDER}, which a run on several ranks needs to resume: write it "
+                    "with distributed_checkpoint=True, or start from the checkpoint as a model"
+                )
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer(self._grin_model, self.optimizer.optimizer, folder)
+        state = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
+        num_groups, num_saved = len(self.optimizer.param_groups), len(state["_last_lr"])
+        if num_groups != num_saved:  # Trainer makes parameter groups by device mesh, too, and layouts have other ones
+            if len(set(state["_last_lr"])) > 1:
+                raise ValueError(
+                    f"{checkpoint} has parameter groups with different learning rates: resume on the layout it is of"
+                )
+            state = {
+                key: value[:1] * num_groups if isinstance(value, list) and len(value) == num_saved else value
+                for key, value in state.items()
+            }
+        self.lr_scheduler.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)
@@ -259,6 +316,8 @@ class GrinMoeTrainerMixin(_Base):
                 f"the best step was {step}, and of it there is no checkpoint: {checkpoint} is the nearest"
             )
         self._check_tensors(checkpoint)
+        if self.is_sharded:
+            return load_weights(self._grin_model, checkpoint)
         super()._load_best_model()
         # Trainer knows the default adapter's place only.
         for adapter, path in self._find_adapters(checkpoint).items():
@@ -279,6 +338,9 @@ class GrinMoeTrainerMixin(_Base):
         """Raise ValueError unless a checkpoint has exactly the tensors of the model, or of its adapters."""
         model, folder = self._grin_model, Path(checkpoint)
         if not isinstance(model, PeftModel):
+            if self._pipeline is not None:  # a rank of it has a part only
+                with torch.device("meta"):
+                    model = type(model)._from_config(model.config)
             if files := sorted(str(path) for path in folder.glob("*.safetensors")):  # else FSDP's own, strict anyway
                 check_tensors(model, files, LoadStateDictConfig())
             return
@@ -293,6 +355,20 @@ class GrinMoeTrainerMixin(_Base):
                     f"{path} and the adapter {adapter!r} of the model differ in {len(differing)} tensor(s): "
                     f"{', '.join(differing[:5])}"
                 )
+
+
+@contextmanager
+def allow_resuming(model: Any, args: TrainingArguments | None) -> Iterator[None]:
+    """While a trainer is built: it would refuse to save the optimizer of a model that is spread over ranks, which it
+    cannot do itself."""
+    if args is None or not getattr(model, "is_distributed_loading_by_transformers", False):
+        yield
+        return
+    save_only_model, args.save_only_model = args.save_only_model, True
+    try:
+        yield
+    finally:
+        args.save_only_model = save_only_model
 
 
 class GrinMoeTrainer(GrinMoeTrainerMixin, Trainer):

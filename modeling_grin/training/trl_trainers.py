@@ -31,10 +31,12 @@ class GrinMoeDPOTrainer(_TrlTrainerMixin, DPOTrainer):
 
     Raises:
         ValueError: the model samples its routing, or jitters its inputs, in training: the log-ratios of two equal
-            models would not be 0.
+            models would not be 0; or it is in a pipeline, which computes one model's loss only.
     """
 
     def __init__(self, model, ref_model=None, args=None, **kwargs):
+        if hasattr(model, "pipeline"):
+            raise ValueError("a pipeline cannot do DPO, which compares two models: use FSDP2 or tensor parallelism")
         if isinstance(model, str):
             settings = getattr(args, "model_init_kwargs", None) or {}
             config = AutoConfig.from_pretrained(model, **settings)

@@ -1,32 +1,47 @@
-"""Run a script on several gloo processes."""
+"""Run scripts on several gloo processes."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
-def launch(script: Path, world_size: int, *args: str | Path, timeout: float = 120) -> str:
-    """Run `script` under torchrun on `world_size` processes of one thread each; its output, or a failure with it.
-
-    Every line of the output begins with its rank, `[default0]:` and so on.
-    """
+def run(command: Sequence[str | Path], timeout: float) -> str:
+    """Run `python -m command` with one thread a process; its output, or a failure with it."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "distributed"))),
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}",
-               "--tee=3", str(script), *map(str, args)]  # fmt: skip
+    shown = " ".join(Path(part).name for part in map(str, command))
+    command = [sys.executable, "-m", *map(str, command)]
     try:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
         output = (error.stdout or b"").decode() + (error.stderr or b"").decode()
-        raise AssertionError(
-            f"{script.name} on {world_size} ranks: no end after {timeout} s\n{output[-5000:]}"
-        ) from error
+        raise AssertionError(f"no end after {timeout} s: {shown}\n{output[-5000:]}") from error
     output = result.stdout + result.stderr
-    assert result.returncode == 0, f"{script.name} on {world_size} ranks failed\n{output[-5000:]}"
+    assert result.returncode == 0, f"failed: {shown}\n{output[-5000:]}"
     return output
+
+
+def launch(script: Path, world_size: int, *args: str | Path, timeout: float = 120) -> str:
+    """Run `script` under torchrun. Every line of the output begins with its rank, `[default0]:` and so on."""
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "--tee=3"]
+    return run([*torchrun, script, *args], timeout)
+
+
+def accelerate_launch(config: str, world_size: int, recipe: str, *args: str | Path, timeout: float = 240) -> str:
+    """Run `recipes/{recipe}.py` under `accelerate launch` with `recipes/accelerate/{config}.yaml`, as on GPUs."""
+    recipes = ROOT / "recipes"
+    options = ["--config_file", recipes / "accelerate" / f"{config}.yaml", "--num_machines", "1"]
+    scripts = [Path(__file__).parent / "on_cpu.py", recipes / f"{recipe}.py"]
+    # Options of the launch come before the script, the others after it.
+    sizes = [arg for arg in args if str(arg).startswith("--parallelism_config")]
+    rest = [arg for arg in args if arg not in sizes]
+    command = ["accelerate.commands.launch", *options, "--num_processes", str(world_size), *sizes, *scripts, *rest]
+    return run(command, timeout)

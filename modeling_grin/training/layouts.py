@@ -1,0 +1,43 @@
+"""How a recipe spreads a model over ranks: what accelerate's config file says, done by transformers while it loads.
+
+transformers' engine (`DistributedConfig`) does FSDP2 and tensor parallelism together, reads for each rank its own part
+of a checkpoint and no more, and runs on CPUs, too; accelerate's loads whole models first and wraps them afterwards.
+"""
+
+import os
+
+from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers.distributed import DistributedConfig
+from transformers.utils import strtobool
+
+
+def take_launched_layout(num_processes: int) -> DistributedConfig | None:
+    """FSDP2 and tensor parallelism as `accelerate launch` was told in its config file; None: neither.
+
+    They are taken out of the environment, or accelerate would shard the model a second time.
+
+    Raises:
+        ValueError: FSDP of version 1, or context or sequence parallelism.
+    """
+    use_fsdp, use_sizes = (
+        strtobool(os.environ.pop(name, "false"))
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG")
+    )
+    if not (use_fsdp or use_sizes):
+        return None
+    sizes = ParallelismConfig() if use_sizes else ParallelismConfig(dp_shard_size=num_processes)
+    if sizes.cp_size * sizes.sp_size > 1:
+        raise ValueError("context and sequence parallelism are not supported: use parallelism_config_tp_size")
+    offload = False
+    if use_fsdp:
+        plugin = FullyShardedDataParallelPlugin()
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version={plugin.fsdp_version} in the launch's config file is not supported: use 2")
+        offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    return DistributedConfig(
+        fsdp_size=sizes.dp_shard_size,
+        dp_replicate_size=sizes.dp_replicate_size,
+        tp_size=sizes.tp_size,
+        fsdp_cpu_offload=offload,
+    )

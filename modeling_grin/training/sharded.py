@@ -1,0 +1,244 @@
+"""Checkpoints of models that are spread over ranks: each rank reads and writes its own part, in the released layout.
+
+torch.distributed.checkpoint (DCP) does the work on safetensors; nothing is gathered, and no pickle is written or read.
+What is ours is the view of the fused experts under their released names: a checkpoint's tensors do not depend on the
+layout that wrote them, so that any layout (one process, FSDP2, tensor and pipeline parallel) can go on from it.
+
+Shapes: E num_local_experts, F intermediate_size, H hidden_size.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import nn
+from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files_on_every_rank
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+
+from .. import modeling_grinmoe
+from ..checkpoint_grinmoe import EXPERT_WEIGHTS
+from ..modeling_grinmoe import GrinMoePreTrainedModel
+from .checkpoints import FILE_LIST
+
+MAX_SHARD_SIZE = "5GB"
+SHARDS_FOLDER = ".shards"  # what each rank writes, until it has been put together
+MAX_PART_BYTES = 2**29  # of a file that a rank writes
+
+
+def split_experts(name: str, tensor: torch.Tensor, attribute: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The matrices of this rank's experts, as views, under the released names.
+
+    Args:
+        name: of the fused weight or of something of its shape, such as an optimizer's moment.
+        tensor: `[E, rows, columns]`; a DTensor may be sharded over experts (FSDP) and within each (tensor parallel).
+        attribute: which fused weight, a key of `EXPERT_WEIGHTS`; in `name`, too.
+    """
+    before, _, after = name.rpartition(attribute)
+    parts = EXPERT_WEIGHTS[attribute]
+    first, local, mesh, placements = 0, tensor, None, []
+    if isinstance(tensor, DTensor):
+        _, (first, *_) = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        local = tensor.to_local()
+        assert tensor.device_mesh.mesh_dim_names is not None
+        # The axes of the mesh that do not hand out experts: each matrix is spread over those.
+        axes = {
+            axis: Shard(placement.dim % 3 - 1) if hasattr(placement, "dim") else Replicate()
+            for axis, placement in zip(tensor.device_mesh.mesh_dim_names, tensor.placements, strict=True)
+            if getattr(placement, "dim", None) != 0
+        }
+        if axes:
+            mesh, placements = tensor.device_mesh[tuple(axes)], list(axes.values())
+    rows, columns = tensor.shape[1] // len(parts), tensor.shape[2]
+    for index, matrices in enumerate(local):
+        for part, matrix in zip(parts, matrices.chunk(len(parts)), strict=True):
+            if mesh is not None:
+                shape = torch.Size((rows, columns))
+                matrix = DTensor.from_local(
+                    matrix, mesh, placements, run_check=False, shape=shape, stride=(columns, 1)
+                )
+            yield f"{before}{first + index}.{part}.weight{after}", matrix
+
+
+def released_views(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors`, parameters or what an optimizer keeps of them, with the experts under their released names. Nothing
+    is copied: what is written to the views is written to the tensors."""
+    views: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        attribute = next((key for key in EXPERT_WEIGHTS if f".experts.{key}" in name), None)
+        if attribute is not None and tensor.dim() == 3:
+            views.update(split_experts(name, tensor, attribute))
+        else:
+            views[name] = tensor
+    return views
+
+
+class PartsWriter(HuggingFaceStorageWriter):
+    """torch's writer, which holds the copy of a file in memory until it is written: so in files of limited size."""
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        sizes: dict[str, int] = {}  # rank after rank, so that what one rank alone has lies in few files
+        for item in (item for plan in plans for item in plan.items):
+            assert item.tensor_data is not None, "there is nothing but tensors"
+            size = item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+            sizes[item.index.fqn] = max(size, sizes.get(item.index.fqn, 0))
+        self.fqn_to_index_mapping, number, held = {}, 1, 0
+        for name, size in sizes.items():
+            if held and held + size > MAX_PART_BYTES:
+                number, held = number + 1, 0
+            self.fqn_to_index_mapping[name] = number
+            held += size
+        return super().prepare_global_plan(plans)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write this rank's parts of `tensors` to safetensors files in `folder`; what ranks have in common, once."""
+    writer = PartsWriter(str(folder), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    wait_for_everyone()
+
+
+def load_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Fill `tensors` from the safetensors files in `folder`: each rank reads its own parts, into its own dtypes.
+
+    Raises:
+        ValueError: the files lack a tensor or a part of one, or have it in another shape.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    found = reader.read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        if name not in found:
+            raise ValueError(f"{folder} lacks {name}")
+        stored = found[name]
+        assert isinstance(stored, TensorStorageMetadata)
+        if stored.size != tensor.shape:
+            raise ValueError(f"{folder}: {name} has shape {list(stored.size)}, needed is {list(tensor.shape)}")
+        if sum(chunk.sizes.numel() for chunk in stored.chunks) != stored.size.numel():
+            raise ValueError(f"{folder} lacks parts of {name}: files are missing")
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def reshard(model: nn.Module) -> None:
+    """Have every rank hold its own part only: after an evaluation FSDP2 still has the last layers' whole weights."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """This rank's part of the parameters, under the released names."""
+    reshard(model)
+    return released_views({name: parameter.detach() for name, parameter in model.named_parameters()})
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Load a checkpoint in the released layout into a model whose parameters may be spread over ranks.
+
+    Raises:
+        ValueError: as `load_tensors`.
+    """
+    load_tensors(weights_of(model), Path(folder))
+
+
+def add_format(path: Path) -> None:
+    """Write a safetensors file once more with the metadata that transformers before 4.48.2, the release's, demands."""
+    rewritten = path.with_suffix(".rewritten")
+    with path.open("rb") as source, rewritten.open("wb") as target:
+        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+        text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
+        target.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(source, target, 2**20)
+    rewritten.replace(path)
+
+
+def save_weights(model: GrinMoePreTrainedModel, folder: str | Path) -> None:
+    """Write a model whose parameters are spread over ranks in the released layout, with its config.
+
+    Each rank writes its own part, and then puts some of the checkpoint's files together, a tensor at a time. All ranks
+    have to call it, and to share the folder.
+    """
+    folder = Path(folder)
+    shards = folder / SHARDS_FOLDER
+    if is_main_process():  # of an earlier save: readers take a single file first, and torch whatever shards there are
+        shutil.rmtree(shards, ignore_errors=True)
+        for path in folder.glob("model*.safetensors*"):
+            path.unlink()
+    save_tensors(weights_of(model), shards)
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("distributed_config", None)  # of this run
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    with torch.device("meta"):
+        whole = getattr(modeling_grinmoe, config.architectures[0])(config)
+    files = split_torch_state_dict_into_shards(weights_of(whole), max_shard_size=MAX_SHARD_SIZE).filename_to_tensors
+    file_number = {name: number for number, names in enumerate(files.values(), start=1) for name in names}
+    consolidate_safetensors_files_on_every_rank(str(shards), str(folder), file_number)
+    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for path in sorted(folder.glob("model-*.safetensors"))[rank::num_ranks]:
+        add_format(path)
+    if is_main_process():
+        shutil.rmtree(shards)
+        config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+    wait_for_everyone()
+
+
+def moments_of(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """This rank's part of what the optimizer keeps of each parameter, `state.{parameter}.{name}`, by released names.
+
+    Raises:
+        ValueError: the optimizer keeps something that is no tensor.
+    """
+    reshard(model)
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    moments: dict[str, Any] = {name: value for name, value in state.items() if name.startswith("state.")}
+    if others := [name for name, value in moments.items() if not isinstance(value, torch.Tensor)]:
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps {others[0]}, which is no tensor: use AdamW, or save_only_model"
+        )
+    return released_views(moments)
+
+
+def save_optimizer(model: nn.Module, optimizer: Optimizer, folder: str | Path) -> None:
+    """Write the optimizer's moments, each rank its own part. Learning rates are the scheduler's to keep."""
+    folder = Path(folder)
+    save_tensors(moments_of(model, optimizer), folder)
+    if is_main_process():
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        (folder / FILE_LIST).write_text(json.dumps(files), encoding="utf-8")
+    wait_for_everyone()
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: str | Path) -> None:
+    """Read what `save_optimizer` wrote, in whatever layout.
+
+    Raises:
+        ValueError: as `load_tensors`; of another optimizer, for one.
+    """
+    load_tensors(moments_of(model, optimizer), Path(folder))
+
+
+def is_main_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def wait_for_everyone() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,164 @@
+"""Training runs in a pipeline on forked gloo ranks: `pipeline_runs.py PROCESSES FOLDER CASES.json` runs every case.
+
+A case is a dict of `name`, `function` (of this file, `train` by default) and its arguments. What that returns goes to
+`FOLDER/{name}-{rank}.pt`; checkpoints and the tokenizer are in `FOLDER`, too.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import runs
+import torch
+from datasets import Dataset
+from on_cpu import as_on_gpus
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from trl import SFTConfig
+
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from modeling_grin.training import RoutingCallback, add_lora
+from modeling_grin.training.pipeline import pipeline_model
+from modeling_grin.training.sharded import released_views
+from modeling_grin.training.trl_trainers import GrinMoeDPOTrainer, GrinMoeSFTTrainer
+
+STEPS = 3
+EVALUATION_ROWS, EVALUATION_BATCH = 6, 4  # the last batch is smaller
+
+
+class CountSends(TorchDispatchMode):
+    """The bytes of each floating-point tensor that this rank sends to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() == "c10d::send" and args[0][0].is_floating_point():
+            self.sizes.append(args[0][0].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+def make_model(folder: Path, layout: dict[str, Any] | None, checkpoint: str, **settings: Any) -> GrinMoeForCausalLM:
+    TrainingArguments(output_dir=folder, use_cpu=True)  # starts the process group
+    settings = {"dtype": torch.float32, **settings}
+    if layout is None:
+        return GrinMoeForCausalLM.from_pretrained(folder / checkpoint, **settings)
+    return pipeline_model(folder / checkpoint, **layout, **settings)
+
+
+def results(trainer: Trainer, sends: list[int]) -> dict[str, Any]:
+    """This rank's parameters by their released names, whole; Trainer's logs; what was sent."""
+    views = released_views(dict(trainer.model.named_parameters()))
+    parameters = {
+        name: (view.full_tensor() if hasattr(view, "full_tensor") else view).detach().clone()
+        for name, view in views.items()
+    }
+    return {"parameters": parameters, "logs": trainer.state.log_history, "sends": sends}
+
+
+def train(folder: Path, layout: dict[str, Any] | None, checkpoint: str, **arguments: Any) -> dict[str, Any]:
+    """Training with `GrinMoeTrainer`, and evaluation at its end. `layout`: of `pipeline_model`; None: one process, or
+    DDP; `arguments`: of `runs.make_trainer`."""
+    model = make_model(folder, layout, checkpoint)
+    settings = {"max_steps": STEPS, "logging_steps": 1, "accumulation": 4, "micro_batch": 2, "eval_strategy": "steps",
+                "eval_steps": STEPS, "per_device_eval_batch_size": EVALUATION_BATCH}  # fmt: skip
+    trainer = runs.make_trainer(
+        folder / "run", model, eval_dataset=runs.Rows("various", EVALUATION_ROWS), **{**settings, **arguments}
+    )
+    with CountSends() as sends:
+        trainer.train()
+    return results(trainer, sends.sizes)
+
+
+def sft(folder: Path, layout: dict[str, Any] | None, checkpoint: str, **arguments: Any) -> dict[str, Any]:
+    """Training with `GrinMoeSFTTrainer` on packed rows, whose micro-batches are one row each, of any length."""
+    model = make_model(folder, layout, checkpoint)
+    generator = torch.Generator().manual_seed(7)
+    rows = [torch.randint(5, 131, (size,), generator=generator).tolist() for size in (5, 9, 3, 16, 7, 12, 4, 11) * 4]
+    trainer = GrinMoeSFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=folder / "run", max_length=16, packing=True, per_device_train_batch_size=2,
+            gradient_accumulation_steps=4, max_steps=STEPS, optim="sgd", learning_rate=runs.LEARNING_RATE,
+            lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no", report_to="none",
+            disable_tqdm=True, use_cpu=True, bf16=False, router_aux_loss_coef=runs.COEFFICIENT, **arguments,
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+    )  # fmt: skip
+    with CountSends() as sends:
+        trainer.train()
+    return results(trainer, sends.sizes)
+
+
+def errors(folder: Path, checkpoint: str) -> dict[str, str]:
+    """What is said of what cannot be done, on two ranks."""
+
+    def make(layout=None, checkpoint=checkpoint, **settings):
+        return make_model(folder, {"pp_size": 2, **(layout or {})}, checkpoint, **settings)
+
+    def make_trainer(model=None, **arguments):
+        return runs.make_trainer(folder / "run", model or make(), **{"accumulation": 4, "micro_batch": 2, **arguments})
+
+    def train_with_callback():
+        trainer = make_trainer()
+        trainer.add_callback(RoutingCallback(trainer))
+        trainer.train()
+
+    tied = GrinMoeConfig.from_pretrained(folder / checkpoint, tie_word_embeddings=True)
+    attempts = {
+        "schedule": lambda: make({"schedule": "1f1b"}),
+        "chunks": lambda: make({"chunks_per_rank": 2}),
+        "folder": lambda: make(checkpoint="nowhere"),
+        "processes": lambda: make({"pp_size": 3}),
+        "one stage": lambda: make({"pp_size": 1}),
+        "layers": lambda: make({"schedule": "Interleaved1F1B", "chunks_per_rank": 3}),
+        "heads": lambda: make({"tp_size": 3}),
+        "tied": lambda: make(config=tied),
+        "exact_balance": lambda: make_trainer(exact_balance=True),
+        "accumulation": lambda: make_trainer(accumulation=1),
+        "interleaved accumulation": lambda: make_trainer(make({"schedule": "Interleaved1F1B"}), accumulation=5),
+        "smoothing": lambda: make_trainer(label_smoothing_factor=0.1),
+        "averages": lambda: make_trainer(average_tokens_across_devices=False),
+        "lora": lambda: make_trainer(add_lora(make(), r=2)),
+        "dpo": lambda: GrinMoeDPOTrainer(make()),
+        "callback": train_with_callback,
+        "forward": lambda: make()(input_ids=torch.ones(1, 4, dtype=torch.long)),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def run(folder: str, cases_file: str) -> None:
+    on_gpus = False
+    for case in json.loads(Path(cases_file).read_text()):
+        name = case.pop("name")
+        if case.get("layout", True) is not None and not on_gpus:
+            as_on_gpus()
+            on_gpus = True
+        set_seed(5)
+        result = globals()[case.pop("function", "train")](Path(folder), **case)
+        torch.save(result, Path(folder, f"{name}-{os.environ.get('RANK', 0)}.pt"))
+
+
+def main(processes: str, folder: str, cases_file: str) -> None:
+    """torchrun's agent, with ranks that are forked, since each would otherwise import for seconds."""
+    if processes == "1":
+        return run(folder, cases_file)
+    config = LaunchConfig(
+        1, 1, int(processes), start_method="fork", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    elastic_launch(config, run)(folder, cases_file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,206 @@
+"""A pipeline trains as one process does: same updates, losses and gradient norms, with sampling and balance loss on.
+
+One process, and DDP, are proven elsewhere against loops in float64 (`test_layouts.py`).
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from launch import run
+
+from modeling_grin.training.sharded import released_views
+
+TOLERANCE = 1e-5
+NOISE = {"router_jitter_noise": 0.1, "input_jitter_noise": 0.1}
+HIDDEN = 32
+INTERLEAVED = {"pp_size": 2, "schedule": "Interleaved1F1B"}
+TENSOR = {"pp_size": 2, "tp_size": 2}
+
+PARTS = {"micro_batch": 1, "max_steps": 2}  # of two data-parallel ranks
+
+# processes -> name -> case; references come first, and have no layout.
+CASES = {
+    1: {
+        "one": {"layout": None},
+        "one-5": {"layout": None, "checkpoint": "layers-5"},
+        "one-clipped": {"layout": None, "max_grad_norm": 1.0, "max_steps": 1},
+        "one-bf16": {"layout": None, "bf16": True},
+        "one-uneven": {"layout": None, "micro_batch": 3, "max_steps": 4},
+        "one-sft": {"layout": None, "function": "sft"},
+    },
+    2: {
+        "ddp": {"layout": None, **PARTS},
+        "1F1B": {"layout": {"pp_size": 2}},
+        "interleaved": {"layout": INTERLEAVED},
+        "GPipe": {"layout": {"pp_size": 2, "schedule": "GPipe"}},
+        "recomputed": {"layout": {"pp_size": 2}, "activation_checkpointing": True},
+        "clipped": {"layout": {"pp_size": 2}, "max_grad_norm": 1.0, "max_steps": 1},
+        "bf16": {"layout": {"pp_size": 2}, "bf16": True},
+        "uneven": {"layout": {"pp_size": 2}, "micro_batch": 3, "max_steps": 4},
+        "uneven-interleaved": {"layout": INTERLEAVED, "micro_batch": 3, "max_steps": 4},
+        "sft": {"layout": {"pp_size": 2}, "function": "sft"},
+        "sft-interleaved": {"layout": INTERLEAVED, "function": "sft"},
+        "errors": {"function": "errors"},
+    },
+    4: {
+        "four stages": {"layout": {"pp_size": 4}, "checkpoint": "layers-5"},
+        "tensor": {"layout": TENSOR},
+        "data": {"layout": {"pp_size": 2}, **PARTS},
+        "data-interleaved": {"layout": INTERLEAVED, "activation_checkpointing": True, **PARTS},
+    },
+    8: {"all": {"layout": TENSOR, **PARTS}},
+}
+# Its reference, and by how much an update may differ: bit for bit is 0.
+SAME = {
+    "1F1B": ("one", 0),
+    "interleaved": ("one", 0),
+    "GPipe": ("one", 0),
+    "recomputed": ("one", 0),
+    "clipped": ("one-clipped", TOLERANCE),
+    "bf16": ("one-bf16", 0),
+    "uneven": ("one-uneven", 0),
+    "uneven-interleaved": ("one-uneven", 0),
+    "sft": ("one-sft", TOLERANCE),  # trl computes its loss in another way
+    "sft-interleaved": ("one-sft", TOLERANCE),
+    "four stages": ("one-5", 0),
+    "tensor": ("one", TOLERANCE),
+    "data": ("ddp", 0),
+    "data-interleaved": ("ddp", 0),
+    "all": ("ddp", TOLERANCE),
+}
+
+
+def launch(processes: int, folder: Path) -> None:
+    """Run the cases of so many processes."""
+    cases = [{"name": name, "checkpoint": "layers-4"} | case for name, case in CASES[processes].items()]
+    file = folder / f"cases-{processes}.json"
+    file.write_text(json.dumps(cases))
+    run(["pipeline_runs", str(processes), folder, file], timeout=120)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, trained_tokenizer):
+    """name -> results of every rank, all cases of one number of processes in one launch."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    for layers in (4, 5):
+        runs.make_model(num_hidden_layers=layers, **NOISE).save_pretrained(folder / f"layers-{layers}")
+    trained_tokenizer.save_pretrained(folder / "tokenizer")
+    for processes in CASES:
+        launch(processes, folder)
+    return {
+        name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(processes)]
+        for processes, cases in CASES.items()
+        for name in cases
+    }
+
+
+def whole(ranks):
+    """The parameters of all ranks; those that several ranks have are the same bit for bit."""
+    parameters = {}
+    for rank in ranks:
+        for name, parameter in rank["parameters"].items():
+            assert torch.equal(parameters.setdefault(name, parameter), parameter), name
+    return parameters
+
+
+def start(num_layers):
+    return released_views(dict(runs.make_model(num_hidden_layers=num_layers).named_parameters()))
+
+
+def difference(actual, expected):
+    """The largest relative difference of a parameter's update. Updates under a hundredth of the whole one's norm are
+    compared with that."""
+    before = start(5 if any(".layers.4." in name for name in expected) else 4)
+    assert actual.keys() == expected.keys() == before.keys()
+    updates = {name: (expected[name] - before[name].detach()).double() for name in before}
+    norm = torch.stack([update.norm() for update in updates.values()]).norm()
+    assert norm > 0.1  # the runs have learnt something
+    return max(
+        float((actual[name] - expected[name]).double().norm() / max(updates[name].norm(), norm / 100))
+        for name in before
+    )
+
+
+def logged(result):
+    """Losses, gradient norms and evaluation losses, in order."""
+    keys = ("loss", "grad_norm", "eval_loss")
+    return [entry[key] for entry in result["logs"] for key in keys if key in entry]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_as_one_process(trained, name):
+    """Updates of all parameters; on every rank losses, norms of the whole gradient, and losses in evaluation."""
+    reference, tolerance = SAME[name]
+    expected = trained[reference]
+    assert difference(whole(trained[name]), whole(expected)) <= tolerance
+    assert len(logged(expected[0])) >= 2
+    for rank in trained[name]:
+        assert logged(rank) == pytest.approx(logged(expected[0]), rel=1e-6)
+
+
+def test_what_the_cases_turn_on_matters(trained):
+    """Else the comparisons above would show less than they seem to."""
+    one = whole(trained["one"])
+    for name in ("one-bf16", "one-clipped", "one-uneven", "one-sft"):
+        assert difference(whole(trained[name]), one) > 0.01, name
+
+
+@pytest.mark.parametrize(("name", "num_stages"), [("four stages", 4), ("1F1B", 2), ("tensor", 2)])
+def test_each_rank_has_its_layers_only(trained, name, num_stages):
+    num_layers = 5 if name == "four stages" else 4
+    sizes = {4: [2, 1, 1, 1], 2: [2, 2]}[num_stages]  # of the stages, in order
+    ranks = trained[name]
+    for rank, result in enumerate(ranks):
+        stage = rank * num_stages // len(ranks)
+        layers = {int(key.split(".")[2]) for key in result["parameters"] if ".layers." in key}
+        assert layers == set(range(sum(sizes[:stage]), sum(sizes[: stage + 1])))
+        assert ("model.embed_tokens.weight" in result["parameters"]) == (stage == 0)
+        assert ("lm_head.weight" in result["parameters"]) == (max(layers) == num_layers - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_chunks", "rows"),
+    [("1F1B", 2, 2), ("GPipe", 2, 2), ("interleaved", 4, 2), ("four stages", 4, 2), ("tensor", 2, 2), ("all", 2, 1)],
+)
+def test_hidden_states_and_their_gradients_are_all_that_is_sent(trained, name, num_chunks, rows):
+    """Once for each micro-batch and border between chunks there and back, in float32; in evaluation, there. Each
+    tensor-parallel rank sends its own copy."""
+    layout = next(cases[name] for cases in CASES.values() if name in cases)["layout"]
+    ranks = trained[name]
+    pipelines = len(ranks) // layout["pp_size"]
+    steps = sum("grad_norm" in entry for entry in ranks[0]["logs"])
+    evaluation = [4, 2] if rows == 2 else [4]  # rows of each data-parallel rank's batches
+    size = runs.LENGTH * HIDDEN * 4  # of a row
+    expected = [rows * size] * (2 * 4 * steps) + [batch * size for batch in evaluation]
+    sent = sorted(size for rank in ranks for size in rank["sends"])
+    assert sent == sorted(expected * (num_chunks - 1) * pipelines)
+
+
+MESSAGES = {
+    "schedule": "schedule='1f1b' is none of GPipe, 1F1B, Interleaved1F1B",
+    "chunks": "schedule='1F1B' has one chunk per rank",
+    "folder": "nowhere is not a folder here: download the checkpoint, of which",
+    "processes": "2 processes are not data-parallel ranks of pp_size=3 x tp_size=1",
+    "one stage": "2 processes are not data-parallel ranks of pp_size=1 x tp_size=1",
+    "layers": "num_hidden_layers=4 layers do not make 6 pipeline stages",
+    "heads": "num_attention_heads=4 is not divisible by tp_size=3",
+    "tied": "tie_word_embeddings=True: the first stage and the last cannot share a parameter",
+    "exact_balance": "a pipeline cannot do exact_balance=True",
+    "accumulation": "gradient_accumulation_steps=1 is the number of micro-batches, and 1F1B on 2 stages cannot",
+    "interleaved accumulation": "gradient_accumulation_steps=5 is the number of micro-batches, and Interleaved1F1B on",
+    "smoothing": "a pipeline cannot do label_smoothing_factor",
+    "averages": "a pipeline cannot do average_tokens_across_devices=False",
+    "lora": "a pipeline cannot do LoRA (a PeftModel)",
+    "dpo": "a pipeline cannot do DPO",
+    "callback": "RoutingCallback needs every layer in one process",
+    "forward": "this rank has a part of the model only",
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_what_cannot_be_done_is_said(trained, name):
+    for messages in trained["errors"]:
+        assert MESSAGES[name] in messages[name]
