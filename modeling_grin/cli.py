@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import json
 import os
 import shutil
 import sys
@@ -76,6 +77,89 @@ def gradients(
                 )
         console.print(table)
     console.print(f"{output_dir / 'gradients.csv'} has every quantity and both equations; plots are beside it")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path | None, typer.Option(help="folder or config.json; the released sizes by default")] = None,
+    num_local_experts: Annotated[int | None, typer.Option(help="instead of the config's, as the other sizes")] = None,
+    num_experts_per_tok: Annotated[int | None, typer.Option()] = None,
+    hidden_size: Annotated[int | None, typer.Option()] = None,
+    intermediate_size: Annotated[int | None, typer.Option()] = None,
+    num_hidden_layers: Annotated[int | None, typer.Option()] = None,
+    num_attention_heads: Annotated[int | None, typer.Option()] = None,
+    num_key_value_heads: Annotated[int | None, typer.Option()] = None,
+    devices: Annotated[int, typer.Option(help="how many")] = 64,
+    devices_per_machine: Annotated[int, typer.Option(help="that are connected fast")] = 8,
+    memory: Annotated[float, typer.Option(help="of a device, GB")] = 80,
+    micro_batch: Annotated[int, typer.Option(help="sequences of a forward pass")] = 1,
+    global_batch: Annotated[int, typer.Option(help="sequences of an optimizer step, over all devices")] = 1024,
+    sequence: Annotated[int, typer.Option(help="tokens of a sequence")] = 4096,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16, mixed (FSDP2), megatron or deepspeed")] = "mixed",
+    optimizer: Annotated[str, typer.Option(help="adamw, sgd_momentum or sgd")] = "adamw",
+    checkpointing: Annotated[bool, typer.Option(help="compute layers again in the backward pass")] = True,
+    shard_optimizer: Annotated[bool, typer.Option(help="optimizer state of replicas sharded, ZeRO-1")] = False,
+    balance_loss: Annotated[bool, typer.Option(help="train with the load-balance loss")] = True,
+    assume: Annotated[list[str] | None, typer.Option(help="another assumption, NAME=VALUE; may be repeated")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="layouts to show")] = 12,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, every layout with all its figures")] = False,
+) -> None:
+    """Which layouts of many devices fit, what they hold and send, and how fast they should be. Nothing is run.
+
+    Example: grin-moe plan --devices 64 --num-local-experts 32 --assume peak_flops=312e12
+    """
+    from .analysis import planner
+    from .configuration_grinmoe import GrinMoeConfig
+
+    fields = ("num_local_experts", "num_experts_per_tok", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads", "num_key_value_heads")  # fmt: skip
+    given = locals()
+    sizes = {field: given[field] for field in fields if given[field] is not None}
+    if config is None:
+        model = GrinMoeConfig(**sizes)
+    elif config.exists():
+        model = GrinMoeConfig.from_pretrained(config, **sizes)
+    else:
+        raise ValueError(f"config={config} does not exist: give a folder with a config.json, or the file")
+    model.router_aux_loss_coef = float(balance_loss)
+    training = planner.Training(
+        micro_batch, global_batch, sequence, precision, optimizer, checkpointing, shard_optimizer
+    )
+    hardware = {"memory": memory * planner.GB, "devices_per_machine": devices_per_machine}
+    assumptions = planner.assume(assume or [], **hardware)
+    estimates = planner.plan(model, devices, training, assumptions)
+    if as_json:
+        stated = {"training": vars(training), "assumptions": vars(assumptions)}
+        layouts = [estimate.to_dict() for estimate in estimates]
+        print(json.dumps({"config": model.to_diff_dict(), **stated, "layouts": layouts}, indent=2))
+        return
+
+    title = f"{devices} devices, GB per device and seconds per step"
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("layout", no_wrap=True)
+    for column in ("weights", "grads", "optim.", "activ.", "comm.", "total", "step", "bubble", "wait", "tokens/s",
+                   "/device", "balance"):  # fmt: skip
+        table.add_column(column, justify="right", no_wrap=True)
+    available = (assumptions.memory - assumptions.reserve) / planner.GB
+    for estimate in estimates[:rows]:
+        needs = estimate.memory
+        parts = needs.weights, needs.gradients, needs.optimizer, needs.activations, needs.communication, needs.total()
+        cells = [f"{part / planner.GB:.1f}" for part in parts]
+        if estimate.fits:
+            seconds, total = estimate.seconds, estimate.step_time
+            waiting = total - sum(seconds[cause] for cause in ("compute", "bubble", "optimizer"))
+            cells += [f"{total:.2f}", f"{seconds['bubble']:.2f}", f"{waiting:.2f}"]
+            cells += [f"{estimate.tokens_per_second:,.0f}", f"{estimate.tokens_per_second / devices:,.0f}"]
+            cells.append(f"{seconds['balance loss'] / total:.2%}")
+        else:
+            cells += [f"over {available:.1f} GB"]
+        table.add_row(str(estimate.layout), *cells)
+    wide = Console(width=max(console.width, 124))  # the columns are of no use cut off
+    wide.print(table)
+    fitting = sum(estimate.fits for estimate in estimates)
+    console.print(f"{fitting} of {len(estimates)} layouts fit. EP is for comparison: GRIN-MoE is trained without.")
+    for name, values in (("training", vars(training)), ("assumptions", vars(assumptions))):
+        console.print(f"{name}: " + ", ".join(f"{key}={value}" for key, value in values.items()), highlight=False)
 
 
 def find_recipes() -> dict[str, Path]:

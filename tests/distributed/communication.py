@@ -1,0 +1,149 @@
+"""What is sent and held in a training step: `communication.py FOLDER CASES.json` runs every case on gloo processes.
+
+A case is a dict of `name`, `ranks` and the arguments of `run_case`. The checkpoint is `FOLDER/model`; what a rank
+counted and measured goes to `FOLDER/{name}-{rank}.json`. Processes are forked, so that the imports, most of the time,
+happen once.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import sys
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing import start_processes
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.distributed import DistributedConfig
+
+from modeling_grin import GrinMoeForCausalLM
+from modeling_grin.training.pipeline import pipeline_model
+
+BATCH, LENGTH, VOCABULARY = 2, 8, 132
+# By the ops that DDP, FSDP2 and the pipeline call (c10d) and those that DTensor calls; waiting is none of them.
+OPERATIONS = {
+    "allreduce_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "broadcast_": "broadcast",
+    "send": "send",
+}
+NOT_COUNTED = {"wait_tensor", "_wrap_tensor_autograd", "recv_"}
+
+
+class CountCommunication(TorchDispatchMode):
+    """Calls and bytes by operation: of what is reduced or sent, and of all parts that are gathered or scattered.
+    All-reduces of integers are by themselves, the `counts` of the load-balance loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        if func.namespace in ("c10d", "_c10d_functional") and name not in NOT_COUNTED:
+            # A functional gather has the whole tensor in its result only.
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            counts = any(tensor.dtype == torch.int64 for tensor in tensors)
+            total = self.totals["counts" if counts else OPERATIONS[name]]
+            total[0] += 1
+            total[1] += max(tensor.nbytes for tensor in tensors)
+        return result
+
+
+def make_model(folder: Path, kind: str, sizes: dict[str, int], checkpointing: bool) -> tuple[nn.Module, Any]:
+    """The model, and what to call `begin_step` of with its data-parallel group."""
+    path = folder / "model"
+    if kind == "pipeline":
+        model = pipeline_model(path, dtype=torch.float32, **sizes)
+        begin_step = model.begin_step
+    else:
+        native = {"distributed_config": DistributedConfig(**sizes)} if kind == "native" else {}
+        model = GrinMoeForCausalLM.from_pretrained(path, **native)
+        tp_size = sizes.get("tp_size", 1)
+        mesh = init_device_mesh("cpu", (dist.get_world_size() // tp_size, tp_size), mesh_dim_names=("dp", "tp"))
+        begin_step = partial(model.begin_step, group=mesh.get_group("dp"))
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return (nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model), begin_step
+
+
+def train_step(model: nn.Module, batches: list[torch.Tensor], optimizer, before=lambda: None) -> None:
+    if hasattr(model, "pipeline"):
+        loss_function = partial(loss_of, model)
+        inputs = [{"input_ids": ids, "labels": ids} for ids in batches]
+        model.pipeline.run(inputs, loss_function, contextlib.nullcontext, training=True)
+    else:
+        for number, ids in enumerate(batches, 1):
+            before()
+            accumulates = isinstance(model, nn.parallel.DistributedDataParallel) and number < len(batches)
+            with model.no_sync() if accumulates else contextlib.nullcontext():
+                model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+
+
+def loss_of(model, logits, inputs):
+    return model.loss_function(logits, inputs["labels"], model.config.vocab_size)
+
+
+def run_case(folder: Path, kind: str, sizes: dict[str, int], checkpointing: bool, micro_batches: int) -> dict:
+    """What a rank sends in the third step, when DDP has settled its buckets, and its peak in bytes in the fourth."""
+    torch.manual_seed(0)
+    model, begin_step = make_model(folder, kind, sizes, checkpointing)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    batches = list(torch.randint(5, VOCABULARY, (micro_batches, BATCH, LENGTH)))
+    tokens = micro_batches * BATCH * LENGTH * dist.get_world_size()
+    counts, peak = CountCommunication(), None
+    for step in range(3):
+        begin_step(step, num_tokens=tokens)
+        with counts if step == 2 else contextlib.nullcontext():
+            train_step(model, batches, optimizer)
+        optimizer.zero_grad()
+    if kind == "native":
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        begin_step(3, num_tokens=tokens)
+        with tracker:
+            train_step(model, batches, optimizer, before=tracker.reset_mod_stats)
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    return {"communication": counts.totals, "peak": peak and {str(kind): size for kind, size in peak.items()}}
+
+
+def run_rank(rank: int, ranks: int, port: int, folder: Path, cases: list[dict]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": str(port),
+                   "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "False"}  # fmt: skip
+    PartialState(cpu=True)  # starts the process group, as Trainer does
+    for case in cases:
+        name = case.pop("name")
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(run_case(folder, **case)))
+    dist.destroy_process_group()
+
+
+def main(folder: Path, cases_file: Path) -> None:
+    logging.disable(logging.WARNING)
+    by_ranks: dict[int, list[dict]] = defaultdict(list)
+    for case in json.loads(cases_file.read_text()):
+        by_ranks[case.pop("ranks")].append(case)
+    for ranks, cases in by_ranks.items():
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        start_processes(run_rank, (ranks, port, folder, cases), ranks, start_method="fork")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

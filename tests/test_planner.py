@@ -1,0 +1,310 @@
+"""The planner against real models: parameters, memory, FLOPs; against the paper's figures; and its command."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoints import released_config
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from benchmarks import scaling
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from modeling_grin.analysis.planner import (
+    GB,
+    Assumptions,
+    Collective,
+    Layout,
+    Stage,
+    Training,
+    assume,
+    communication,
+    count_buckets,
+    estimate,
+    head_tensors,
+    layer_flops,
+    memory,
+    plan,
+    send_time,
+    stages,
+)
+from modeling_grin.cli import app
+
+SHAPES = {
+    "released": {},
+    "tiny": released_config(),
+    "phi-tiny": {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 448},
+    "tied, without biases": released_config(tie_word_embeddings=True, lm_head_bias=False, attention_bias=False),
+    "scaled outputs": released_config(moe_output_scale=True),
+}
+
+
+def whole(config: GrinMoeConfig) -> Stage:
+    return Stage(config.num_hidden_layers, True, True, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parameters_are_those_of_the_model(shape):
+    config = GrinMoeConfig(**SHAPES[shape])
+    with torch.device("meta"):
+        model = GrinMoeForCausalLM(config)
+    assert sum(whole(config).parameters(config)) == sum(parameter.numel() for parameter in model.parameters())
+    groups = [tensor for group in whole(config).groups(config) for tensor in group if sum(tensor)]
+    assert [sum(tensor) for tensor in groups] == [tensor.numel() for tensor in in_order(model)], "and in its order"
+
+
+def in_order(model):
+    """A layer's own parameters come before its children's; the planner lists them attention first."""
+    order = ("embed_tokens", "input_layernorm", "self_attn", "post_attention_layernorm", "block_sparse_moe", "")
+    named = list(model.named_parameters())
+
+    def key(item):
+        name = item[0]
+        layer = int(name.split(".")[2]) if ".layers." in name else (-1 if "embed" in name else 10**6)
+        return layer, next(number for number, part in enumerate(order) if part in name) if layer >= 0 else 0
+
+    return [parameter for _, parameter in sorted(named, key=key)]
+
+
+def measure_peak(config: GrinMoeConfig, training: Training) -> dict[str, int]:
+    """Bytes at the worst moment of an optimizer step of two micro-batches, by torch's kinds; the second of two steps,
+    when the optimizer has its state."""
+    torch.manual_seed(0)
+    model = GrinMoeForCausalLM(config).to(getattr(torch, training.precision)).train()
+    if training.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.randint(5, config.vocab_size, (training.micro_batch, training.sequence))
+
+    def step(before=lambda: None):
+        for _ in range(2):
+            before()
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        step(tracker.reset_mod_stats)
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    return {getattr(kind, "name", kind): size for kind, size in peak.items()}
+
+
+MEASURED = [  # sizes, sequences, tokens of each, precision, activation checkpointing
+    ({}, 2, 64, "float32", False),
+    ({}, 2, 64, "float32", True),
+    ({"num_local_experts": 32}, 2, 128, "float32", False),
+    ({"num_local_experts": 32}, 2, 128, "float32", True),
+    ({"num_hidden_layers": 8}, 4, 256, "float32", True),
+    ({"num_experts_per_tok": 1}, 4, 64, "float32", False),
+    ({"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}, 4, 64, "float32", False),
+    ({"vocab_size": 4096, "num_hidden_layers": 1}, 1, 64, "float32", True),
+    ({}, 4, 128, "bfloat16", False),
+    ({}, 4, 128, "bfloat16", True),
+]
+
+
+@pytest.mark.parametrize(("sizes", "micro_batch", "sequence", "precision", "checkpointing"), MEASURED)
+def test_memory_is_within_a_tenth_of_a_real_step(sizes, micro_batch, sequence, precision, checkpointing):
+    base = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4}
+    config = GrinMoeConfig(**released_config(**{**base, **sizes}, eos_token_id=2, pad_token_id=2))
+    training = Training(micro_batch, 2 * micro_batch, sequence, precision, checkpointing=checkpointing)
+    expected, peak = memory(config, Layout(), training), measure_peak(config, training)
+    assert expected.weights == peak["PARAM"]
+    assert expected.gradients == peak["GRAD"]
+    assert expected.optimizer == pytest.approx(peak["OPT"], rel=0.001)  # and a step number for each parameter
+    assert expected.total() == pytest.approx(peak["Total"], rel=0.1)
+    assert expected.activations == pytest.approx(peak["ACT"] + peak["TEMP"], rel=0.1)
+
+
+def test_flops_are_those_of_a_forward_pass():
+    config = GrinMoeConfig(**released_config(), attn_implementation="eager", experts_implementation="eager")
+    config.sliding_window = None
+    training = Training(micro_batch=2, sequence=64)
+    model = GrinMoeForCausalLM(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(5, 100, (2, 64)))
+    dense, experts = layer_flops(config, Layout(), training)
+    # The planner counts the half of the scores that a causal kernel computes, eager attention all of them.
+    scores = 2 * 2 * training.tokens * 64 * config.num_attention_heads * config.head_dim
+    head = 2 * training.tokens * head_tensors(config)[2].sharded
+    # Norms and biases are no matmuls; the planner takes them for some.
+    expected = config.num_hidden_layers * (dense + experts + scores / 2) + head
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_buckets_are_those_of_ddp():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        sizes = torch.randint(1, 4_000_000, (30,), generator=generator).tolist()
+        tensors = [torch.empty(size, device="meta") for size in sizes]
+        buckets, _ = dist._compute_bucket_assignment_by_size(tensors, [2**20, 25 * 2**20])
+        assert count_buckets(4 * size for size in sizes) == len(buckets)
+
+
+def test_figure_3_limits():
+    """32 experts with a pipeline only, 52 with tensor parallelism; 272 devices were not fitted to, and fit 200."""
+    *fitted, large = scaling.LIMITS
+    for layout in fitted:
+        assert scaling.largest_num_experts(layout) == scaling.LIMITS[layout], layout
+    assert large.devices == 272
+    assert scaling.largest_num_experts(large) >= 200
+
+
+@pytest.mark.parametrize("name", scaling.RELATIVE_THROUGHPUTS)
+def test_table_3_relative_throughput(name):
+    sizes, relative = scaling.RELATIVE_THROUGHPUTS[name]
+    dense, mixture = scaling.dense_and_mixture(sizes)
+    assert mixture / dense == pytest.approx(relative, rel=0.15)
+    # One device's speed, which is not asked for, is in range too.
+    assert (dense, mixture) == pytest.approx(scaling.TOKENS_PER_DEVICE[name], rel=0.3)
+
+
+def test_table_3_sizes_are_what_it_says():
+    small, released = GrinMoeConfig(**scaling.SMALL), GrinMoeConfig()
+    for config, total, active in ((small, 10e9, 1.6e9), (released, 41.9e9, 6.6e9)):
+        parameters = whole(config).parameters(config)
+        assert sum(parameters) == pytest.approx(total, rel=0.01)
+        idle = parameters.experts * (1 - config.num_experts_per_tok / config.num_local_experts)
+        assert sum(parameters) - idle == pytest.approx(active, rel=0.01)
+
+
+def test_pipeline_stages_hold_what_their_schedule_says():
+    config, training = GrinMoeConfig(), Training(global_batch=64)
+    assert [stage.in_flight for stage in stages(config, Layout(pp=8), training)] == [8, 7, 1]
+    assert [stage.in_flight for stage in stages(config, Layout(pp=8), replace(training, global_batch=4))] == [4, 4, 1]
+    # Of 8 devices with 2 stages, the first one warms up with 2 x 7 + 8 forward passes before it alternates.
+    assert stages(config, Layout(pp=8, interleave=2), training)[0].in_flight == 23 / 2
+    ends = stages(config, Layout(pp=34), training)
+    assert [stage[:3] for stage in ends] == [(0, True, False), (1, False, False), (0, False, True)]
+
+
+def test_bubble_is_that_of_the_schedule():
+    """(p - 1) / (m + p - 1) of the time of a 1F1B pipeline with nothing to send; half of that if interleaved."""
+    config, training = GrinMoeConfig(), Training(global_batch=16)
+    free = Assumptions(latency=0, intra_bandwidth=1e30, inter_bandwidth=1e30)
+    for interleave in (1, 2):
+        seconds = estimate(config, Layout(pp=4, interleave=interleave), training, free).seconds
+        assert seconds["bubble"] / seconds["compute"] == pytest.approx(3 / interleave / 16)
+
+
+def test_time_of_a_collective():
+    """A ring sends 2 (n - 1) / n of an all-reduce; a group that leaves its machine uses the slower links."""
+    assumptions = Assumptions(intra_bandwidth=1e9, inter_bandwidth=1e8, bandwidth_efficiency=1, latency=0)
+    assert send_time(Collective("all_reduce", 1, 10**9, 4, 1), assumptions) == pytest.approx(1.5)
+    assert send_time(Collective("all_gather", 1, 10**9, 4, 2), assumptions) == pytest.approx(0.75)
+    assert send_time(Collective("all_gather", 1, 10**9, 4, 4), assumptions) == pytest.approx(7.5)
+    assert send_time(Collective("send", 3, 10**9, 8, 1), replace(assumptions, latency=1)) == pytest.approx(1 + 9)
+
+
+def test_sharding_divides_what_it_shards():
+    config, training = GrinMoeConfig(), Training(global_batch=64)
+    alone = memory(config, Layout(), training)
+    for layout in (Layout(fsdp=8), Layout(fsdp=8, ep=4)):
+        assert memory(config, layout, training).weights == pytest.approx(alone.weights / 8)
+    replicas = memory(config, Layout(dp_replicate=8), training)
+    assert (replicas.weights, replicas.optimizer) == (alone.weights, alone.optimizer)
+    sharded = memory(config, Layout(dp_replicate=8), replace(training, shard_optimizer=True))
+    assert sharded.optimizer == alone.optimizer / 8
+    # Experts stay where they are: all-to-alls of tokens in the place of gathered experts.
+    config.router_aux_loss_coef = 0.01
+    fsdp, ep = (communication(config, Layout(fsdp=8, ep=size), training) for size in (1, 8))
+    expert_bytes = 2 * 8 * whole(config).parameters(config).experts * 2  # twice in each of 8 micro-batches
+    assert fsdp["FSDP weights"].bytes - ep["FSDP weights"].bytes == expert_bytes
+    assert ep["EP tokens"].calls == 8 * 32 * 6
+    assert ep["EP tokens"].bytes == 8 * 32 * 6 * 4096 * 2 * 4096 * 2  # calls x tokens x K x H x bytes
+    assert ep["balance loss"] == fsdp["balance loss"] == Collective("all_reduce", 8, 8 * 32 * 16 * 8, 8, 1)
+
+
+def test_plan_puts_the_fastest_that_fits_first():
+    found = plan(GrinMoeConfig(), 64, Training(), Assumptions())
+    fitting = [one for one in found if one.fits]
+    assert found[: len(fitting)] == fitting
+    assert 0 < len(fitting) < len(found)
+    speeds = [one.tokens_per_second for one in fitting]
+    assert speeds == sorted(speeds, reverse=True)
+    for one in found:
+        assert one.layout.devices == 64
+        assert one.fits == (one.memory.total() <= 73 * GB)
+        assert one.tokens_per_second * one.step_time == pytest.approx(1024 * 4096)
+    kinds = [{key for key, size in vars(one.layout).items() if size > 1} for one in found]
+    for kind in ({"dp_replicate"}, {"fsdp"}, {"dp_replicate", "fsdp"}, {"fsdp", "ep"}, {"tp", "pp"}, {"fsdp", "tp"},
+                 {"fsdp", "pp"}, {"fsdp", "tp", "pp", "interleave"}):  # fmt: skip
+        assert kind in kinds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sequence", "0"], "sequence=0 must be at least 1"),
+        (["--precision", "int3"], "precision='int3' is unknown; use one of float32"),
+        (["--devices", "0"], "devices=0 must be at least 1"),
+        (["--devices", "7", "--num-hidden-layers", "2", "--global-batch", "3"], "no layout of 7 devices"),
+        (["--config", "nowhere"], "config=nowhere does not exist"),
+        (["--assume", "speed=3"], "assumption 'speed=3' is not NAME=NUMBER with one of memory"),
+        (["--assume", "overlap=much"], "assumption 'overlap=much' is not NAME=NUMBER"),
+        (["--memory", "-1"], "memory=-1000000000.0 must be above 0"),
+        (["--num-experts-per-tok", "17"], "num_experts_per_tok=17 must not exceed"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message):
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (Layout(tp=3), "num_attention_heads=32 is not divisible by tp=3"),
+        (Layout(tp=16), "num_key_value_heads=8 is not divisible by tp=16"),
+        (Layout(pp=33), "32 layers do not make pp=33 x 1 stages: use at most 32, or 34"),
+        (Layout(pp=32, interleave=2), "32 layers do not make pp=32 x 2 stages"),
+        (Layout(fsdp=12, ep=3), "ep=3 must divide num_local_experts=16"),
+        (Layout(fsdp=3), "global_batch=1024 is not a multiple of 3 data-parallel ranks x micro_batch=1"),
+    ],
+)
+def test_impossible_layouts_say_why(layout, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        estimate(GrinMoeConfig(), layout, Training(), Assumptions())
+
+
+def test_command_reads_a_config_and_prints_json(tmp_path):
+    GrinMoeConfig(**released_config()).save_pretrained(tmp_path)
+    arguments = ["plan", "--config", tmp_path, "--num-local-experts", 4, "--devices", 2, "--memory", 16, "--json",
+                 "--assume", "overlap=0.5", "--no-balance-loss"]  # fmt: skip
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert (printed["config"]["hidden_size"], printed["config"]["num_local_experts"]) == (32, 4)
+    assert printed["training"] == vars(Training())
+    assert printed["assumptions"] == vars(assume(["overlap=0.5"], memory=16 * GB))
+    assert {one["layout"]["name"] for one in printed["layouts"]} == {
+        "DDP=2", "FSDP2=2", "FSDP2=2 EP=2", "PP=2", "TP=2",
+    }  # fmt: skip
+    for one in printed["layouts"]:
+        assert one["fits"] and one["balance_loss_share"] == 0
+        assert sum(one["seconds"].values()) == pytest.approx(one["step_time"])
+        parts = {"weights", "gradients", "optimizer", "activations", "communication", "buffers"}
+        assert sum(one["memory"][part] for part in parts) == pytest.approx(one["memory"]["total"])
+
+
+def test_command_prints_a_table_and_every_assumption():
+    result = CliRunner().invoke(app, ["plan", "--rows", "74"])
+    assert result.exit_code == 0, result.output
+    for text in ("FSDP2=8 PP=8", "over 73.0 GB", "layouts fit", "peak_flops=", "micro_batch=1"):
+        assert text in result.output
+
+
+def test_scale_study_writes_its_tables_and_images(tmp_path, monkeypatch, capsys):
+    small = {name: (label, values[:2], find) for name, (label, values, find) in scaling.SWEEPS.items()}
+    monkeypatch.setattr(scaling, "SWEEPS", small)
+    scaling.main(tmp_path)
+    assert "| DDP=2 PP=32 (64) | 32 | 32 |" in capsys.readouterr().out
+    for name in small:
+        assert (tmp_path / f"scaling_{name}.png").read_bytes().startswith(b"\x89PNG")
