@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.func import functional_call
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -138,10 +139,23 @@ class GrinMoeSparseMoeBlock(nn.Module):
         for parameter in self.gate.parameters():  # published 4-bit files have quantised routers, which cannot learn
             parameter.requires_grad_(parameter.is_floating_point() and not self.config.freeze_router)
 
+    def run_experts(self, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The experts' sum, `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`.
+
+        transformers' implementations compute in the dtype of the weights, which autocast does not know of: float32
+        weights would have float32 experts. Their copies are autocast's, as those of any linear layer.
+        """
+        device_type = tokens.device.type
+        if not (isinstance(self.experts, GrinMoeExperts) and torch.is_autocast_enabled(device_type)):
+            return self.experts(tokens, experts, weights)
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = {name: parameter.to(dtype) for name, parameter in self.experts.named_parameters()}
+        return functional_call(self.experts, cast, (tokens, experts, weights))
+
     def mix(self, tokens: torch.Tensor, mixture: Mixture) -> torch.Tensor:
         """Each slot's expert by itself, one slot a row, so that any experts implementation does; then their sum."""
         num_slots = mixture.experts.shape[1]
-        outputs = self.experts(
+        outputs = self.run_experts(
             tokens.repeat_interleave(num_slots, dim=0),
             mixture.experts.reshape(-1, 1),
             tokens.new_ones(mixture.experts.numel(), 1),
@@ -184,7 +198,7 @@ class GrinMoeSparseMoeBlock(nn.Module):
             keys=routing_keys,
         )
         if routing.mixture is None:
-            output = self.experts(tokens, routing.experts, routing.weights.to(tokens.dtype))
+            output = self.run_experts(tokens, routing.experts, routing.weights.to(tokens.dtype))
         else:
             output = self.mix(tokens, routing.mixture)
         if self.output_scale is not None:

@@ -7,10 +7,12 @@ import textwrap
 import tokenize
 
 import pytest
+import runs
 import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DefaultDataCollator, Trainer, TrainingArguments, set_seed
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
@@ -197,3 +199,29 @@ def test_expert_load_counts_each_decision_once(checkpoint, tmp_path):
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no tokens"):
         expert_load(model, [])
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("estimator", ["sparsemixer_v2", "dense"])
+def test_autocast_computes_experts_in_bfloat16(implementation, estimator):
+    """transformers' implementations go by the weights' dtype: with float32 weights nothing would be gained."""
+    model = runs.make_model(experts_implementation=implementation, router_estimator=estimator).train()
+    ids = torch.randint(5, 131, (2, 12), generator=torch.Generator().manual_seed(0))
+    dtypes = set()
+
+    class Matmuls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            sizes = [tuple(arg.shape[-2:]) for arg in args if isinstance(arg, torch.Tensor)]
+            if "mm" in str(func) and any(24 in size for size in sizes):  # the experts' intermediate_size
+                dtypes.update(arg.dtype for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point())
+            return func(*args, **(kwargs or {}))
+
+    model.begin_step(0, seed=0)
+    reference = model(ids, labels=ids).loss
+    with torch.autocast("cpu", torch.bfloat16), Matmuls():
+        model.begin_step(0, seed=0)
+        loss = model(ids, labels=ids).loss
+    assert dtypes == {torch.bfloat16}
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-2)
+    loss.backward()
+    assert {parameter.grad.dtype for parameter in model.model.layers[0].parameters()} == {torch.float32}

@@ -8,14 +8,16 @@ import os
 
 from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
 from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
 from transformers.utils import strtobool
 
 
-def take_launched_layout(num_processes: int) -> DistributedConfig | None:
+def take_launched_layout(training: TrainingArguments) -> DistributedConfig | None:
     """FSDP2 and tensor parallelism as `accelerate launch` was told in its config file; None: neither.
 
-    They are taken out of the environment, or accelerate would shard the model a second time.
+    They are taken out of the environment, or accelerate would shard the model a second time. In bfloat16 training
+    FSDP2 gathers bfloat16 copies of its float32 weights, as accelerate's would, and reduces gradients in float32.
 
     Raises:
         ValueError: FSDP of version 1, or context or sequence parallelism.
@@ -26,7 +28,7 @@ def take_launched_layout(num_processes: int) -> DistributedConfig | None:
     )
     if not (use_fsdp or use_sizes):
         return None
-    sizes = ParallelismConfig() if use_sizes else ParallelismConfig(dp_shard_size=num_processes)
+    sizes = ParallelismConfig() if use_sizes else ParallelismConfig(dp_shard_size=training.world_size)
     if sizes.cp_size * sizes.sp_size > 1:
         raise ValueError("context and sequence parallelism are not supported: use parallelism_config_tp_size")
     offload = False
@@ -40,4 +42,5 @@ def take_launched_layout(num_processes: int) -> DistributedConfig | None:
         dp_replicate_size=sizes.dp_replicate_size,
         tp_size=sizes.tp_size,
         fsdp_cpu_offload=offload,
+        fsdp_mixed_precision=training.mixed_precision == "bf16",
     )
