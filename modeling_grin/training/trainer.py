@@ -90,6 +90,11 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             raise ValueError("GrinMoeTrainerMixin does not know DeepSpeed's loss scale and checkpoints: use FSDP")
         if self.exact_balance and model.get_output_embeddings() is None:
             raise ValueError(f"exact_balance counts for language models, and {type(model).__name__} is none")
+        if self.get_tp_size() > 1 and not self.args.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices=False with tensor parallelism would multiply the loss by tp_size: set "
+                "it to True"
+            )
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         for field in ("expert_dropout", "attention_dropout"):
             if getattr(plugin, "activation_checkpointing", False) and (rate := getattr(model.config, field)) > 0:
