@@ -1,0 +1,194 @@
+"""What does a rank hold and read of a model that is spread over ranks: while it is loaded, saved and loaded again?
+
+A checkpoint of random weights in the released layout is loaded by `from_pretrained(distributed_config=...)` on gloo
+ranks of one machine, saved (`save_weights`) and read again (`load_weights`). Memory is a rank's own pages (RssAnon,
+looked at every 2 ms) over what it had with everything imported; pages of the mapped files, which ranks share and the
+system takes back when it needs them, are not in it, nor are parameters that safetensors leaves there until they are
+written to. Bytes read are those of the slices that a rank takes out of files.
+Linux only.
+
+    python benchmarks/sharded_loading.py
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import safetensors
+import torch
+import torch.distributed as dist
+import typer
+from rich.progress import track
+from transformers import modeling_utils
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging
+
+from benchmarks.quantized_memory import OwnPagesPeak, in_fresh_process, memory, write_checkpoint
+from benchmarks.routing_cost import show
+from modeling_grin import GrinMoeForCausalLM
+from modeling_grin.training import sharded
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "one process": {},
+    "FSDP2, 2 ranks": {"fsdp_size": 2},
+    "TP, 2 ranks": {"tp_size": 2},
+    "FSDP2, 4 ranks": {"fsdp_size": 4},
+    "TP, 4 ranks": {"tp_size": 4},
+    "FSDP2 x TP, 4 ranks": {"fsdp_size": 2, "tp_size": 2},
+}
+READ = ["read", "by all ranks"]
+COLUMNS = ["layout", "part", "load: peak", *READ, "save: peak", "load again: peak", *READ]
+TINY = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "num_local_experts": 4}  # fmt: skip
+
+Figures = list[dict[str, float]]
+"""By rank, what `run_rank` returns."""
+
+bytes_read = 0
+"""Taken out of safetensors files so far."""
+
+
+class CountedSlice:
+    """A slice of safetensors."""
+
+    def __init__(self, whole: Any):
+        self.whole = whole
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        global bytes_read
+        tensor = self.whole[index]
+        bytes_read += tensor.nbytes
+        return tensor
+
+
+class CountedFile:
+    """An open file of safetensors."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.file = open_file(*args, **kwargs)
+
+    def __enter__(self) -> "CountedFile":
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def get_slice(self, name: str) -> CountedSlice:
+        return CountedSlice(self.file.get_slice(name))
+
+
+open_file = safetensors.safe_open
+
+
+def measure_call(function: Callable[[], Any]) -> tuple[Any, int, int]:
+    """What a call returns, the most memory while it ran, and the bytes it read."""
+    read_before = bytes_read
+    pages = OwnPagesPeak()
+    pages.start()
+    result = function()
+    return result, pages.stop(), bytes_read - read_before
+
+
+def run_rank(rank: int, folder: str, tiny: str, layout: dict[str, int], file_bytes: int) -> dict[str, float]:
+    """One rank's figures, relative to the bytes of the checkpoint."""
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    safetensors.safe_open = modeling_utils.safe_open = CountedFile
+    config = DistributedConfig(**layout)
+    num_ranks = config.dp_size * config.tp_size
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{tiny}/ranks", rank=rank, world_size=num_ranks)
+    # As many files as the release has; and copies as small, to it, as ranks write of it.
+    sharded.MAX_SHARD_SIZE, sharded.MAX_PART_BYTES = file_bytes // 16, file_bytes // 64
+
+    def load(path: str) -> GrinMoeForCausalLM:
+        return GrinMoeForCausalLM.from_pretrained(path, distributed_config=config)
+
+    sharded.save_weights(load(tiny), f"{tiny}/saved")  # imports and first uses
+    dist.barrier()
+    before = memory("RssAnon")
+    model, load_peak, load_read = measure_call(lambda: load(folder))
+    part = sum(getattr(parameter, "to_local", lambda p=parameter: p)().nbytes for parameter in model.parameters())
+    _, save_peak, _ = measure_call(lambda: sharded.save_weights(model, f"{tiny}/saved"))
+    _, again_peak, again_read = measure_call(lambda: sharded.load_weights(model, f"{tiny}/saved"))
+    dist.destroy_process_group()
+    peaks = {"load": load_peak, "save": save_peak, "load again": again_peak}
+    figures = {f"{name} peak": peak - before for name, peak in peaks.items()}
+    figures |= {"part": part, "load read": load_read, "load again read": again_read}
+    return {name: figure / file_bytes for name, figure in figures.items()}
+
+
+def measure(sizes: dict[str, int], layouts: dict[str, dict[str, int]]) -> tuple[int, dict[str, Figures]]:
+    """Bytes of the checkpoint, and the figures of each layout."""
+    found: dict[str, Figures] = {}
+    with TemporaryDirectory() as folder:
+        in_fresh_process(write_checkpoint, folder, sizes)
+        file_bytes = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        for name, layout in track(layouts.items(), "layouts", transient=True):
+            num_ranks = layout.get("fsdp_size", 1) * layout.get("tp_size", 1)
+            context = multiprocessing.get_context("spawn")
+            with TemporaryDirectory() as tiny, ProcessPoolExecutor(num_ranks, context) as executor:
+                in_fresh_process(write_checkpoint, tiny, TINY)
+                arguments = folder, tiny, layout, file_bytes
+                ranks = [executor.submit(run_rank, rank, *arguments) for rank in range(num_ranks)]
+                found[name] = [rank.result() for rank in ranks]
+    return file_bytes, found
+
+
+def main(
+    hidden_size: Annotated[int, typer.Option(min=64)] = 512,
+    intermediate_size: Annotated[int, typer.Option(min=8, help="of one expert")] = 1024,
+    experts: Annotated[int, typer.Option(min=2)] = 16,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
+) -> None:
+    """Memory and bytes read per rank of a model that is spread over ranks.
+
+    Example: python benchmarks/sharded_loading.py --layers 2
+    """
+    sizes = {
+        "vocab_size": 4096,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden_size // 64,
+        "num_key_value_heads": max(4, hidden_size // 256),
+        "num_local_experts": experts,
+    }
+    file_bytes, found = measure(sizes, LAYOUTS)
+    rows = []
+    for name, ranks in found.items():
+
+        def most(figure: str, ranks: Figures = ranks) -> str:
+            return f"{max(rank[figure] for rank in ranks):.3f}"
+
+        def total(figure: str, ranks: Figures = ranks) -> str:
+            return f"{sum(rank[figure] for rank in ranks):.3f}"
+
+        row = [name, most("part"), most("load peak"), most("load read"), total("load read"), most("save peak")]
+        rows.append([*row, most("load again peak"), most("load again read"), total("load again read")])
+    title = f"Models spread over ranks: hidden {hidden_size}, FFN {intermediate_size} x {experts}, {layers} layers, "
+    notes = (
+        "All relative to the checkpoint's bytes; of the ranks' figures, the largest. Part: the parameters that a rank "
+        "has. Peaks are over what a rank had with everything imported, and have the part in them; load: "
+        "from_pretrained, save: save_weights, load again: load_weights. Files that ranks write hold a 64th of the "
+        "model, those of the checkpoint a 16th. Tensors that ranks have in common (norms, routers, some biases) are "
+        "read by each. Parameters that are as they lie in a file stay in its pages until they are written to, and are "
+        "in no peak."
+    )
+    show(f"{title}{file_bytes / 2**20:.0f} MiB in bfloat16", COLUMNS, rows, record, notes)
+
+
+if __name__ == "__main__":
+    typer.run(main)

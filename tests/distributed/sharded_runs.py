@@ -1,0 +1,168 @@
+"""Models that are spread over ranks by `DistributedConfig`, under torchrun: `sharded_runs.py FOLDER CASES.json`.
+
+A case is a dict of `name`, `run` (a function of `RUNS`) and its arguments. What that returns goes to
+`FOLDER/{name}-{rank}.pt`. In every case `checkpoint` names a folder in FOLDER, and `layout` has the arguments of
+`DistributedConfig`; None: one process or DDP.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import runs
+import torch
+import torch.distributed as dist
+from on_cpu import as_on_gpus
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.distributed import DistributedConfig
+
+from modeling_grin import GrinMoeForCausalLM, GrinMoeForSequenceClassification
+from modeling_grin.training import GrinMoeTrainer, sharded
+
+STEPS, SAVED_AT = 3, 1
+GLOBAL_MICRO_BATCH = 4  # rows of a micro-batch over all data-parallel ranks
+TRAINING = {"max_steps": STEPS, "accumulation": 4, "optim": "adamw_torch", "learning_rate": 1e-2, "logging_steps": 1,
+            "max_grad_norm": 0.5, "lr_scheduler_type": "linear", "weight_decay": 0.1,
+            # Gradients that are all but 0 are left out of it: Adam makes their rounding as large as anything.
+            "adam_epsilon": 1e-3}  # fmt: skip
+SAVING = {"save_strategy": "steps", "save_steps": SAVED_AT, "distributed_checkpoint": True}
+
+
+def load(folder: Path, checkpoint: str, layout: dict[str, int] | None, model_class=GrinMoeForCausalLM, **settings):
+    TrainingArguments(output_dir=folder, use_cpu=True)  # starts the process group
+    if layout is not None:
+        as_on_gpus()  # from here on: cases of DDP come before
+        torch.Tensor.pin_memory = lambda tensor: tensor  # for a copy to a GPU, of which there is none
+        settings["distributed_config"] = DistributedConfig(**layout)
+    return model_class.from_pretrained(folder / checkpoint, **settings)
+
+
+def describe(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+    """Placements, and the shape of this rank's part."""
+    if isinstance(tensor, DTensor):
+        return str(tensor.placements), tuple(tensor.to_local().shape)
+    return "whole", tuple(tensor.shape)
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def parameters(trainer) -> dict[str, torch.Tensor]:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: full(parameter) for name, parameter in model.named_parameters()}
+
+
+class FirstGradients(TrainerCallback):
+    """The gradients of the first step, whole."""
+
+    def __init__(self):
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if not self.gradients:
+            named = getattr(model, "module", model).named_parameters()
+            self.gradients = {name: full(parameter.grad) for name, parameter in named}
+
+
+class Tokenizer:
+    """Stands for one where Trainer saves it."""
+
+    def save_pretrained(self, folder):
+        Path(folder, "tokenizer.json").write_text("{}")
+
+
+def make_trainer(folder, name, checkpoint, layout, config=None, trainer_class=GrinMoeTrainer, **arguments):
+    model = load(folder, checkpoint, layout, **(config or {}))
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    dp_size = num_ranks // (1 if layout is None else layout.get("tp_size", 1))
+    arguments = {**TRAINING, "micro_batch": GLOBAL_MICRO_BATCH // dp_size, **arguments}
+    return runs.make_trainer(folder / f"{name}-run", model, trainer_class=trainer_class, **arguments)
+
+
+def train(
+    folder: Path, name: str, resume_from: str | None = None, noise_of_rank: bool = False, saved: bool = False, **case
+) -> dict[str, Any]:
+    """Train, or resume from a checkpoint in FOLDER.
+
+    Returns `parameters` after training and `gradients` of the first step, whole, and Trainer's `logs`.
+    `noise_of_rank`: a mistake, each rank with routing noise of its own. `saved`: `save_model`, too.
+    """
+    if noise_of_rank:
+        case["seed"] = int(os.environ["RANK"])
+    first = FirstGradients()
+    set_seed(5)
+    trainer = make_trainer(folder, name, callbacks=[first], **case)
+    trainer.train(None if resume_from is None else str(folder / resume_from))
+    if saved:
+        trainer.processing_class = Tokenizer()
+        sharded.MAX_SHARD_SIZE = "40KB"
+        trainer.save_model(folder / f"{name}-saved")
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"parameters": parameters(trainer), "gradients": first.gradients, "logs": logs}
+
+
+def train_best(folder: Path, name: str, **case) -> dict[str, Any]:
+    """Train with `load_best_model_at_end`: the losses of its `evaluations`, and `evaluation` of what is left."""
+    set_seed(5)
+    trainer = make_trainer(
+        folder, name, eval_dataset=runs.Rows("various", 4), eval_strategy="steps", eval_steps=1, save_strategy="best",
+        metric_for_best_model="eval_loss", load_best_model_at_end=True, per_device_eval_batch_size=4, **case,
+    )  # fmt: skip
+    trainer.train()
+    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return {"evaluations": evaluations, "evaluation": trainer.evaluate()["eval_loss"]}
+
+
+def train_plain(folder: Path, name: str, **case) -> dict[str, Any]:
+    """Train with transformers' own Trainer, which announces no steps to the model; the first step's `gradients`."""
+    set_seed(5)
+    first = FirstGradients()
+    make_trainer(folder, name, trainer_class=Trainer, callbacks=[first], **case).train()
+    return {"gradients": first.gradients}
+
+
+@torch.no_grad()
+def infer(folder: Path, name: str, checkpoint: str, layout: dict[str, int] | None, tp_plan: str | None = None):
+    """Returns `logits`, greedily `generated` ids, a classifier's `hidden` states and the shape of its logits,
+    `classified`, and `placements`, each parameter's `describe`."""
+    settings = {} if tp_plan is None else {"tp_plan": tp_plan}
+    model = load(folder, checkpoint, layout, **settings).eval()
+    ids = torch.stack([runs.Rows("various")[0]["input_ids"].clamp(min=5), torch.arange(5, 5 + runs.LENGTH)])
+    classifier = load(folder, checkpoint, layout, GrinMoeForSequenceClassification, num_labels=3, **settings)
+    classifier.eval()
+    return {
+        "logits": full(model(ids).logits),
+        "generated": model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None),
+        "hidden": full(classifier.model(ids).last_hidden_state),
+        "classified": tuple(classifier(ids).logits.shape),
+        "placements": {name: describe(parameter) for name, parameter in model.named_parameters()},
+    }
+
+
+def refusals(folder: Path, name: str, attempts: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The messages of the ValueErrors that training runs end with, by the attempt's name."""
+    messages = {}
+    for attempt, case in attempts.items():
+        try:
+            train(folder, f"{name}-{attempt}", **case)
+        except ValueError as error:
+            messages[attempt] = str(error)
+    return messages
+
+
+RUNS = {run.__name__: run for run in (train, train_best, train_plain, infer, refusals)}
+
+
+def main(folder: str | Path, cases_file: str | Path) -> None:
+    for case in json.loads(Path(cases_file).read_text()):
+        name = case["name"]
+        result = RUNS[case.pop("run")](Path(folder), **case)
+        torch.save(result, Path(folder, f"{name}-{os.environ.get('RANK', 0)}.pt"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
