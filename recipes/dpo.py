@@ -13,6 +13,7 @@ from transformers import set_seed
 from trl import DPOConfig
 
 from modeling_grin.training import RoutingCallback, checks
+from modeling_grin.training.layouts import take_launched_layout
 from modeling_grin.training.recipes import (
     FineTuningArguments,
     RecipeParser,
@@ -67,6 +68,11 @@ def main(argv: list[str] | None = None) -> None:
         if training.max_length is not None:
             checks.check_sequence_length(training.max_length, config, "max_length")
         train, held_out = load_train_and_eval(arguments, training, select)
+        if take_launched_layout(training) is not None or arguments.pipeline_parallel_size > 1:
+            raise ValueError(
+                "DPO needs whole models in each process: launch with recipes/accelerate/ddp.yaml, with lora_r where "
+                "memory is short"
+            )
         model = load_for_fine_tuning(arguments, config)
         # With LoRA the reference is the model as the adapter found it. TRL would load another with a default config.
         separate = not arguments.lora_r and not training.precompute_ref_log_probs

@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
                         packed[-1], [], f"{name}, cut into rows of block_size={arguments.block_size} tokens,"
                     )
 
-        layout = take_launched_layout(training)
+        layout = take_launched_layout(training, arguments.pipeline_parallel_size)
         if arguments.model_name_or_path is not None:
             model = load_model(arguments, config, layout)
         else:

@@ -80,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
         if training.max_length is not None:
             checks.check_sequence_length(training.max_length, config, "max_length")
         train, held_out = load_train_and_eval(arguments, training, partial(select, training=training))
-        model = load_for_fine_tuning(arguments, config, take_launched_layout(training))
+        layout = take_launched_layout(training, arguments.pipeline_parallel_size)
+        model = load_for_fine_tuning(arguments, config, layout)
         trainer = GrinMoeSFTTrainer(
             model=model,
             args=training,

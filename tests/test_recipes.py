@@ -612,6 +612,36 @@ def test_a_folder_of_several_formats_is_an_error(tmp_path):
         load_data(str(tmp_path))
 
 
+# ---- Layouts (real launches: tests/distributed/test_launch.py) ----
+
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "environment", "arguments", "message"),
+    [
+        ("sft", {**FSDP2, "FSDP_VERSION": "1"}, [], "fsdp_version=1 .* use 2"),
+        ("sft", {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, [],
+         "dp_replicate_size=1 x dp_shard_size=1 x tp_size=2 .* not the 1 processes"),
+        ("sft", {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}, [],
+         "context and sequence parallelism are not supported"),
+        ("sft", FSDP2, ["--lora_r", "2"], "LoRA needs the whole model in each process"),
+        ("sft", {}, ["--lora_r", "2", "--pipeline_parallel_size", "2"], "LoRA needs the whole model in each process"),
+        ("sft", {}, ["--pipeline_parallel_size", "2"], "1 processes are not data-parallel ranks of pp_size=2"),
+        ("sft", {}, ["--pipeline_parallel_size", "2", "--pipeline_schedule", "2F2B"], "'2F2B' is none of GPipe"),
+        ("dpo", FSDP2, [], "DPO needs whole models in each process"),
+        ("dpo", {}, ["--pipeline_parallel_size", "2"], "DPO needs whole models in each process"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_cannot_be_is_an_error(recipe, environment, arguments, message, tuned, tmp_path, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=message) as raised:
+        run(RECIPES[recipe], f"{recipe}_debug", "--output_dir", tmp_path / "out", *arguments)
+    assert "\n" not in str(raised.value)
+
+
 # ---- grin-moe recipes ----
 
 

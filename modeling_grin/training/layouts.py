@@ -13,14 +13,18 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import strtobool
 
 
-def take_launched_layout(training: TrainingArguments) -> DistributedConfig | None:
+def take_launched_layout(training: TrainingArguments, pipeline_parallel_size: int = 1) -> DistributedConfig | None:
     """FSDP2 and tensor parallelism as `accelerate launch` was told in its config file; None: neither.
 
     They are taken out of the environment, or accelerate would shard the model a second time. In bfloat16 training
     FSDP2 gathers bfloat16 copies of its float32 weights, as accelerate's would, and reduces gradients in float32.
 
+    Args:
+        pipeline_parallel_size: more than 1: the layout's tensor-parallel size is that of a stage, and its other sizes
+            are left to the number of processes.
+
     Raises:
-        ValueError: FSDP of version 1, or context or sequence parallelism.
+        ValueError: FSDP of version 1, context or sequence parallelism, or sizes that are not those of the launch.
     """
     use_fsdp, use_sizes = (
         strtobool(os.environ.pop(name, "false"))
@@ -31,6 +35,12 @@ def take_launched_layout(training: TrainingArguments) -> DistributedConfig | Non
     sizes = ParallelismConfig() if use_sizes else ParallelismConfig(dp_shard_size=training.world_size)
     if sizes.cp_size * sizes.sp_size > 1:
         raise ValueError("context and sequence parallelism are not supported: use parallelism_config_tp_size")
+    if pipeline_parallel_size == 1 and sizes.total_size != training.world_size:
+        raise ValueError(
+            f"dp_replicate_size={sizes.dp_replicate_size} x dp_shard_size={sizes.dp_shard_size} x tp_size="
+            f"{sizes.tp_size} of parallelism_config are not the {training.world_size} processes of the launch: set "
+            "--num_processes or --parallelism_config_dp_shard_size"
+        )
     offload = False
     if use_fsdp:
         plugin = FullyShardedDataParallelPlugin()
