@@ -79,30 +79,56 @@ def gradients(
     console.print(f"{output_dir / 'gradients.csv'} has every quantity and both equations; plots are beside it")
 
 
+MODEL, DEVICES, STEP, OUTPUT = "The model", "The devices", "A training step", "What is printed"
+"""Panels of `plan`'s options."""
+
+
 @app.command()
 def plan(
-    config: Annotated[Path | None, typer.Option(help="folder or config.json; the released sizes by default")] = None,
-    num_local_experts: Annotated[int | None, typer.Option(help="instead of the config's, as the other sizes")] = None,
-    num_experts_per_tok: Annotated[int | None, typer.Option()] = None,
-    hidden_size: Annotated[int | None, typer.Option()] = None,
-    intermediate_size: Annotated[int | None, typer.Option()] = None,
-    num_hidden_layers: Annotated[int | None, typer.Option()] = None,
-    num_attention_heads: Annotated[int | None, typer.Option()] = None,
-    num_key_value_heads: Annotated[int | None, typer.Option()] = None,
-    devices: Annotated[int, typer.Option(help="how many")] = 64,
-    devices_per_machine: Annotated[int, typer.Option(help="that are connected fast")] = 8,
-    memory: Annotated[float, typer.Option(help="of a device, GB")] = 80,
-    micro_batch: Annotated[int, typer.Option(help="sequences of a forward pass")] = 1,
-    global_batch: Annotated[int, typer.Option(help="sequences of an optimizer step, over all devices")] = 1024,
-    sequence: Annotated[int, typer.Option(help="tokens of a sequence")] = 4096,
-    precision: Annotated[str, typer.Option(help="float32, bfloat16, mixed (FSDP2), megatron or deepspeed")] = "mixed",
-    optimizer: Annotated[str, typer.Option(help="adamw, sgd_momentum or sgd")] = "adamw",
-    checkpointing: Annotated[bool, typer.Option(help="compute layers again in the backward pass")] = True,
-    shard_optimizer: Annotated[bool, typer.Option(help="optimizer state of replicas sharded, ZeRO-1")] = False,
-    balance_loss: Annotated[bool, typer.Option(help="train with the load-balance loss")] = True,
-    assume: Annotated[list[str] | None, typer.Option(help="another assumption, NAME=VALUE; may be repeated")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="layouts to show")] = 12,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, every layout with all its figures")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="folder or config.json; the released sizes by default", rich_help_panel=MODEL)
+    ] = None,
+    num_local_experts: Annotated[
+        int | None, typer.Option(help="instead of the config's, as the other sizes", rich_help_panel=MODEL)
+    ] = None,
+    num_experts_per_tok: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
+    hidden_size: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
+    intermediate_size: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
+    num_hidden_layers: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
+    num_attention_heads: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
+    num_key_value_heads: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
+    devices: Annotated[int, typer.Option(help="how many", rich_help_panel=DEVICES)] = 64,
+    devices_per_machine: Annotated[int, typer.Option(help="that are connected fast", rich_help_panel=DEVICES)] = 8,
+    memory: Annotated[float, typer.Option(help="of a device, GB", rich_help_panel=DEVICES)] = 80,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE, another assumption; may be repeated", rich_help_panel=DEVICES),
+    ] = None,
+    micro_batch: Annotated[int, typer.Option(help="sequences of a forward pass", rich_help_panel=STEP)] = 1,
+    global_batch: Annotated[
+        int, typer.Option(help="sequences of an optimizer step, over all devices", rich_help_panel=STEP)
+    ] = 1024,
+    sequence: Annotated[int, typer.Option(help="tokens of a sequence", rich_help_panel=STEP)] = 4096,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="mixed (the recipes' bf16: float32 weights, computed in bfloat16), float32, bfloat16, megatron or "
+            "deepspeed",
+            rich_help_panel=STEP,
+        ),
+    ] = "mixed",
+    optimizer: Annotated[str, typer.Option(help="adamw, sgd_momentum or sgd", rich_help_panel=STEP)] = "adamw",
+    checkpointing: Annotated[
+        bool, typer.Option(help="compute layers again in the backward pass", rich_help_panel=STEP)
+    ] = True,
+    shard_optimizer: Annotated[
+        bool, typer.Option(help="optimizer state of replicas sharded, ZeRO-1", rich_help_panel=STEP)
+    ] = False,
+    balance_loss: Annotated[bool, typer.Option(help="train with the load-balance loss", rich_help_panel=STEP)] = True,
+    rows: Annotated[int, typer.Option(min=1, help="layouts to show", rich_help_panel=OUTPUT)] = 12,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON: every layout with all its figures", rich_help_panel=OUTPUT)
+    ] = False,
 ) -> None:
     """Which layouts of many devices fit, what they hold and send, and how fast they should be. Nothing is run.
 

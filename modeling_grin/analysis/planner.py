@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
+from ..modeling_grinmoe import check_parallel_sizes
+
 GB = 1e9
 FLOAT32, INT64 = 4, 8  # bytes
 BUFFERS = 2  # of RoPE, float32 [head_dim / 2] each
@@ -27,22 +29,41 @@ class Precision:
     weights: int
     """What FSDP2 shards, and what the optimizer's moments are kept in."""
     compute: int
-    """Matmuls, activations, and what FSDP2 gathers."""
+    """Matmuls and activations."""
     gradients: int
     """What is kept of gradients."""
     reduced: int
     """A gradient as it is summed over data-parallel ranks."""
     master: int = 0
     """Of weights that the optimizer keeps besides (then `weights` are a low-precision copy)."""
+    autocast: bool = False
+    """Each forward pass copies the weights of its matmuls to `compute`; hidden states between layers are float32."""
+
+    @property
+    def gathered(self) -> int:
+        """What FSDP2 gathers."""
+        return self.weights if self.autocast else self.compute
+
+    @property
+    def residual(self) -> int:
+        """Hidden states between layers."""
+        return FLOAT32 if self.autocast else self.compute
+
+    @property
+    def preallocates(self) -> bool:
+        """Whether pipelines are torch's, with a buffer for all that a step's micro-batches receive; Megatron's and
+        DeepSpeed's, whose optimizers keep master weights, have none."""
+        return self.master == 0
 
 
 PRECISIONS = {
     "float32": Precision(4, 4, 4, 4),
     "bfloat16": Precision(2, 2, 2, 2),
-    "mixed": Precision(4, 2, 4, 4),  # FSDP2's MixedPrecisionPolicy(param_dtype=bfloat16, reduce_dtype=float32)
+    "mixed": Precision(4, 2, 4, 4),  # the recipes', as FSDP2's policy has it; `precision_of` knows the other layouts'
     "megatron": Precision(2, 2, 4, 4, master=4),  # gradients accumulated in float32
     "deepspeed": Precision(2, 2, 6, 4, master=4),  # the same, beside those in bfloat16
 }
+AUTOCAST = Precision(4, 2, 4, 4, autocast=True)  # "mixed" in layouts without FSDP2, and in pipelines
 OPTIMIZERS = {"adamw": 2, "sgd_momentum": 1, "sgd": 0}  # moments per weight, in the weights' precision
 
 
@@ -165,6 +186,12 @@ def assume(changes: Iterable[str], **values: Any) -> Assumptions:
     return replace(Assumptions(), **values)
 
 
+def precision_of(layout: Layout, training: Training) -> Precision:
+    """As in the recipes: FSDP2 gathers copies in low precision; in pipelines, and without it, autocast makes them."""
+    autocast = training.precision == "mixed" and (layout.fsdp == 1 or layout.pp > 1)
+    return AUTOCAST if autocast else PRECISIONS[training.precision]
+
+
 class Collective(NamedTuple):
     """One kind of communication of a device in an optimizer step."""
 
@@ -267,63 +294,101 @@ def stages(config: PreTrainedConfig, layout: Layout, training: Training) -> list
     return [first, *second, last]
 
 
-def saved_by_layer(config: PreTrainedConfig, layout: Layout, training: Training) -> float:
-    """Bytes a layer saves for its backward pass, one micro-batch.
+def copied_by_autocast(config: PreTrainedConfig, layout: Layout, training: Training) -> tuple[float, float]:
+    """Bytes of the copies that a layer's matmuls save: of attention and router; of the experts."""
+    precision = precision_of(layout, training)
+    if not precision.autocast:
+        return 0, 0
+    *others, gate_up, down = layer_tensors(config)
+    vectors = Parameters(0, 4 * config.hidden_size)  # of the norms, which autocast leaves
+    dense = add(others).local(layout) - vectors.local(layout)
+    return dense * precision.compute, add((gate_up, down)).local(layout) * precision.compute
 
-    Per token, in compute precision: inputs of both norms, what q, k, v read, the jittered tokens (H each), the K
-    copies sorted by expert and the K outputs to weigh (K H each); q and the attention's output, k and v; gate and up,
-    act(gate), and its product with up (K 4F). In float32: the jitter noise (H), the softmax's sum (a head), and per
-    draw of the router the probabilities (E). Masks, indices and statistics of the norms are the rest.
+
+def saved_by_layer(config: PreTrainedConfig, layout: Layout, training: Training) -> float:
+    """Bytes of activations a layer saves for its backward pass, one micro-batch.
+
+    Per token, in compute precision: what q, k, v read (under autocast each its own copy), the jittered tokens (H
+    each), the K copies sorted by expert and the K outputs to weigh (K H each); q and the attention's output, k and v;
+    gate and up, act(gate), and its product with up (K 4F). As hidden states are: the inputs of both norms (H each).
+    In float32: the jitter noise (H), the softmax's sum (a head), and per draw of the router the probabilities (E).
+    Masks, indices and statistics of the norms are the rest.
     """
-    size, top_k, experts = PRECISIONS[training.precision].compute, config.num_experts_per_tok, config.num_local_experts
-    hidden = config.hidden_size * ((4 + 2 * top_k) * size + (FLOAT32 if config.input_jitter_noise > 0 else 0))
-    routing = top_k * (experts * (FLOAT32 + 1) + 1 + 4 * INT64 + size) + experts * size + 4 * size
+    precision, top_k, experts = precision_of(layout, training), config.num_experts_per_tok, config.num_local_experts
+    size, read_by_qkv = precision.compute, 3 if precision.autocast else 1
+    per_channel = (read_by_qkv + 1 + 2 * top_k) * size + 2 * precision.residual
+    hidden = config.hidden_size * (per_channel + (FLOAT32 if config.input_jitter_noise > 0 else 0))
+    routing = top_k * (experts * (FLOAT32 + 1) + 1 + 4 * INT64 + precision.residual)
+    routing += experts * size + 4 * precision.residual
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim * size
     sharded = heads + FLOAT32 * config.num_attention_heads + 4 * top_k * config.intermediate_size * size
     return training.tokens * (hidden + routing + sharded / layout.tp)
 
 
-def saved_by_checkpoint(config: PreTrainedConfig, training: Training) -> float:
+def saved_by_checkpoint(config: PreTrainedConfig, layout: Layout, training: Training) -> float:
     """Bytes a layer keeps where it is computed again: its input, the keys of its noise, its choice of experts."""
-    compute = PRECISIONS[training.precision].compute
-    return training.tokens * (config.hidden_size * compute + INT64 + INT64 * config.num_experts_per_tok)
+    residual = precision_of(layout, training).residual
+    return training.tokens * (config.hidden_size * residual + INT64 + INT64 * config.num_experts_per_tok)
 
 
 def activations(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
-    """Bytes of activations at the worst moment of the backward pass.
+    """Bytes of activations at the worst moment.
 
-    - In the head: inputs of norm and head, log-softmax and two gradients of it in float32 (T V each, the head's output
-      is gathered on every tensor-parallel rank), of which one makes way for the weight's gradient.
-    - In a layer: gradients of the experts' down projection, its input and its output (T K F, T K H); or that of gate
-      and up, twice as large, when what they made of the tokens (T K F twice) is gone. They come beside those of
-      other micro-batches, and are added to them later.
+    - In the head, backward: inputs of norm and head, log-softmax and two gradients of it in float32 (T V each, the
+      head's output is gathered on every tensor-parallel rank), of which one makes way for the weight's gradient.
+    - In a layer, backward: gradients of the experts' down projection, its input and its output (T K F, T K H); or that
+      of gate and up, twice as large, when what they made of the tokens (T K F twice) is gone. They come beside those
+      of other micro-batches, and are added to them later.
+    - Under autocast, in the head, forward: logits in both precisions and their log-softmax, beside the copies of all
+      layers' weights but the experts', which autocast keeps to the end of the forward pass. In a layer: weighing
+      experts' outputs, in float32, when it is computed again; or the gradients of all experts in low precision and
+      that of gate and up in float32, when the experts' activations and copies are gone.
     """
-    precision = PRECISIONS[training.precision]
-    layer = saved_by_layer(config, layout, training)
-    kept = saved_by_checkpoint(config, training) if training.checkpointing else layer
-    tokens, top_k = training.tokens, config.num_experts_per_tok
-    head = tokens * (2 * config.hidden_size * precision.compute + 2 * INT64) * stage.head
+    precision, tokens = precision_of(layout, training), training.tokens
+    dense_copies, expert_copies = copied_by_autocast(config, layout, training)
+    layer = saved_by_layer(config, layout, training) + dense_copies + expert_copies
+    kept = saved_by_checkpoint(config, layout, training) if training.checkpointing else layer
+    hidden, slots = tokens * config.hidden_size, tokens * config.num_experts_per_tok
+    weight = head_tensors(config)[2].local(layout) * precision.compute
+    head = hidden * (precision.residual + precision.compute) + 2 * tokens * INT64 + weight * precision.autocast
     logits = tokens * config.vocab_size * FLOAT32
-    of_head = 2 * logits + max(logits, head_tensors(config)[2].local(layout) * precision.compute)
+    of_head = 2 * logits + max(logits, weight)
     gate_up, down = (tensor.local(layout) * precision.compute for tensor in layer_tensors(config)[-2:])
-    inside = tokens * top_k * config.intermediate_size * precision.compute / layout.tp
-    down += inside + tokens * top_k * config.hidden_size * precision.compute
-    of_layer = layer * training.checkpointing + max(down, gate_up - 2 * inside)
+    inside, outputs = slots * config.intermediate_size * precision.compute / layout.tp, slots * config.hidden_size
+    of_layer = max(down + inside + outputs * precision.compute, gate_up - 2 * inside)
+    if precision.autocast:
+        of_head = max(of_head, logits / 2 + 2 * weight)
+        forward = 2 * logits + logits / 2 + hidden * FLOAT32
+        if layout.pp == 1:
+            forward += dense_copies * stage.layers * training.checkpointing
+        of_head = max(of_head, forward)
+        weighing = 2 * FLOAT32 * (outputs + hidden)
+        cast = 2 * gate_up - down - 4 * inside - 2 * outputs * precision.compute
+        of_layer = max(of_layer, weighing * training.checkpointing, cast)
+    of_layer += layer * training.checkpointing
     moments = (of_head * stage.head, of_layer * (stage.layers > 0))
-    return stage.in_flight * stage.layers * kept + head + max(moments)
+    return stage.in_flight * stage.layers * kept + head * stage.head + max(moments)
 
 
 def gathered(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
-    """Bytes of what FSDP2 puts together: two layers' weights (one is prefetched) and a layer's gradients; in a
-    pipeline the whole stage's, from the first micro-batch to the last."""
+    """Bytes of what FSDP2 puts together: two layers' weights (one is prefetched) and a layer's gradients, before and
+    after they are scattered; in a pipeline the whole stage's, from the first micro-batch to the last."""
     if layout.fsdp == 1:
         return 0
-    precision = PRECISIONS[training.precision]
+    precision = precision_of(layout, training)
     if layout.pp > 1:
-        return stage.parameters(config).local(layout) * (precision.compute + precision.reduced)
+        return stage.parameters(config).local(layout) * (precision.gathered + precision.reduced)
     layer = add(layer_tensors(config)).local(layout) if stage.layers else 0
     tail = add(head_tensors(config)).local(layout) if stage.head else 0  # stays gathered from forward to backward
-    return (2 * layer + tail) * precision.compute + layer * precision.reduced
+    return (2 * layer + tail) * precision.gathered + (layer + layer / layout.fsdp) * precision.reduced
+
+
+def received(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
+    """Bytes of a step's hidden states and gradients that come from other pipeline stages."""
+    if layout.pp == 1:
+        return 0
+    number = micro_batches(layout, training) * (2 * layout.interleave - stage.embedding - stage.head)
+    return number * training.tokens * config.hidden_size * precision_of(layout, training).weights
 
 
 @dataclass(frozen=True)
@@ -342,7 +407,7 @@ class Memory:
 
 
 def stage_memory(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> Memory:
-    precision = PRECISIONS[training.precision]
+    precision = precision_of(layout, training)
     parameters = stage.parameters(config)
     # Experts are sharded over ep and fsdp / ep: over fsdp in all, as everything else.
     count = parameters.local(replace(layout, ep=1)) / layout.fsdp
@@ -354,7 +419,9 @@ def stage_memory(config: PreTrainedConfig, layout: Layout, training: Training, s
         gradients=count * precision.gradients,
         optimizer=count * training.moments() / (layout.dp_replicate if training.shard_optimizer else 1),
         activations=activations(config, layout, training, stage),
-        communication=gathered(config, layout, training, stage) + buckets * count * precision.reduced,
+        communication=gathered(config, layout, training, stage)
+        + received(config, layout, training, stage) * precision.preallocates
+        + buckets * count * precision.reduced,
         buffers=BUFFERS * config.head_dim * FLOAT32 // 2 + (training.sequence > visible) * training.sequence**2,
     )
 
@@ -407,8 +474,8 @@ def communication(
       those of each stage.
     """
     stage = stage or stages(config, layout, training)[0]
-    precision, tokens, m = PRECISIONS[training.precision], training.tokens, micro_batches(layout, training)
-    hidden = tokens * config.hidden_size * precision.compute
+    precision, tokens, m = precision_of(layout, training), training.tokens, micro_batches(layout, training)
+    hidden = tokens * config.hidden_size
     again = int(training.checkpointing)
     groups = [add(group) for group in stage.groups(config)]
     result = {}
@@ -417,9 +484,10 @@ def communication(
         if calls and size and ranks > 1:
             result[purpose] = Collective(operation, calls, round(size), ranks, stride)
 
-    sums = stage.embedding + (6 + 2 * again) * stage.layers + stage.head
-    weights = tokens * config.num_experts_per_tok * precision.compute
-    put("TP activations", "all_reduce", m * sums, m * sums * hidden, layout.tp, 1)
+    of_attention, others = (1 + again) * stage.layers, stage.embedding + (5 + again) * stage.layers + stage.head
+    size = hidden * (of_attention * precision.compute + others * precision.residual)
+    put("TP activations", "all_reduce", m * (of_attention + others), m * size, layout.tp, 1)
+    weights = tokens * config.num_experts_per_tok * precision.residual
     put("TP routing weights", "all_reduce", m * stage.layers, m * stage.layers * weights, layout.tp, 1)
     vocabulary = ceil(config.vocab_size / layout.tp) * layout.tp * stage.head
     put("TP logits", "all_gather", m, m * tokens * vocabulary * precision.compute, layout.tp, 1)
@@ -432,13 +500,14 @@ def communication(
     kept = sides - 1 if stage.head else 0  # last norm and head stay gathered from forward to backward
     count, width = repeats * len(dense), layout.tp * layout.pp
     gathers, size = repeats * (sides * len(dense) - kept), repeats * (sides * sum(dense) - kept * dense[-1])
-    put("FSDP weights", "all_gather", gathers, size * precision.compute, layout.fsdp, width)
+    put("FSDP weights", "all_gather", gathers, size * precision.gathered, layout.fsdp, width)
     put("FSDP gradients", "reduce_scatter", count, repeats * sum(dense) * precision.reduced, layout.fsdp, width)
     shards, layers, size = layout.fsdp // layout.ep, repeats * stage.layers, repeats * sum(experts)
-    put("FSDP experts", "all_gather", sides * layers, sides * size * precision.compute, shards, width * layout.ep)
+    put("FSDP experts", "all_gather", sides * layers, sides * size * precision.gathered, shards, width * layout.ep)
     put("FSDP expert gradients", "reduce_scatter", layers, size * precision.reduced, shards, width * layout.ep)
     exchanges = (4 + 2 * again) * m * stage.layers
-    put("EP tokens", "all_to_all", exchanges, exchanges * hidden * config.num_experts_per_tok, layout.ep, width)
+    size = exchanges * hidden * config.num_experts_per_tok * precision.compute
+    put("EP tokens", "all_to_all", exchanges, size, layout.ep, width)
 
     stride = width * layout.fsdp
     if layout.fsdp > 1:
@@ -455,8 +524,7 @@ def communication(
 
     parts = m * layout.interleave
     sends = 2 * parts - m * (stage.embedding + stage.head)
-    size = tokens * config.hidden_size * precision.weights  # in the model's own precision
-    put("PP activations", "send", sends, sends * size, layout.pp, layout.tp)
+    put("PP activations", "send", sends, sends * hidden * precision.weights, layout.pp, layout.tp)
     put("PP loss", "broadcast", 1, FLOAT32, layout.pp, layout.tp)
     if config.router_aux_loss_coef > 0 and stage.layers:
         counts = m * stage.layers * config.num_local_experts * INT64
@@ -484,9 +552,10 @@ def layer_time(config: PreTrainedConfig, layout: Layout, training: Training, ass
 
     Matmuls: forward once, backward twice, and forward again with checkpointing; the experts' are at least as long as
     their weights take to be read. Everything else is memory traffic: what is saved is written and read forward,
-    and read backward, where its gradient is written and read.
+    and read backward, where its gradient is written and read. Autocast copies weights before each forward pass, and
+    their gradients back.
     """
-    precision = PRECISIONS[training.precision]
+    precision = precision_of(layout, training)
     peak = assumptions.peak_flops if precision.compute < FLOAT32 else assumptions.peak_flops_float32
     peak *= assumptions.matmul_efficiency
     bandwidth = assumptions.memory_bandwidth * assumptions.bandwidth_efficiency
@@ -499,12 +568,13 @@ def layer_time(config: PreTrainedConfig, layout: Layout, training: Training, ass
     saved = saved_by_layer(config, layout, training)
     if config.num_local_experts == 1:  # a dense layer neither sorts its tokens nor weighs its outputs
         saved -= 2 * training.tokens * config.hidden_size * precision.compute
-    return (3 + again) * matmuls + (5 + 2 * again) * saved / bandwidth
+    copies = sum(copied_by_autocast(config, layout, training)) * (1 + precision.weights / precision.compute)
+    return (3 + again) * matmuls + ((5 + 2 * again) * saved + (2 + again) * copies) / bandwidth
 
 
 def head_time(config: PreTrainedConfig, layout: Layout, training: Training, assumptions: Assumptions) -> float:
     """Seconds of the head, forward and backward, and of the loss, which reads and writes float32 logits six times."""
-    precision = PRECISIONS[training.precision]
+    precision = precision_of(layout, training)
     peak = assumptions.peak_flops if precision.compute < FLOAT32 else assumptions.peak_flops_float32
     size = training.tokens * config.vocab_size
     flops = 3 * MULTIPLY_ADD * size * config.hidden_size / layout.tp
@@ -589,15 +659,9 @@ class Estimate:
 
 def check_layout(config: PreTrainedConfig, layout: Layout, training: Training) -> None:
     """Raise ValueError, with the numbers, for a layout that cannot be."""
-    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if (size := getattr(config, field)) % layout.tp:
-            raise ValueError(f"{field}={size} is not divisible by tp={layout.tp}: choose a tp that divides it")
-    layers = config.num_hidden_layers
-    if layout.pp * layout.interleave > layers and (layout.pp, layout.interleave) != (layers + 2, 1):
-        raise ValueError(
-            f"{layers} layers do not make pp={layout.pp} x {layout.interleave} stages: use at most {layers}, or "
-            f"{layers + 2} with embedding and head as stages of their own"
-        )
+    # Where embedding and head are stages of their own, the others have a layer each.
+    own = (layout.pp, layout.interleave) == (config.num_hidden_layers + 2, 1)
+    check_parallel_sizes(config, tp_size=layout.tp, pp_size=1 if own else layout.pp * layout.interleave)
     if config.num_local_experts % layout.ep or layout.fsdp % layout.ep:
         raise ValueError(
             f"ep={layout.ep} must divide num_local_experts={config.num_local_experts} and fsdp={layout.fsdp}"

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import socket
-import sys
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from peak_memory import PeakMemory
 from torch import nn
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,14 +64,17 @@ class CountCommunication(TorchDispatchMode):
         return result
 
 
-def make_model(folder: Path, kind: str, sizes: dict[str, int], checkpointing: bool) -> tuple[nn.Module, Any]:
-    """The model, and what to call `begin_step` of with its data-parallel group."""
+def make_model(
+    folder: Path, kind: str, sizes: dict[str, int], checkpointing: bool, mixed: bool
+) -> tuple[nn.Module, Any]:
+    """The model, and what to call `begin_step` of with its data-parallel group. Mixed precision as in the recipes."""
     path = folder / "model"
     if kind == "pipeline":
         model = pipeline_model(path, dtype=torch.float32, **sizes)
         begin_step = model.begin_step
     else:
-        native = {"distributed_config": DistributedConfig(**sizes)} if kind == "native" else {}
+        layout = DistributedConfig(**sizes, fsdp_mixed_precision=mixed)
+        native = {"distributed_config": layout} if kind == "native" else {}
         model = GrinMoeForCausalLM.from_pretrained(path, **native)
         tp_size = sizes.get("tp_size", 1)
         mesh = init_device_mesh("cpu", (dist.get_world_size() // tp_size, tp_size), mesh_dim_names=("dp", "tp"))
@@ -83,45 +85,58 @@ def make_model(folder: Path, kind: str, sizes: dict[str, int], checkpointing: bo
     return (nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model), begin_step
 
 
-def train_step(model: nn.Module, batches: list[torch.Tensor], optimizer, before=lambda: None) -> None:
+def train_step(model: nn.Module, batches: list[torch.Tensor], optimizer: torch.optim.Optimizer, mixed: bool) -> None:
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=mixed)
     if hasattr(model, "pipeline"):
-        loss_function = partial(loss_of, model)
         inputs = [{"input_ids": ids, "labels": ids} for ids in batches]
-        model.pipeline.run(inputs, loss_function, contextlib.nullcontext, training=True)
+        model.pipeline.run(inputs, partial(loss_of, model), autocast, training=True)
     else:
         for number, ids in enumerate(batches, 1):
-            before()
             accumulates = isinstance(model, nn.parallel.DistributedDataParallel) and number < len(batches)
             with model.no_sync() if accumulates else contextlib.nullcontext():
-                model(input_ids=ids, labels=ids).loss.backward()
+                with autocast():
+                    loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
     optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
 
 
 def loss_of(model, logits, inputs):
     return model.loss_function(logits, inputs["labels"], model.config.vocab_size)
 
 
-def run_case(folder: Path, kind: str, sizes: dict[str, int], checkpointing: bool, micro_batches: int) -> dict:
+def find_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """What a pipeline's stages receive into, which they keep."""
+    if not hasattr(model, "pipeline"):
+        return []
+    schedule = model.pipeline._prepared[0]
+    stages = schedule._stages if hasattr(schedule, "_stages") else [schedule._stage]
+    infos = [info for stage in stages for received in (stage.args_recv_info, stage.grad_recv_info)
+             for of_micro_batch in received.values() for info in of_micro_batch]  # fmt: skip
+    return [info.buffer for info in infos if info.buffer is not None]
+
+
+def run_case(
+    folder: Path, kind: str, sizes: dict[str, int], checkpointing: bool, micro_batches: int, mixed: bool
+) -> dict:
     """What a rank sends in the third step, when DDP has settled its buckets, and its peak in bytes in the fourth."""
     torch.manual_seed(0)
-    model, begin_step = make_model(folder, kind, sizes, checkpointing)
+    model, begin_step = make_model(folder, kind, sizes, checkpointing, mixed)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     batches = list(torch.randint(5, VOCABULARY, (micro_batches, BATCH, LENGTH)))
     tokens = micro_batches * BATCH * LENGTH * dist.get_world_size()
-    counts, peak = CountCommunication(), None
+    counts = CountCommunication()
     for step in range(3):
         begin_step(step, num_tokens=tokens)
         with counts if step == 2 else contextlib.nullcontext():
-            train_step(model, batches, optimizer)
-        optimizer.zero_grad()
-    if kind == "native":
-        tracker = MemTracker()
-        tracker.track_external(model, optimizer)
-        begin_step(3, num_tokens=tokens)
-        with tracker:
-            train_step(model, batches, optimizer, before=tracker.reset_mod_stats)
-        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    return {"communication": counts.totals, "peak": peak and {str(kind): size for kind, size in peak.items()}}
+            train_step(model, batches, optimizer, mixed)
+    memory, buffers = PeakMemory(), find_buffers(model)
+    memory.track_external(model, optimizer, *buffers)
+    begin_step(3, num_tokens=tokens)
+    with memory:
+        train_step(model, batches, optimizer, mixed)
+    received = sum(buffer.nbytes for buffer in buffers)
+    return {"communication": counts.totals, "peak": memory.peak(), "received": received}
 
 
 def run_rank(rank: int, ranks: int, port: int, folder: Path, cases: list[dict]) -> None:
@@ -134,16 +149,12 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, cases: list[dict]) 
     dist.destroy_process_group()
 
 
-def main(folder: Path, cases_file: Path) -> None:
+def main(folder: str, cases_file: str) -> None:
     logging.disable(logging.WARNING)
     by_ranks: dict[int, list[dict]] = defaultdict(list)
-    for case in json.loads(cases_file.read_text()):
+    for case in json.loads(Path(cases_file).read_text()):
         by_ranks[case.pop("ranks")].append(case)
     for ranks, cases in by_ranks.items():
         with socket.create_server(("localhost", 0)) as server:
             port = server.getsockname()[1]
-        start_processes(run_rank, (ranks, port, folder, cases), ranks, start_method="fork")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+        start_processes(run_rank, (ranks, port, Path(folder), cases), ranks, start_method="fork")

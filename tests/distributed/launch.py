@@ -1,16 +1,19 @@
-"""Run scripts on several gloo processes."""
+"""Run scripts on several gloo processes; `launch.py PROCESSES SCRIPT [ARGUMENTS]` runs the `main` of one."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
 ROOT = Path(__file__).parents[2]
 
 
 def run(command: Sequence[str | Path], timeout: float) -> str:
-    """Run `python -m command` with one thread a process; its output, or a failure with it."""
+    """Run `python command` with one thread a process; its output, or a failure with it."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -18,7 +21,7 @@ def run(command: Sequence[str | Path], timeout: float) -> str:
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "distributed"))),
     }
     shown = " ".join(Path(part).name for part in map(str, command))
-    command = [sys.executable, "-m", *map(str, command)]
+    command = [sys.executable, *map(str, command)]
     try:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
@@ -29,10 +32,15 @@ def run(command: Sequence[str | Path], timeout: float) -> str:
     return output
 
 
-def launch(script: Path, world_size: int, *args: str | Path, timeout: float = 120) -> str:
+def torchrun(script: str | Path, world_size: int, *args: str | Path, timeout: float = 120) -> str:
     """Run `script` under torchrun. Every line of the output begins with its rank, `[default0]:` and so on."""
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "--tee=3"]
-    return run([*torchrun, script, *args], timeout)
+    options = ["--standalone", f"--nproc-per-node={world_size}", "--tee=3"]
+    return run(["-m", "torch.distributed.run", *options, script, *args], timeout)
+
+
+def launch(script: str | Path, world_size: int, *args: str | Path, timeout: float = 240) -> str:
+    """Run the `main` of `script` on torchrun's ranks, which are forked: imports, most of the time, are done once."""
+    return run([__file__, str(world_size), script, *args], timeout)
 
 
 def accelerate_launch(config: str, world_size: int, recipe: str, *args: str | Path, timeout: float = 240) -> str:
@@ -43,5 +51,31 @@ def accelerate_launch(config: str, world_size: int, recipe: str, *args: str | Pa
     # Options of the launch come before the script, the others after it.
     sizes = [arg for arg in args if str(arg).startswith("--parallelism_config")]
     rest = [arg for arg in args if arg not in sizes]
-    command = ["accelerate.commands.launch", *options, "--num_processes", str(world_size), *sizes, *scripts, *rest]
+    command = [
+        "-m",
+        "accelerate.commands.launch",
+        *options,
+        "--num_processes",
+        str(world_size),
+        *sizes,
+        *scripts,
+        *rest,
+    ]
     return run(command, timeout)
+
+
+def main(world_size: str, script: str, *args: str) -> None:
+    spec = importlib.util.spec_from_file_location(Path(script).stem, script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if world_size == "1":
+        return module.main(*args)
+    config = LaunchConfig(
+        1, 1, int(world_size), start_method="fork", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    elastic_launch(config, module.main)(*args)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

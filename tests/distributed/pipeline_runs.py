@@ -1,4 +1,4 @@
-"""Training runs in a pipeline on forked gloo ranks: `pipeline_runs.py PROCESSES FOLDER CASES.json` runs every case.
+"""Training runs in a pipeline, for `launch`: every case of a file of them.
 
 A case is a dict of `name`, `function` (of this file, `train` by default) and its arguments. What that returns goes to
 `FOLDER/{name}-{rank}.pt`; checkpoints and the tokenizer are in `FOLDER`, too.
@@ -6,7 +6,6 @@ A case is a dict of `name`, `function` (of this file, `train` by default) and it
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import runs
 import torch
 from datasets import Dataset
 from on_cpu import as_on_gpus
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 from trl import SFTConfig
@@ -138,7 +136,7 @@ def errors(folder: Path, checkpoint: str) -> dict[str, str]:
     return messages
 
 
-def run(folder: str, cases_file: str) -> None:
+def main(folder: str, cases_file: str) -> None:
     on_gpus = False
     for case in json.loads(Path(cases_file).read_text()):
         name = case.pop("name")
@@ -148,17 +146,3 @@ def run(folder: str, cases_file: str) -> None:
         set_seed(5)
         result = globals()[case.pop("function", "train")](Path(folder), **case)
         torch.save(result, Path(folder, f"{name}-{os.environ.get('RANK', 0)}.pt"))
-
-
-def main(processes: str, folder: str, cases_file: str) -> None:
-    """torchrun's agent, with ranks that are forked, since each would otherwise import for seconds."""
-    if processes == "1":
-        return run(folder, cases_file)
-    config = LaunchConfig(
-        1, 1, int(processes), start_method="fork", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
-    )
-    elastic_launch(config, run)(folder, cases_file)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

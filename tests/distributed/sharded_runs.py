@@ -7,7 +7,6 @@ A case is a dict of `name`, `run` (a function of `RUNS`) and its arguments. What
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +161,3 @@ def main(folder: str | Path, cases_file: str | Path) -> None:
         name = case["name"]
         result = RUNS[case.pop("run")](Path(folder), **case)
         torch.save(result, Path(folder, f"{name}-{os.environ.get('RANK', 0)}.pt"))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

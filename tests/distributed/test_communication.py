@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from checkpoints import released_config, released_tensors, write_checkpoint
@@ -10,7 +11,15 @@ from communication import BATCH, LENGTH, VOCABULARY
 from launch import launch
 
 from modeling_grin import GrinMoeConfig
-from modeling_grin.analysis.planner import Layout, Training, communication, memory, micro_batches, stages
+from modeling_grin.analysis.planner import (
+    Layout,
+    Training,
+    communication,
+    micro_batches,
+    received,
+    stage_memory,
+    stages,
+)
 
 CONFIG = released_config(
     vocab_size=VOCABULARY,
@@ -23,19 +32,50 @@ CONFIG = released_config(
 )
 INTERLEAVED = "Interleaved1F1B"
 SCRIPT = Path(__file__).with_name("communication.py")
-# name -> the planner's layout, the engine, its sizes, activation checkpointing, micro-batches.
+NATIVE = {"fsdp": "fsdp_size", "tp": "tp_size", "dp_replicate": "dp_replicate_size"}
+
+
+class Case(NamedTuple):
+    layout: Layout
+    kind: str
+    sizes: dict[str, Any]
+    """Of the engine."""
+    checkpointing: bool
+    micro_batches: int
+    precision: str
+
+
+def native(precision: str = "float32", checkpointing: bool = False, **sizes: int) -> Case:
+    layout = Layout(**sizes)
+    return Case(layout, "native", {NATIVE[key]: size for key, size in sizes.items()}, checkpointing, 2, precision)
+
+
+def ddp(precision: str = "float32", checkpointing: bool = False) -> Case:
+    return Case(Layout(dp_replicate=2), "ddp", {}, checkpointing, 2, precision)
+
+
+def pipeline(precision: str = "float32", checkpointing: bool = False, **sizes: int) -> Case:
+    layout = Layout(pp=2, **sizes)
+    of_engine = {"pp_size": 2, "tp_size": layout.tp, "schedule": INTERLEAVED if layout.interleave > 1 else "1F1B"}
+    return Case(layout, "pipeline", of_engine, checkpointing, 4, precision)
+
+
 CASES = {
-    "ddp": (Layout(dp_replicate=2), "ddp", {}, False, 2),
-    "tp": (Layout(tp=2), "native", {"tp_size": 2}, False, 2),
-    "tp-checkpointing": (Layout(tp=2), "native", {"tp_size": 2}, True, 2),
-    "fsdp": (Layout(fsdp=2), "native", {"fsdp_size": 2}, False, 2),
-    "fsdp-checkpointing": (Layout(fsdp=2), "native", {"fsdp_size": 2}, True, 2),
-    "pp": (Layout(pp=2), "pipeline", {"pp_size": 2}, False, 4),
-    "pp-interleaved": (Layout(pp=2, interleave=2), "pipeline", {"pp_size": 2, "schedule": INTERLEAVED}, False, 4),
-    "hsdp": (Layout(dp_replicate=2, fsdp=2), "native", {"dp_replicate_size": 2, "fsdp_size": 2}, False, 2),
-    "fsdp-tp": (Layout(fsdp=2, tp=2), "native", {"fsdp_size": 2, "tp_size": 2}, True, 2),
-    "fsdp-tp-pp": (Layout(fsdp=2, tp=2, pp=2), "pipeline", {"pp_size": 2, "tp_size": 2}, True, 4),
-}  # fmt: skip
+    "ddp": ddp(),
+    "ddp-mixed": ddp("mixed", checkpointing=True),
+    "tp": native(tp=2),
+    "tp-mixed": native("mixed", checkpointing=True, tp=2),
+    "fsdp": native(fsdp=2),
+    "fsdp-mixed": native("mixed", fsdp=2),
+    "fsdp-mixed-checkpointing": native("mixed", checkpointing=True, fsdp=2),
+    "pp": pipeline(),
+    "pp-mixed": pipeline("mixed", checkpointing=True),
+    "pp-interleaved": pipeline(interleave=2),
+    "hsdp": native(dp_replicate=2, fsdp=2),
+    "fsdp-tp-mixed": native("mixed", checkpointing=True, fsdp=2, tp=2),
+    "fsdp-pp-mixed": pipeline("mixed", fsdp=2),
+    "fsdp-tp-pp-mixed": pipeline("mixed", checkpointing=True, fsdp=2, tp=2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +86,22 @@ def measured(tmp_path_factory):
     (folder / "model").mkdir()
     write_checkpoint(folder / "model", CONFIG, tensors)
     cases = [
-        {"name": name, "ranks": layout.devices, "kind": kind, "sizes": sizes, "checkpointing": checkpointing,
-         "micro_batches": number}
-        for name, (layout, kind, sizes, checkpointing, number) in CASES.items()
+        {"name": name, "ranks": case.layout.devices, "kind": case.kind, "sizes": case.sizes,
+         "checkpointing": case.checkpointing, "micro_batches": case.micro_batches, "mixed": case.precision == "mixed"}
+        for name, case in CASES.items()
     ]  # fmt: skip
     (folder / "cases.json").write_text(json.dumps(cases))
     launch(SCRIPT, 1, folder, folder / "cases.json")
     return {
-        name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(layout.devices)]
-        for name, (layout, *_) in CASES.items()
+        name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(case.layout.devices)]
+        for name, case in CASES.items()
     }
 
 
 def planned(name):
     """The case's config, layout and training, as the planner takes them."""
-    layout, _, _, checkpointing, number = CASES[name]
-    training = Training(
-        BATCH, number * BATCH * layout.data_parallel, LENGTH, precision="float32", checkpointing=checkpointing
-    )
+    layout, _, _, checkpointing, number, precision = CASES[name]
+    training = Training(BATCH, number * BATCH * layout.data_parallel, LENGTH, precision, checkpointing=checkpointing)
     assert micro_batches(layout, training) == number
     return GrinMoeConfig(**CONFIG), layout, training
 
@@ -81,13 +119,16 @@ def test_calls_and_bytes_are_those_that_ranks_count(name, measured):
             total[1] += collective.bytes
         actual = result["communication"]
         if layout.data_parallel == 1:  # a sum over one rank, which no one gets
-            assert actual.pop("counts")[0] == CASES[name][-1] * layout.interleave
+            assert actual.pop("counts")[0] == CASES[name].micro_batches * layout.interleave
         assert actual == expected, f"rank {rank}"
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[1] == "native"])
+@pytest.mark.parametrize("name", CASES)
 def test_memory_is_within_a_tenth_of_what_ranks_hold(name, measured):
     config, layout, training = planned(name)
-    expected = memory(config, layout, training)
-    for result in measured[name]:
-        assert expected.total() == pytest.approx(result["peak"]["Total"], rel=0.1)
+    ends = stages(config, layout, training)
+    for rank, result in enumerate(measured[name]):
+        stage = ends[0 if rank // layout.tp % layout.pp == 0 else -1]
+        expected = stage_memory(config, layout, training, stage)
+        assert expected.total() == pytest.approx(result["peak"]["Total"], rel=0.1), f"rank {rank}"
+        assert received(config, layout, training, stage) == result["received"]

@@ -6,10 +6,11 @@ One process, and DDP, are proven elsewhere against loops in float64 (`test_layou
 import json
 from pathlib import Path
 
+import pipeline_runs
 import pytest
 import runs
 import torch
-from launch import run
+from launch import launch
 
 from modeling_grin.training.sharded import released_views
 
@@ -73,12 +74,12 @@ SAME = {
 }
 
 
-def launch(processes: int, folder: Path) -> None:
+def run_cases(processes: int, folder: Path) -> None:
     """Run the cases of so many processes."""
     cases = [{"name": name, "checkpoint": "layers-4"} | case for name, case in CASES[processes].items()]
     file = folder / f"cases-{processes}.json"
     file.write_text(json.dumps(cases))
-    run(["pipeline_runs", str(processes), folder, file], timeout=120)
+    launch(pipeline_runs.__file__, processes, folder, file)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def trained(tmp_path_factory, trained_tokenizer):
         runs.make_model(num_hidden_layers=layers, **NOISE).save_pretrained(folder / f"layers-{layers}")
     trained_tokenizer.save_pretrained(folder / "tokenizer")
     for processes in CASES:
-        launch(processes, folder)
+        run_cases(processes, folder)
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(processes)]
         for processes, cases in CASES.items()
