@@ -49,12 +49,6 @@ class Precision:
         """Hidden states between layers."""
         return FLOAT32 if self.autocast else self.compute
 
-    @property
-    def preallocates(self) -> bool:
-        """Whether pipelines are torch's, with a buffer for all that a step's micro-batches receive; Megatron's and
-        DeepSpeed's, whose optimizers keep master weights, have none."""
-        return self.master == 0
-
 
 PRECISIONS = {
     "float32": Precision(4, 4, 4, 4),
@@ -383,12 +377,18 @@ def gathered(config: PreTrainedConfig, layout: Layout, training: Training, stage
     return (2 * layer + tail) * precision.gathered + (layer + layer / layout.fsdp) * precision.reduced
 
 
-def received(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
-    """Bytes of a step's hidden states and gradients that come from other pipeline stages."""
-    if layout.pp == 1:
+def handed_on(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
+    """Bytes of a stage's outputs, which torch keeps until their backward pass, and of the gradient that is
+    received for one; what a stage is handed is its first layer's input, an activation.
+
+    Not of engines with master weights: Megatron frees what it has sent, and of DeepSpeed the micro-batch that is
+    fitted to the paper's Figure 3 (`docs/scaling.md`) stands for whatever it keeps.
+    """
+    precision = precision_of(layout, training)
+    if layout.pp == 1 or precision.master:
         return 0
-    number = micro_batches(layout, training) * (2 * layout.interleave - stage.embedding - stage.head)
-    return number * training.tokens * config.hidden_size * precision_of(layout, training).weights
+    number = (stage.in_flight + 1) * (layout.interleave - stage.head)
+    return number * training.tokens * config.hidden_size * precision.residual
 
 
 @dataclass(frozen=True)
@@ -420,7 +420,7 @@ def stage_memory(config: PreTrainedConfig, layout: Layout, training: Training, s
         optimizer=count * training.moments() / (layout.dp_replicate if training.shard_optimizer else 1),
         activations=activations(config, layout, training, stage),
         communication=gathered(config, layout, training, stage)
-        + received(config, layout, training, stage) * precision.preallocates
+        + handed_on(config, layout, training, stage)
         + buckets * count * precision.reduced,
         buffers=BUFFERS * config.head_dim * FLOAT32 // 2 + (training.sequence > visible) * training.sequence**2,
     )

@@ -47,13 +47,18 @@ class CountCommunication(TorchDispatchMode):
     """Calls and bytes by operation: of what is reduced or sent, and of all parts that are gathered or scattered.
     All-reduces of integers are by themselves, the `counts` of the load-balance loss."""
 
-    def __init__(self):
+    def __init__(self, model: nn.Module):
         super().__init__()
+        self.model = model
+        self.most_buffers = 0
+        """That a pipeline's stages had memory for at once, whenever they received into one."""
         self.totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
+        if name == "recv_":
+            self.most_buffers = max(self.most_buffers, count_buffers(self.model))
         if func.namespace in ("c10d", "_c10d_functional") and name not in NOT_COUNTED:
             # A functional gather has the whole tensor in its result only.
             tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
@@ -105,15 +110,13 @@ def loss_of(model, logits, inputs):
     return model.loss_function(logits, inputs["labels"], model.config.vocab_size)
 
 
-def find_buffers(model: nn.Module) -> list[torch.Tensor]:
-    """What a pipeline's stages receive into, which they keep."""
-    if not hasattr(model, "pipeline"):
-        return []
+def count_buffers(model: nn.Module) -> int:
+    """Hidden states and gradients from other stages that have memory."""
     schedule = model.pipeline._prepared[0]
     stages = schedule._stages if hasattr(schedule, "_stages") else [schedule._stage]
     infos = [info for stage in stages for received in (stage.args_recv_info, stage.grad_recv_info)
              for of_micro_batch in received.values() for info in of_micro_batch]  # fmt: skip
-    return [info.buffer for info in infos if info.buffer is not None]
+    return sum(info.buffer is not None and not info.buffer.is_meta for info in infos)
 
 
 def run_case(
@@ -125,18 +128,17 @@ def run_case(
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     batches = list(torch.randint(5, VOCABULARY, (micro_batches, BATCH, LENGTH)))
     tokens = micro_batches * BATCH * LENGTH * dist.get_world_size()
-    counts = CountCommunication()
+    counts = CountCommunication(model)
     for step in range(3):
         begin_step(step, num_tokens=tokens)
         with counts if step == 2 else contextlib.nullcontext():
             train_step(model, batches, optimizer, mixed)
-    memory, buffers = PeakMemory(), find_buffers(model)
-    memory.track_external(model, optimizer, *buffers)
+    memory = PeakMemory()
+    memory.track_external(model, optimizer)
     begin_step(3, num_tokens=tokens)
     with memory:
         train_step(model, batches, optimizer, mixed)
-    received = sum(buffer.nbytes for buffer in buffers)
-    return {"communication": counts.totals, "peak": memory.peak(), "received": received}
+    return {"communication": counts.totals, "peak": memory.peak(), "buffers": counts.most_buffers}
 
 
 def run_rank(rank: int, ranks: int, port: int, folder: Path, cases: list[dict]) -> None:
