@@ -33,7 +33,7 @@ demo: $(READY) ## Train, save, reload and generate with a tiny GRIN on real text
 	$(PY) recipes/demo.py $(DEMO_ARGS)
 
 test: $(READY) ## Run the tests (PYTEST_ARGS="...", WORKERS=2)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(READY) ## Check style, formatting and types
 	$(VENV)/bin/ruff check .

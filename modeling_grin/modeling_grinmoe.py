@@ -262,9 +262,10 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         """As in transformers, for layouts that the model can have.
 
         Raises:
-            ValueError: sizes that tensor parallelism cannot divide, or experts that it cannot shard.
+            ValueError: sizes that tensor parallelism cannot divide, experts that it cannot shard, or that are too few
+                for the ranks of FSDP.
         """
-        check_parallel_sizes(self.config, tp_size=distributed_config.tp_size)
+        check_parallel_sizes(self.config, tp_size=distributed_config.tp_size, fsdp_size=distributed_config.fsdp_size)
         return super()._resolve_parallel_plans(distributed_config)
 
     def __init_subclass__(cls, **kwargs):
@@ -429,11 +430,12 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
 
-def check_parallel_sizes(config: GrinMoeConfig, *, tp_size: int = 1, pp_size: int = 1) -> None:
+def check_parallel_sizes(config: GrinMoeConfig, *, tp_size: int = 1, pp_size: int = 1, fsdp_size: int = 1) -> None:
     """Raise ValueError, with the field, if `config` cannot be split over so many ranks.
 
     Tensor parallelism gives each rank whole attention heads and an equal slice of every expert; vocabularies may be
-    uneven. Pipeline parallelism gives each stage a layer at least.
+    uneven. Pipeline parallelism gives each stage (or chunk, where a rank has several) a layer at least, FSDP each rank
+    an expert: it deals them out whole, the same number to all ranks but the last that gets some.
     """
     for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if (size := getattr(config, field)) % tp_size:
@@ -444,7 +446,14 @@ def check_parallel_sizes(config: GrinMoeConfig, *, tp_size: int = 1, pp_size: in
         )
     if pp_size > config.num_hidden_layers:
         raise ValueError(
-            f"num_hidden_layers={config.num_hidden_layers} layers do not make {pp_size} pipeline stages: use fewer"
+            f"num_hidden_layers={config.num_hidden_layers} layers do not make {pp_size} pipeline stages (or chunks, "
+            "where a rank has several): use fewer"
+        )
+    experts_per_rank = -(-config.num_local_experts // fsdp_size)
+    if fsdp_size > (ranks := -(-config.num_local_experts // experts_per_rank)):
+        raise ValueError(
+            f"num_local_experts={config.num_local_experts} gives experts to {ranks} of fsdp_size={fsdp_size} ranks: "
+            f"use fsdp_size={ranks}, and dp_replicate_size or tp_size for the other ranks"
         )
 
 

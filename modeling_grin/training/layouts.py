@@ -24,7 +24,8 @@ def take_launched_layout(training: TrainingArguments, pipeline_parallel_size: in
             are left to the number of processes.
 
     Raises:
-        ValueError: FSDP of version 1, context or sequence parallelism, or sizes that are not those of the launch.
+        ValueError: FSDP of version 1 or with its own activation checkpointing, context or sequence parallelism, what
+            pipelines do not have, or sizes that are not those of the launch.
     """
     use_fsdp, use_sizes = (
         strtobool(os.environ.pop(name, "false"))
@@ -46,7 +47,13 @@ def take_launched_layout(training: TrainingArguments, pipeline_parallel_size: in
         plugin = FullyShardedDataParallelPlugin()
         if plugin.fsdp_version != 2:
             raise ValueError(f"fsdp_version={plugin.fsdp_version} in the launch's config file is not supported: use 2")
+        if plugin.activation_checkpointing:
+            raise ValueError("fsdp_activation_checkpointing is not read: set activation_checkpointing of the recipe")
         offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    if pipeline_parallel_size > 1 and (offload or sizes.dp_replicate_size > 1):
+        raise ValueError(
+            "a pipeline has neither fsdp_offload_params nor dp_replicate_size: use accelerate/pipeline.yaml"
+        )
     return DistributedConfig(
         fsdp_size=sizes.dp_shard_size,
         dp_replicate_size=sizes.dp_replicate_size,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import recursively_apply
 from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -70,6 +71,8 @@ SCHEDULES = {
         ),
     )
 }
+
+DEFAULT_SCHEDULE = "1F1B"
 
 LossFunction = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
 
@@ -279,13 +282,42 @@ def keep_layers(model: GrinMoeForCausalLM, kept: Iterable[int]) -> None:
         model.set_submodule(name, nn.Identity())
 
 
+def check_pipeline(
+    config: GrinMoeConfig,
+    pp_size: int,
+    tp_size: int = 1,
+    schedule: str = DEFAULT_SCHEDULE,
+    chunks_per_rank: int | None = None,
+) -> tuple[int, int]:
+    """The number of chunks of a pipeline, and of its data-parallel ranks; arguments and errors as `pipeline_model`."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} is none of {', '.join(SCHEDULES)}")
+    kind = SCHEDULES[schedule]
+    if chunks_per_rank is None:
+        chunks_per_rank = kind.chunks_per_rank
+    if chunks_per_rank < 1 or (chunks_per_rank > 1 and kind.chunks_per_rank == 1):
+        raise ValueError(
+            f"chunks_per_rank={chunks_per_rank} is not for schedule={schedule!r}: 1, or more with Interleaved1F1B"
+        )
+    if config.tie_word_embeddings:
+        raise ValueError("tie_word_embeddings=True: the first stage and the last cannot share a parameter")
+    check_parallel_sizes(config, tp_size=tp_size, pp_size=max(1, pp_size) * chunks_per_rank)
+    num_processes = PartialState().num_processes
+    if pp_size < 2 or num_processes % (pp_size * tp_size):
+        raise ValueError(
+            f"{num_processes} processes are not data-parallel ranks of pp_size={pp_size} x tp_size={tp_size}: "
+            "launch a multiple of that many, with at least two stages"
+        )
+    return pp_size * chunks_per_rank, num_processes // (pp_size * tp_size)
+
+
 def pipeline_model(
     folder: str | Path,
     config: GrinMoeConfig | None = None,
     *,
     pp_size: int,
     tp_size: int = 1,
-    schedule: str = "1F1B",
+    schedule: str = DEFAULT_SCHEDULE,
     chunks_per_rank: int | None = None,
     **settings: Any,
 ) -> GrinMoeForCausalLM:
@@ -306,22 +338,8 @@ def pipeline_model(
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder here: download the checkpoint, of which each rank reads its part")
     config = GrinMoeConfig.from_pretrained(folder) if config is None else copy.deepcopy(config)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r} is none of {', '.join(SCHEDULES)}")
-    kind = SCHEDULES[schedule]
-    num_chunks = pp_size * (kind.chunks_per_rank if chunks_per_rank is None else chunks_per_rank)
-    if num_chunks > pp_size and kind.chunks_per_rank == 1:
-        raise ValueError(f"schedule={schedule!r} has one chunk per rank: use Interleaved1F1B for more")
-    if config.tie_word_embeddings:
-        raise ValueError("tie_word_embeddings=True: the first stage and the last cannot share a parameter")
-    check_parallel_sizes(config, tp_size=tp_size, pp_size=num_chunks)
-    state = PartialState()
-    dp_size, rest = divmod(state.num_processes, pp_size * tp_size)
-    if rest or pp_size < 2:
-        raise ValueError(
-            f"{state.num_processes} processes are not data-parallel ranks of pp_size={pp_size} x tp_size={tp_size}: "
-            "launch a multiple of that many, with at least two stages"
-        )
+    num_chunks, dp_size = check_pipeline(config, pp_size, tp_size, schedule, chunks_per_rank)
+    kind, state = SCHEDULES[schedule], PartialState()
     mesh = init_device_mesh(state.device.type, (dp_size, pp_size, tp_size), mesh_dim_names=("dp", "pp", "tp"))
 
     with torch.device("meta"):
@@ -393,7 +411,7 @@ class PipelineTrainerMixin(_Base):
         if not schedule.admits(args.gradient_accumulation_steps, pp_size):
             raise ValueError(
                 f"gradient_accumulation_steps={args.gradient_accumulation_steps} is the number of micro-batches, and "
-                f"{schedule.name} on {pp_size} stages cannot do so many: use a multiple of {pp_size}"
+                f"{schedule.name} on {pp_size} stages cannot do so many: {pp_size} or a multiple of it will do"
             )
 
     def _pipeline_loss(self, num_items_in_batch: torch.Tensor) -> LossFunction:
@@ -441,12 +459,16 @@ class PipelineTrainerMixin(_Base):
             self.gather_function = self._gather_rows  # Trainer takes accelerate's again for the next evaluation
         return super().evaluation_loop(*args, **kwargs)
 
-    def _gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _gather_rows(self, tensor: Any) -> Any:
         """accelerate's `gather_for_metrics`, of values by row; that takes a row for several where ranks share it, and
         counts the last batch of an evaluation for less than it is."""
-        gathered = self.accelerator.gather(tensor[None])[:: self.get_tp_size()].flatten(0, 1)
         state = self.accelerator.gradient_state
-        return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
+
+        def gather(rows: torch.Tensor) -> torch.Tensor:
+            gathered = self.accelerator.gather(rows[None])[:: self.get_tp_size()].flatten(0, 1)
+            return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
+
+        return recursively_apply(gather, tensor)
 
     def _clip_grad_norm(self, model):
         if self._pipeline is None:

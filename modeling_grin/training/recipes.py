@@ -5,6 +5,7 @@ The recipes themselves are scripts to copy and edit (`grin-moe recipes ls`); thi
 
 import glob
 import json
+import shutil
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,15 +19,16 @@ import torch
 from datasets import Dataset, load_dataset
 from huggingface_hub import ModelCard, snapshot_download
 from peft import PeftModel
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 from trl import TrlParser
 
 from ..configuration_grinmoe import GrinMoeConfig
-from ..modeling_grinmoe import GrinMoeForCausalLM
+from ..modeling_grinmoe import GrinMoeForCausalLM, check_parallel_sizes
 from . import add_lora, checks, last_complete_checkpoint, merge_lora
 from .checkpoints import find_problems
-from .pipeline import SCHEDULES, pipeline_model
+from .pipeline import DEFAULT_SCHEDULE, SCHEDULES, check_pipeline, pipeline_model
 
 FORMATS = {  # of local files, by suffix
     ".jsonl": "json",
@@ -90,7 +92,7 @@ class RecipeArguments:
         },
     )
     pipeline_schedule: str = field(
-        default="1F1B", metadata={"help": f"Order of the pipeline's work: {', '.join(SCHEDULES)}."}
+        default=DEFAULT_SCHEDULE, metadata={"help": f"Order of the pipeline's work: {', '.join(SCHEDULES)}."}
     )
     exact_balance: bool = field(
         default=False,
@@ -102,6 +104,15 @@ class RecipeArguments:
         checks.check_config_fields(GrinMoeConfig, self.config_overrides, "model_config")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype} is none of {', '.join(DTYPES)}")
+        if self.pipeline_parallel_size < 1:
+            raise ValueError(f"pipeline_parallel_size={self.pipeline_parallel_size} must be at least 1")
+        if self.pipeline_schedule not in SCHEDULES:
+            raise ValueError(f"pipeline_schedule={self.pipeline_schedule} is none of {', '.join(SCHEDULES)}")
+        if self.pipeline_schedule != DEFAULT_SCHEDULE and self.pipeline_parallel_size == 1:
+            raise ValueError(
+                f"pipeline_schedule={self.pipeline_schedule} means nothing without a pipeline: set "
+                "pipeline_parallel_size"
+            )
         if self.eval_fraction is not None:
             if not 0 < self.eval_fraction < 1:
                 raise ValueError(f"eval_fraction={self.eval_fraction} must be between 0 and 1")
@@ -199,6 +210,7 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        get_error_handler().record_exception(error)  # a launcher reports it as that of the rank
         raise SystemExit(f"error: {error}") from error
 
 
@@ -337,6 +349,15 @@ def model_settings(arguments: RecipeArguments) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
+def check_layout(arguments: RecipeArguments, config: GrinMoeConfig, layout: DistributedConfig | None) -> None:
+    """Raise ValueError if the model cannot be spread over the launched processes as it is asked for."""
+    tp_size, fsdp_size = (1, 1) if layout is None else (layout.tp_size, layout.fsdp_size)
+    if arguments.pipeline_parallel_size > 1:
+        check_pipeline(config, arguments.pipeline_parallel_size, tp_size, arguments.pipeline_schedule)
+    else:
+        check_parallel_sizes(config, tp_size=tp_size, fsdp_size=fsdp_size)
+
+
 def load_model(
     arguments: RecipeArguments,
     config: GrinMoeConfig,
@@ -352,6 +373,7 @@ def load_model(
             ranks beyond the stages are data-parallel.
         settings: as in `from_pretrained`.
     """
+    check_layout(arguments, config, layout)
     name = name or str(arguments.model_name_or_path)
     settings |= model_settings(arguments)
     with errors_of("model_name_or_path", name):
@@ -373,14 +395,23 @@ def make_model(
     """A new model with random weights, or this rank's part of it.
 
     Where ranks have parts, the main process makes the model, in the CPU's memory, and writes it to output_dir/initial,
-    so that it is the same in every layout.
+    so that it is the same in every layout. A resumed run reads the checkpoint instead.
     """
     if layout is None and arguments.pipeline_parallel_size == 1:
         return GrinMoeForCausalLM._from_config(config, **model_settings(arguments))
+    check_layout(arguments, config, layout)
+    resumed = resume_from(training)
+    if resumed:
+        checkpoint = last_complete_checkpoint(training.output_dir)[0] if resumed is True else resumed
+        return load_model(arguments, config, layout, str(checkpoint))
     folder = Path(training.output_dir) / "initial"
     with training.main_process_first(desc="new model"):
-        if training.should_save and not (resume_from(training) and folder.is_dir()):
-            GrinMoeForCausalLM._from_config(config, **model_settings(arguments)).save_pretrained(folder)
+        if training.should_save:
+            incomplete = folder.with_name(f"{folder.name}.incomplete")
+            for path in (incomplete, folder):
+                shutil.rmtree(path, ignore_errors=True)
+            GrinMoeForCausalLM._from_config(config, **model_settings(arguments)).save_pretrained(incomplete)
+            incomplete.rename(folder)
     return load_model(arguments, config, layout, str(folder))
 
 

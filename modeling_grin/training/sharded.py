@@ -32,7 +32,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from .. import modeling_grinmoe
 from ..checkpoint_grinmoe import EXPERT_WEIGHTS
 from ..modeling_grinmoe import GrinMoePreTrainedModel
 from .checkpoints import FILE_LIST
@@ -114,6 +113,20 @@ def save_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     wait_for_everyone()
 
 
+def check_stored(tensors: dict[str, torch.Tensor], reader: HuggingFaceStorageReader) -> None:
+    """Raise ValueError if the files lack one of `tensors` or a part of it, or have it in another shape."""
+    found = reader.read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        if name not in found:
+            raise ValueError(f"{reader.path} lacks {name}")
+        stored = found[name]
+        assert isinstance(stored, TensorStorageMetadata)
+        if stored.size != tensor.shape:
+            raise ValueError(f"{reader.path}: {name} has shape {list(stored.size)}, needed is {list(tensor.shape)}")
+        if sum(chunk.sizes.numel() for chunk in stored.chunks) != stored.size.numel():
+            raise ValueError(f"{reader.path} has not every part of {name} once: files are missing, or too many")
+
+
 def load_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Fill `tensors` from the safetensors files in `folder`: each rank reads its own parts, into its own dtypes.
 
@@ -121,16 +134,7 @@ def load_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
         ValueError: the files lack a tensor or a part of one, or have it in another shape.
     """
     reader = HuggingFaceStorageReader(str(folder))
-    found = reader.read_metadata().state_dict_metadata
-    for name, tensor in tensors.items():
-        if name not in found:
-            raise ValueError(f"{folder} lacks {name}")
-        stored = found[name]
-        assert isinstance(stored, TensorStorageMetadata)
-        if stored.size != tensor.shape:
-            raise ValueError(f"{folder}: {name} has shape {list(stored.size)}, needed is {list(tensor.shape)}")
-        if sum(chunk.sizes.numel() for chunk in stored.chunks) != stored.size.numel():
-            raise ValueError(f"{folder} lacks parts of {name}: files are missing")
+    check_stored(tensors, reader)
     dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
@@ -173,20 +177,28 @@ def save_weights(model: GrinMoePreTrainedModel, folder: str | Path) -> None:
 
     Each rank writes its own part, and then puts some of the checkpoint's files together, a tensor at a time. All ranks
     have to call it, and to share the folder.
+
+    Raises:
+        ValueError: this rank does not see what the others have written.
     """
     folder = Path(folder)
     shards = folder / SHARDS_FOLDER
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("distributed_config", None)  # of this run
+    # FSDP2 puts a class of its own before the model's.
+    classes = (cls for cls in type(model).__mro__ if issubclass(cls, GrinMoePreTrainedModel))
+    model_class = next(cls for cls in classes if not issubclass(cls, FSDPModule))
+    config.architectures = [model_class.__name__]
+    with torch.device("meta"):
+        whole = weights_of(model_class(config))
     if is_main_process():  # of an earlier save: readers take a single file first, and torch whatever shards there are
         shutil.rmtree(shards, ignore_errors=True)
         for path in folder.glob("model*.safetensors*"):
             path.unlink()
+    wait_for_everyone()
     save_tensors(weights_of(model), shards)
-    config = copy.deepcopy(model.config)
-    config.__dict__.pop("distributed_config", None)  # of this run
-    config.architectures = [type(model).__name__.removeprefix("FSDP")]
-    with torch.device("meta"):
-        whole = getattr(modeling_grinmoe, config.architectures[0])(config)
-    files = split_torch_state_dict_into_shards(weights_of(whole), max_shard_size=MAX_SHARD_SIZE).filename_to_tensors
+    check_stored(whole, HuggingFaceStorageReader(str(shards)))  # torch would fill with zeros what is missing
+    files = split_torch_state_dict_into_shards(whole, max_shard_size=MAX_SHARD_SIZE).filename_to_tensors
     file_number = {name: number for number, names in enumerate(files.values(), start=1) for name in names}
     consolidate_safetensors_files_on_every_rank(str(shards), str(folder), file_number)
     rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

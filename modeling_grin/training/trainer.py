@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..balance_grinmoe import count_experts, counted_tokens
 from ..checkpoint_grinmoe import check_tensors
@@ -41,7 +41,7 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
       routing noise does not depend on how a batch was split, and the load-balance loss is that of the whole step.
     - A checkpoint gets its name when it is complete. `train(resume_from_checkpoint=True)` takes the newest complete
       one and names the others; an incomplete one is refused, as is one that lacks tensors of the model. Several
-      machines need a folder that all of them share, or `save_on_each_node`.
+      machines need a folder that all of them share, or (not with `distributed_checkpoint`) `save_on_each_node`.
     - A model that `from_pretrained(distributed_config=...)` has spread over ranks (FSDP2, tensor parallelism) is saved
       by all of them, in the released layout, and so is the optimizer: any other layout resumes from it (`sharded.py`).
     - Batches without labels and sequences beyond the model's context are errors.
@@ -81,6 +81,9 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             super().__init__(model, args, *others, **kwargs)
         self.is_sharded = self.is_distributed_loading_by_transformers
         self.distributed_checkpoint = self.is_sharded if distributed_checkpoint is None else distributed_checkpoint
+        if self.is_sharded and self._grin_model.config.distributed_config.dp_replicate_size == 1:
+            # Gradients are reduced after each micro-batch: before that a rank of FSDP2 holds the whole model's.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         self._check_support()
 
     def _check_support(self) -> None:
@@ -90,6 +93,11 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             raise ValueError("GrinMoeTrainerMixin does not know DeepSpeed's loss scale and checkpoints: use FSDP")
         if self.exact_balance and model.get_output_embeddings() is None:
             raise ValueError(f"exact_balance counts for language models, and {type(model).__name__} is none")
+        if self.distributed_checkpoint and self.args.save_on_each_node:
+            raise ValueError(
+                "save_on_each_node=True with a checkpoint that every rank writes a part of: set it to False, and let "
+                "the machines share output_dir"
+            )
         if self.get_tp_size() > 1 and not self.args.average_tokens_across_devices:
             raise ValueError(
                 "average_tokens_across_devices=False with tensor parallelism would multiply the loss by tp_size: set "
@@ -215,6 +223,7 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:  # a run that fails leaves the model as it was, too
+            self._micro_batches = []
             self._grin_model.begin_step(None)
             self._grin_model.get_decoder().routing_observer = None
 
@@ -276,7 +285,9 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._check_tensors(resume_from_checkpoint)
-        if self.is_sharded:
+        # Trainer reads several files with strict=False, and warns of what each of them lacks.
+        is_in_parts = os.path.isfile(os.path.join(resume_from_checkpoint, SAFE_WEIGHTS_INDEX_NAME))
+        if self.is_sharded or (is_in_parts and not isinstance(self._grin_model, PeftModel)):
             load_weights(self._grin_model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -36,7 +36,7 @@ class GrinMoeDPOTrainer(_TrlTrainerMixin, DPOTrainer):
 
     def __init__(self, model, ref_model=None, args=None, **kwargs):
         if hasattr(model, "pipeline"):
-            raise ValueError("a pipeline cannot do DPO, which compares two models: use FSDP2 or tensor parallelism")
+            raise ValueError("a pipeline cannot do DPO, which compares two models: train without a pipeline")
         if isinstance(model, str):
             settings = getattr(args, "model_init_kwargs", None) or {}
             config = AutoConfig.from_pretrained(model, **settings)
