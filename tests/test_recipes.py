@@ -152,7 +152,8 @@ def test_pretrain_grin_has_the_released_sizes():
     released, config = GrinMoeConfig(), GrinMoeConfig(**given["model_config"])
     differing = {name for name in given["model_config"] if getattr(config, name) != getattr(released, name)}
     assert differing == {"router_aux_loss_coef"}
-    tokens = 64 * given["per_device_train_batch_size"] * given["gradient_accumulation_steps"] * given["block_size"]
+    ranks = 64 // given["pipeline_parallel_size"]
+    tokens = ranks * given["per_device_train_batch_size"] * given["gradient_accumulation_steps"] * given["block_size"]
     assert given["max_steps"] * tokens == pytest.approx(4e12, rel=1e-6)
 
 
