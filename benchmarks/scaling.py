@@ -55,7 +55,7 @@ def best(num_devices: int = 64, sequence: int = 4096, **sizes: int | None) -> Es
     config = GrinMoeConfig(router_aux_loss_coef=1.0, **sizes)
     # 4M tokens, or a sequence for each device if that is more.
     training = Training(sequence=sequence, global_batch=max(BATCH_TOKENS // sequence, num_devices))
-    return next(found for found in plan(config, num_devices, training, ASSUMPTIONS) if found.layout.ep == 1)
+    return next(found for found in plan(config, num_devices, training, ASSUMPTIONS).estimates if found.layout.ep == 1)
 
 
 def row(value: object, found: Estimate) -> str:

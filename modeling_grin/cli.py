@@ -124,7 +124,13 @@ def plan(
     shard_optimizer: Annotated[
         bool, typer.Option(help="optimizer state of replicas sharded, ZeRO-1", rich_help_panel=STEP)
     ] = False,
-    balance_loss: Annotated[bool, typer.Option(help="train with the load-balance loss", rich_help_panel=STEP)] = True,
+    balance_loss: Annotated[
+        bool | None,
+        typer.Option(
+            help="train with the load-balance loss; by default where the config's router_aux_loss_coef is above 0",
+            rich_help_panel=STEP,
+        ),
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="layouts to show", rich_help_panel=OUTPUT)] = 12,
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON: every layout with all its figures", rich_help_panel=OUTPUT)
@@ -143,21 +149,25 @@ def plan(
     sizes = {field: given[field] for field in fields if given[field] is not None}
     if config is None:
         model = GrinMoeConfig(**sizes)
-    elif config.exists():
-        model = GrinMoeConfig.from_pretrained(config, **sizes)
     else:
-        raise ValueError(f"config={config} does not exist: give a folder with a config.json, or the file")
-    model.router_aux_loss_coef = float(balance_loss)
+        path = config / "config.json" if config.is_dir() else config
+        if not path.is_file():
+            raise ValueError(f"config={path} does not exist: give a folder with a config.json, or the file")
+        model = GrinMoeConfig.from_pretrained(path, **sizes)
+    if balance_loss is not None:  # what it costs does not depend on the coefficient
+        model.router_aux_loss_coef = (model.router_aux_loss_coef or 1.0) if balance_loss else 0.0
     training = planner.Training(
         micro_batch, global_batch, sequence, precision, optimizer, checkpointing, shard_optimizer
     )
     hardware = {"memory": memory * planner.GB, "devices_per_machine": devices_per_machine}
     assumptions = planner.assume(assume or [], **hardware)
-    estimates = planner.plan(model, devices, training, assumptions)
+    estimates, left_out = planner.plan(model, devices, training, assumptions)
     if as_json:
         stated = {"training": vars(training), "assumptions": vars(assumptions)}
         layouts = [estimate.to_dict() for estimate in estimates]
-        print(json.dumps({"config": model.to_diff_dict(), **stated, "layouts": layouts}, indent=2))
+        print(
+            json.dumps({"config": model.to_diff_dict(), **stated, "layouts": layouts, "left_out": left_out}, indent=2)
+        )
         return
 
     title = f"{devices} devices, GB per device and seconds per step"
@@ -184,7 +194,11 @@ def plan(
     wide.print(table)
     fitting = sum(estimate.fits for estimate in estimates)
     console.print(f"{fitting} of {len(estimates)} layouts fit. EP is for comparison: GRIN-MoE is trained without.")
-    for name, values in (("training", vars(training)), ("assumptions", vars(assumptions))):
+    if left_out:
+        name, reason = next(iter(left_out.items()))
+        console.print(f"{len(left_out)} others cannot be trained (all in --json), such as {name}: {reason}")
+    balance = {"router_aux_loss_coef": model.router_aux_loss_coef}  # 0: no load-balance loss
+    for name, values in (("training", vars(training) | balance), ("assumptions", vars(assumptions))):
         console.print(f"{name}: " + ", ".join(f"{key}={value}" for key, value in values.items()), highlight=False)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from modeling_grin.analysis.planner import (
     Layout,
     Stage,
     Training,
+    admits,
     assume,
     communication,
     count_buckets,
@@ -32,7 +34,9 @@ from modeling_grin.analysis.planner import (
     stages,
 )
 from modeling_grin.cli import app
+from modeling_grin.training.pipeline import SCHEDULES
 
+EMPTY = Path(__file__).parent  # a folder without config.json
 SHAPES = {
     "released": {},
     "tiny": released_config(),
@@ -226,8 +230,77 @@ def test_sharding_divides_what_it_shards():
     assert ep["balance loss"] == fsdp["balance loss"] == Collective("all_reduce", 8, 8 * 32 * 16 * 8, 8, 1)
 
 
+def test_experts_are_dealt_out_whole():
+    """Of 10 experts, the fullest of 4 ranks has 3, and all gather and scatter as if each of them had 3."""
+    sizes = {"vocab_size": 128, "num_hidden_layers": 2, "num_local_experts": 10}
+    config = GrinMoeConfig(**released_config(**sizes, eos_token_id=2, pad_token_id=2))
+    training, layout = Training(global_batch=8, sequence=8, precision="float32"), Layout(fsdp=4)
+    expert = 3 * config.intermediate_size * config.hidden_size + config.hidden_size  # and its row of the router
+    others = sum(whole(config).parameters(config)) - 2 * 10 * expert
+    needed = memory(config, layout, training)
+    assert needed.weights == needed.gradients == needed.optimizer / 2 == 4 * (others / 4 + 2 * 3 * expert)
+    gathered = communication(config, layout, training)["FSDP gradients"].bytes
+    assert gathered == 2 * 4 * (others + 2 * 4 * 3 * expert)  # in each of 2 micro-batches
+    # A rank without an expert is refused; in a pipeline it is filled up, to 12 of them.
+    training = replace(training, global_batch=12)
+    with pytest.raises(ValueError, match="num_local_experts=10 gives experts to 5 of fsdp_size=6 ranks"):
+        estimate(config, Layout(fsdp=6), training, Assumptions())
+    in_pipelines = [communication(GrinMoeConfig(**released_config(num_local_experts=n)), Layout(fsdp=6, pp=2),
+                   training)["FSDP gradients"].bytes for n in (10, 12)]  # fmt: skip
+    assert in_pipelines[0] == in_pipelines[1]
+
+
+def test_hsdp_sums_over_replicas_once_a_step():
+    config, training = GrinMoeConfig(), Training(global_batch=256)  # 4 micro-batches
+    sent = communication(config, Layout(dp_replicate=4, fsdp=16), training)
+    assert (sent["FSDP gradients"].calls, sent["HSDP gradients"].calls) == (4 * 34, 34)
+    # A sixteenth of the float32 gradients, between ranks that are 16 apart.
+    parameters = sum(whole(config).parameters(config))
+    assert sent["HSDP gradients"][2:] == (pytest.approx(parameters / 16 * 4, rel=1e-4), 4, 16)
+    # Replicas of shards have an optimizer each.
+    sharded = memory(config, Layout(dp_replicate=4, fsdp=16), replace(training, shard_optimizer=True))
+    assert sharded.optimizer == memory(config, Layout(fsdp=16), training).optimizer
+
+
+def test_balance_loss_counts_over_all_ranks_or_those_of_a_stage():
+    config, training = GrinMoeConfig(router_aux_loss_coef=0.01), Training(global_batch=16)
+    ranks = {
+        layout: communication(config, layout, training)["balance loss"][3:]
+        for layout in (Layout(fsdp=4, tp=2), Layout(tp=2), Layout(fsdp=4, tp=2, pp=2))
+    }
+    assert list(ranks.values()) == [(8, 1), (2, 1), (4, 4)]
+
+
+def test_schedules_do_what_those_of_training_do():
+    for pp in range(2, 9):
+        for number in range(1, 33):
+            for interleave, name in ((1, "1F1B"), (2, "Interleaved1F1B")):
+                assert admits(Layout(pp=pp, interleave=interleave), number) == SCHEDULES[name].admits(number, pp)
+
+
+def test_plan_has_layouts_that_recipes_train_only():
+    estimates, left_out = plan(GrinMoeConfig(), 64, Training(global_batch=64), Assumptions())
+    found = {str(one.layout) for one in estimates}
+    assert "DDP=4 FSDP2=16" in found, "groups of FSDP2 over several machines: recipes/accelerate/hsdp.yaml"
+    assert not found & left_out.keys()
+    for name, reason in {
+        "FSDP2=64": "num_local_experts=16 gives experts to 16 of fsdp_size=64 ranks",
+        "PP=64": "num_hidden_layers=32 layers do not make 64 pipeline stages",
+        "FSDP2=8 PP=8 x2": "",
+        "FSDP2=16 PP=4": "",
+    }.items():
+        assert name in found if not reason else reason in left_out[name], name
+    few = plan(GrinMoeConfig(), 64, Training(global_batch=32), Assumptions()).left_out
+    assert "makes 4 micro-batches, which the schedule cannot do on 8 stages" in few["FSDP2=8 PP=8"]
+    for one in plan(GrinMoeConfig(num_hidden_layers=6), 64, Training(), Assumptions()).estimates:
+        assert one.layout.pp in (1, 2, 4), "8 stages would be two for embedding and head"
+        assert one.layout.pp == 1 or one.layout.dp_replicate == 1
+    tied = plan(GrinMoeConfig(tie_word_embeddings=True), 16, Training(), Assumptions())
+    assert {one.layout.pp for one in tied.estimates} == {1}
+
+
 def test_plan_puts_the_fastest_that_fits_first():
-    found = plan(GrinMoeConfig(), 64, Training(), Assumptions())
+    found = plan(GrinMoeConfig(), 64, Training(), Assumptions()).estimates
     fitting = [one for one in found if one.fits]
     assert found[: len(fitting)] == fitting
     assert 0 < len(fitting) < len(found)
@@ -238,8 +311,8 @@ def test_plan_puts_the_fastest_that_fits_first():
         assert one.fits == (one.memory.total() <= 73 * GB)
         assert one.tokens_per_second * one.step_time == pytest.approx(1024 * 4096)
     kinds = [{key for key, size in vars(one.layout).items() if size > 1} for one in found]
-    for kind in ({"dp_replicate"}, {"fsdp"}, {"dp_replicate", "fsdp"}, {"fsdp", "ep"}, {"tp", "pp"}, {"fsdp", "tp"},
-                 {"fsdp", "pp"}, {"fsdp", "tp", "pp", "interleave"}):  # fmt: skip
+    for kind in ({"dp_replicate"}, {"dp_replicate", "fsdp"}, {"dp_replicate", "fsdp", "ep"}, {"tp", "pp"},
+                 {"fsdp", "tp"}, {"fsdp", "pp"}, {"fsdp", "tp", "pp", "interleave"}):  # fmt: skip
         assert kind in kinds
 
 
@@ -249,11 +322,23 @@ def test_plan_puts_the_fastest_that_fits_first():
         (["--sequence", "0"], "sequence=0 must be at least 1"),
         (["--precision", "int3"], "precision='int3' is unknown; use one of float32"),
         (["--devices", "0"], "devices=0 must be at least 1"),
-        (["--devices", "7", "--num-hidden-layers", "2", "--global-batch", "3"], "no layout of 7 devices"),
+        (
+            ["--devices", "7", "--num-hidden-layers", "2", "--global-batch", "3"],
+            "no layout of 7 devices is possible; DDP=7: global_batch=3 is not a multiple of 7 data-parallel ranks",
+        ),
         (["--config", "nowhere"], "config=nowhere does not exist"),
-        (["--assume", "speed=3"], "assumption 'speed=3' is not NAME=NUMBER with one of memory"),
+        (["--config", str(EMPTY)], f"config={EMPTY / 'config.json'} does not exist"),
+        (["--assume", "speed=3"], "assumption 'speed=3' is not NAME=NUMBER with one of bandwidth_efficiency"),
+        (["--assume", "memory=40"], "assumption 'memory=40' has an option of its own: use --memory"),
+        (["--assume", "peak_flops=nan"], "peak_flops=nan must be a finite number"),
+        (["--assume", "overlap=1.5"], "overlap=1.5 must be at most 1"),
+        (["--assume", "matmul_efficiency=60"], "matmul_efficiency=60.0 must be at most 1"),
+        (["--assume", "bandwidth_efficiency=0"], "bandwidth_efficiency=0.0 must be above 0"),
+        (["--assume", "latency=-1"], "latency=-1.0 must be at least 0"),
+        (["--memory", "nan"], "memory=nan must be a finite number"),
+        (["--memory", "7"], "memory=7 GB must be above reserve=7 GB"),
         (["--assume", "overlap=much"], "assumption 'overlap=much' is not NAME=NUMBER"),
-        (["--memory", "-1"], "memory=-1000000000.0 must be above 0"),
+        (["--memory", "-1"], "memory=-1 GB must be above reserve=7 GB"),
         (["--num-experts-per-tok", "17"], "num_experts_per_tok=17 must not exceed"),
     ],
 )
@@ -270,7 +355,9 @@ def test_bad_input_is_one_sentence(arguments, message):
         (Layout(tp=16), "num_key_value_heads=8 is not divisible by tp_size=16"),
         (Layout(pp=33), "num_hidden_layers=32 layers do not make 33 pipeline stages"),
         (Layout(pp=32, interleave=2), "num_hidden_layers=32 layers do not make 64 pipeline stages"),
-        (Layout(fsdp=12, ep=3), "ep=3 must divide num_local_experts=16"),
+        (Layout(tp=0), "tp=0 must be at least 1"),
+        (Layout(fsdp=12), "num_local_experts=16 gives experts to 8 of fsdp_size=12 ranks"),
+        (Layout(fsdp=6, ep=3), "ep=3 must divide num_local_experts=16"),
         (Layout(fsdp=3), "global_batch=1024 is not a multiple of 3 data-parallel ranks x micro_batch=1"),
     ],
 )
@@ -302,8 +389,21 @@ def test_command_reads_a_config_and_prints_json(tmp_path):
 def test_command_prints_a_table_and_every_assumption():
     result = CliRunner().invoke(app, ["plan", "--rows", "74"])
     assert result.exit_code == 0, result.output
-    for text in ("FSDP2=8 PP=8", "over 73.0 GB", "layouts fit", "peak_flops=", "micro_batch=1"):
+    for text in ("FSDP2=8 PP=8", "over 73.0 GB", "layouts fit", "others cannot be trained", "peak_flops=",
+                 "micro_batch=1", "router_aux_loss_coef=0.0"):  # fmt: skip
         assert text in result.output
+
+
+@pytest.mark.parametrize(
+    ("stated", "option", "counted"),
+    [(0.0, [], False), (0.02, [], True), (0.02, ["--no-balance-loss"], False), (0.0, ["--balance-loss"], True)],
+)
+def test_command_takes_the_balance_loss_from_the_config(stated, option, counted, tmp_path):
+    GrinMoeConfig(**released_config(router_aux_loss_coef=stated)).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["plan", "--config", str(tmp_path), "--devices", "2", "--json", *option])
+    printed = json.loads(result.stdout)
+    assert all(("balance loss" in one["communication"]) == counted for one in printed["layouts"]
+               if "PP" not in one["layout"]["name"])  # fmt: skip
 
 
 def test_scale_study_writes_its_tables_and_images(tmp_path, monkeypatch, capsys):

@@ -6,9 +6,10 @@ against real runs; time is a roofline with the constants of `Assumptions`. `docs
 Shapes: T tokens of a micro-batch, H hidden_size, F intermediate_size, E experts, K experts per token, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from math import ceil, log2
+import copy
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from math import ceil, isfinite, log2
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
@@ -76,7 +77,7 @@ class Training:
     checkpointing: bool = True
     """Activation checkpointing: a layer keeps its input, and is computed again in the backward pass."""
     shard_optimizer: bool = False
-    """Optimizer state sharded over the ranks that replicate the weights (ZeRO-1; Megatron's distributed optimizer)."""
+    """Optimizer state sharded over the ranks of DDP (ZeRO-1; Megatron's distributed optimizer)."""
 
     def __post_init__(self) -> None:
         for field in ("micro_batch", "global_batch", "sequence"):
@@ -160,24 +161,38 @@ class Assumptions:
 
     def __post_init__(self) -> None:
         for field, value in asdict(self).items():
-            if value < 0 or (value == 0 and field not in ("reserve", "latency", "overlap")):
+            if not isfinite(value):
+                raise ValueError(f"{field}={value} must be a finite number")
+            if field in ("reserve", "latency", "overlap"):
+                if value < 0:
+                    raise ValueError(f"{field}={value} must be at least 0")
+            elif value <= 0 and field != "memory":
                 raise ValueError(f"{field}={value} must be above 0")
+            if value > 1 and (field == "overlap" or field.endswith("efficiency")):
+                raise ValueError(f"{field}={value} must be at most 1: it is a part of a whole")
+        if self.memory <= self.reserve:
+            raise ValueError(f"memory={self.memory / GB:g} GB must be above reserve={self.reserve / GB:g} GB")
 
 
 def assume(changes: Iterable[str], **values: Any) -> Assumptions:
-    """`Assumptions` with `values`, and with changes of the form `name=value`.
+    """`Assumptions` with `values`, and with changes of the form `name=value` to others.
 
     Raises:
-        ValueError: a change of another form, or of an unknown name.
+        ValueError: a change of another form, of an unknown name or of one of `values`; a value that cannot be.
     """
-    known = asdict(Assumptions())
+    others = {field.name for field in fields(Assumptions)} - values.keys()
+    changed: dict[str, Any] = {}
     for change in changes:
         name, _, value = change.partition("=")
+        if name in values:
+            raise ValueError(f"assumption {change!r} has an option of its own: use --{name.replace('_', '-')}")
         try:
-            values[name] = type(known[name])(float(value))
-        except (KeyError, ValueError):
-            raise ValueError(f"assumption {change!r} is not NAME=NUMBER with one of {', '.join(known)}") from None
-    return replace(Assumptions(), **values)
+            changed[name] = float(value)
+        except ValueError:
+            name = ""
+        if name not in others:
+            raise ValueError(f"assumption {change!r} is not NAME=NUMBER with one of {', '.join(sorted(others))}")
+    return replace(Assumptions(), **values, **changed)
 
 
 def precision_of(layout: Layout, training: Training) -> Precision:
@@ -257,6 +272,21 @@ class Stage(NamedTuple):
 
     def parameters(self, config: PreTrainedConfig) -> Parameters:
         return add(add(group) for group in self.groups(config))
+
+
+def padded(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
+    """With the sizes that FSDP2 fills tensors up to.
+
+    It deals out rows, here experts or tokens of the vocabulary, and gives every rank memory for as many as the first
+    has: 6 experts on 4 ranks are 8. Other sizes are multiples of any number of ranks.
+    """
+    if layout.fsdp == 1:
+        return config
+    filled = copy.copy(config)
+    filled.num_local_experts = ceil(config.num_local_experts / layout.fsdp) * layout.fsdp
+    rows = layout.tp * layout.fsdp
+    filled.vocab_size = ceil(config.vocab_size / rows) * rows
+    return filled
 
 
 def micro_batches(layout: Layout, training: Training) -> int:
@@ -369,7 +399,7 @@ def gathered(config: PreTrainedConfig, layout: Layout, training: Training, stage
     after they are scattered; in a pipeline the whole stage's, from the first micro-batch to the last."""
     if layout.fsdp == 1:
         return 0
-    precision = precision_of(layout, training)
+    precision, config = precision_of(layout, training), padded(config, layout)
     if layout.pp > 1:
         return stage.parameters(config).local(layout) * (precision.gathered + precision.reduced)
     layer = add(layer_tensors(config)).local(layout) if stage.layers else 0
@@ -408,16 +438,17 @@ class Memory:
 
 def stage_memory(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> Memory:
     precision = precision_of(layout, training)
-    parameters = stage.parameters(config)
+    parameters = stage.parameters(padded(config, layout))
     # Experts are sharded over ep and fsdp / ep: over fsdp in all, as everything else.
     count = parameters.local(replace(layout, ep=1)) / layout.fsdp
     visible = training.sequence if config.sliding_window is None else config.sliding_window + 1
     # DDP has a second copy of the gradients, its buckets (gradient_as_bucket_view=False); Megatron's has not.
-    buckets = layout.dp_replicate > 1 and layout.fsdp == 1 and not training.shard_optimizer
+    shards_optimizer = training.shard_optimizer and layout.fsdp == 1
+    buckets = layout.dp_replicate > 1 and layout.fsdp == 1 and not shards_optimizer
     return Memory(
         weights=count * precision.weights,
         gradients=count * precision.gradients,
-        optimizer=count * training.moments() / (layout.dp_replicate if training.shard_optimizer else 1),
+        optimizer=count * training.moments() / (layout.dp_replicate if shards_optimizer else 1),
         activations=activations(config, layout, training, stage),
         communication=gathered(config, layout, training, stage)
         + handed_on(config, layout, training, stage)
@@ -464,20 +495,20 @@ def communication(
       experts), four times backward (q, k, v and experts, each by itself), twice again where it is computed again; and
       the experts' weights' gradient [T, K]. The head gathers [T, V] and sums one [T, H].
     - FSDP2, per micro-batch: each group of weights is gathered forward and backward, last norm and head once; their
-      gradients are reduced and scattered, and with replicas (HSDP) the shards summed over those. In a pipeline once
-      a step, each group.
+      gradients are reduced and scattered. With replicas (HSDP) the shards are summed over those once a step. In a
+      pipeline everything once a step.
     - DDP, once a step: gradients, in buckets, and the buffers of rank 0. With a sharded optimizer gradients are
       scattered, and weights gathered.
     - Expert parallelism, per micro-batch and layer: [K T, H] there and back, forward, backward and again.
     - Pipeline, per micro-batch: [T, H] to the next stage, its gradient to the one before. The last one's loss, once.
-    - The load-balance loss, per micro-batch: counts, int64 [layers, E], over the data-parallel ranks; in a pipeline
-      those of each stage.
+    - The load-balance loss, per micro-batch: counts, int64 [layers, E], over all ranks; in a pipeline those of each
+      stage's layers, over its data-parallel ranks.
     """
     stage = stage or stages(config, layout, training)[0]
     precision, tokens, m = precision_of(layout, training), training.tokens, micro_batches(layout, training)
     hidden = tokens * config.hidden_size
     again = int(training.checkpointing)
-    groups = [add(group) for group in stage.groups(config)]
+    groups = [add(group) for group in stage.groups(padded(config, layout))]
     result = {}
 
     def put(purpose: str, operation: str, calls: int, size: float, ranks: int, stride: int) -> None:
@@ -512,7 +543,8 @@ def communication(
     stride = width * layout.fsdp
     if layout.fsdp > 1:
         shard = (sum(dense) + sum(experts) * layout.ep) / layout.fsdp
-        put("HSDP gradients", "all_reduce", count, repeats * shard * precision.reduced, layout.dp_replicate, stride)
+        calls = len(dense) + stage.layers * (layout.ep > 1)
+        put("HSDP gradients", "all_reduce", calls, shard * precision.reduced, layout.dp_replicate, stride)
     elif training.shard_optimizer:
         put("DDP gradients", "reduce_scatter", 1, sum(dense) * precision.reduced, layout.dp_replicate, stride)
         put("DDP weights", "all_gather", 1, sum(dense) * precision.weights, layout.dp_replicate, stride)
@@ -528,7 +560,8 @@ def communication(
     put("PP loss", "broadcast", 1, FLOAT32, layout.pp, layout.tp)
     if config.router_aux_loss_coef > 0 and stage.layers:
         counts = m * stage.layers * config.num_local_experts * INT64
-        put("balance loss", "all_reduce", parts, counts, layout.data_parallel, width)
+        ranks, stride = (layout.devices, 1) if layout.pp == 1 else (layout.data_parallel, width)
+        put("balance loss", "all_reduce", parts, counts, ranks, stride)
     return result
 
 
@@ -659,9 +692,17 @@ class Estimate:
 
 def check_layout(config: PreTrainedConfig, layout: Layout, training: Training) -> None:
     """Raise ValueError, with the numbers, for a layout that cannot be."""
+    for field, size in asdict(layout).items():
+        if size < 1:
+            raise ValueError(f"{field}={size} must be at least 1")
     # Where embedding and head are stages of their own, the others have a layer each.
     own = (layout.pp, layout.interleave) == (config.num_hidden_layers + 2, 1)
-    check_parallel_sizes(config, tp_size=layout.tp, pp_size=1 if own else layout.pp * layout.interleave)
+    check_parallel_sizes(
+        config,
+        tp_size=layout.tp,
+        pp_size=1 if own else layout.pp * layout.interleave,
+        fsdp_size=layout.fsdp if layout.pp == 1 else 1,  # in a pipeline, ranks may be without an expert
+    )
     if config.num_local_experts % layout.ep or layout.fsdp % layout.ep:
         raise ValueError(
             f"ep={layout.ep} must divide num_local_experts={config.num_local_experts} and fsdp={layout.fsdp}"
@@ -699,45 +740,72 @@ def divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def layouts(
-    config: PreTrainedConfig, num_devices: int, training: Training, assumptions: Assumptions
-) -> Iterator[Layout]:
-    """The layouts of `num_devices` that can be: tensor parallelism within a machine; the data-parallel ranks as DDP,
-    FSDP2, or FSDP2 within a machine and replicas of it; pipelines as 1F1B and interleaved; and, without these two,
-    expert parallelism."""
+def admits(layout: Layout, number: int) -> bool:
+    """Whether the pipeline's schedule can do so many micro-batches: `SCHEDULES` of `training.pipeline`, whose import
+    takes longer than a plan."""
+    return number >= layout.pp if layout.interleave == 1 else number % max(1, number // layout.pp) == 0
+
+
+def check_trainable(config: PreTrainedConfig, layout: Layout, training: Training) -> None:
+    """Raise ValueError, as `check_layout`, for a layout that the recipes do not train either."""
+    check_layout(config, layout, training)
+    if layout.pp == 1:
+        return
+    if layout.dp_replicate > 1:
+        raise ValueError(f"dp_replicate={layout.dp_replicate}: data parallelism of a pipeline is FSDP2, use fsdp")
+    if config.tie_word_embeddings:
+        raise ValueError("tie_word_embeddings=True: the first stage and the last cannot share a parameter")
+    check_parallel_sizes(config, pp_size=layout.pp)  # embedding and head are no stages of their own
+    number = micro_batches(layout, training)
+    if not admits(layout, number):
+        raise ValueError(
+            f"global_batch={training.global_batch} makes {number} micro-batches, which the schedule cannot do on "
+            f"{layout.pp} stages: choose a multiple of {layout.data_parallel * training.micro_batch * layout.pp}"
+        )
+
+
+def layouts(num_devices: int, assumptions: Assumptions) -> list[Layout]:
+    """Those of `num_devices`, for any model: tensor parallelism within a machine; the data-parallel ranks as DDP,
+    FSDP2 or both (HSDP), in pipelines as FSDP2; pipelines as 1F1B and interleaved; and, without these and tensor
+    parallelism, expert parallelism."""
+    found = []
     for tp in divisors(min(num_devices, assumptions.devices_per_machine)):
         for pp in divisors(num_devices // tp) if num_devices % tp == 0 else []:
             ranks = num_devices // (tp * pp)
-            inside = assumptions.devices_per_machine // tp
-            splits = {(ranks, 1), (1, ranks)} | (
-                {(ranks // inside, inside)} if ranks % inside == 0 and pp == 1 else set()
-            )
-            for dp_replicate, fsdp in sorted(splits):
+            for fsdp in divisors(ranks) if pp == 1 else [ranks]:
                 for interleave in (1, 2) if pp > 1 else (1,):
-                    for ep in divisors(fsdp) if tp == pp == 1 and dp_replicate == 1 else (1,):
-                        layout = Layout(dp_replicate, fsdp, tp, pp, ep, interleave)
-                        try:
-                            check_layout(config, layout, training)
-                        except ValueError:
-                            continue
-                        yield layout
+                    for ep in divisors(fsdp) if tp == pp == 1 else (1,):
+                        found.append(Layout(ranks // fsdp, fsdp, tp, pp, ep, interleave))
+    return found
 
 
-def plan(config: PreTrainedConfig, num_devices: int, training: Training, assumptions: Assumptions) -> list[Estimate]:
-    """Estimates of all `layouts`: those that fit, fastest first, then the others, by what they need.
+class Plan(NamedTuple):
+    """What `plan` found."""
+
+    estimates: list[Estimate]
+    """Those that fit, fastest first, then the others, by what they need."""
+    left_out: dict[str, str]
+    """Layouts that the recipes cannot train, and why."""
+
+
+def plan(config: PreTrainedConfig, num_devices: int, training: Training, assumptions: Assumptions) -> Plan:
+    """Estimates of all `layouts` that can be.
 
     Raises:
         ValueError: no layout is possible.
     """
     if num_devices < 1:
         raise ValueError(f"devices={num_devices} must be at least 1")
-    estimates = [
-        estimate(config, layout, training, assumptions)
-        for layout in layouts(config, num_devices, training, assumptions)
-    ]
+    estimates, left_out = [], {}
+    for layout in layouts(num_devices, assumptions):
+        try:
+            check_trainable(config, layout, training)
+        except ValueError as error:
+            left_out[str(layout)] = str(error)
+        else:
+            estimates.append(estimate(config, layout, training, assumptions))
     if not estimates:
-        raise ValueError(
-            f"no layout of {num_devices} devices can share global_batch={training.global_batch} with "
-            f"micro_batch={training.micro_batch}: change one of them"
-        )
-    return sorted(estimates, key=lambda e: (not e.fits, -e.tokens_per_second if e.fits else e.memory.total()))
+        name, reason = next(iter(left_out.items()))
+        raise ValueError(f"no layout of {num_devices} devices is possible; {name}: {reason}")
+    estimates.sort(key=lambda e: (not e.fits, -e.tokens_per_second if e.fits else e.memory.total()))
+    return Plan(estimates, left_out)

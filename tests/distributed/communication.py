@@ -20,7 +20,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from peak_memory import PeakMemory
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -72,7 +72,7 @@ class CountCommunication(TorchDispatchMode):
 def make_model(
     folder: Path, kind: str, sizes: dict[str, int], checkpointing: bool, mixed: bool
 ) -> tuple[nn.Module, Any]:
-    """The model, and what to call `begin_step` of with its data-parallel group. Mixed precision as in the recipes."""
+    """The model, and its `begin_step`. Mixed precision as in the recipes."""
     path = folder / "model"
     if kind == "pipeline":
         model = pipeline_model(path, dtype=torch.float32, **sizes)
@@ -81,9 +81,7 @@ def make_model(
         layout = DistributedConfig(**sizes, fsdp_mixed_precision=mixed)
         native = {"distributed_config": layout} if kind == "native" else {}
         model = GrinMoeForCausalLM.from_pretrained(path, **native)
-        tp_size = sizes.get("tp_size", 1)
-        mesh = init_device_mesh("cpu", (dist.get_world_size() // tp_size, tp_size), mesh_dim_names=("dp", "tp"))
-        begin_step = partial(model.begin_step, group=mesh.get_group("dp"))
+        begin_step = model.begin_step
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -97,13 +95,19 @@ def train_step(model: nn.Module, batches: list[torch.Tensor], optimizer: torch.o
         model.pipeline.run(inputs, partial(loss_of, model), autocast, training=True)
     else:
         for number, ids in enumerate(batches, 1):
-            accumulates = isinstance(model, nn.parallel.DistributedDataParallel) and number < len(batches)
+            is_last = number == len(batches)
+            if isinstance(model, FSDPModule):  # replicas, if there are, sum gradients once, as in Trainer
+                model.set_requires_all_reduce(is_last)
+            accumulates = isinstance(model, nn.parallel.DistributedDataParallel) and not is_last
             with model.no_sync() if accumulates else contextlib.nullcontext():
                 with autocast():
                     loss = model(input_ids=ids, labels=ids).loss
                 loss.backward()
     optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
+    # Trackers do not see which of a step's tensors become gradients, so these stay; but HSDP's, that holds sums of its
+    # own in their place until the last micro-batch.
+    replicated = isinstance(model, FSDPModule) and model.config.distributed_config.dp_replicate_size > 1
+    optimizer.zero_grad(set_to_none=replicated)
 
 
 def loss_of(model, logits, inputs):

@@ -13,6 +13,7 @@ import runs
 import torch
 from datasets import Dataset
 from on_cpu import as_on_gpus
+from sharded_runs import count_forwards
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 from trl import SFTConfig
@@ -48,31 +49,39 @@ def make_model(folder: Path, layout: dict[str, Any] | None, checkpoint: str, **s
     return pipeline_model(folder / checkpoint, **layout, **settings)
 
 
-def results(trainer: Trainer, sends: list[int]) -> dict[str, Any]:
-    """This rank's parameters by their released names, whole; Trainer's logs; what was sent."""
+def results(trainer: Trainer, **counted: Any) -> dict[str, Any]:
+    """This rank's parameters by their released names, whole; Trainer's logs; what was counted."""
     views = released_views(dict(trainer.model.named_parameters()))
     parameters = {
         name: (view.full_tensor() if hasattr(view, "full_tensor") else view).detach().clone()
         for name, view in views.items()
     }
-    return {"parameters": parameters, "logs": trainer.state.log_history, "sends": sends}
+    return {"parameters": parameters, "logs": trainer.state.log_history, **counted}
 
 
-def train(folder: Path, layout: dict[str, Any] | None, checkpoint: str, **arguments: Any) -> dict[str, Any]:
-    """Training with `GrinMoeTrainer`, and evaluation at its end. `layout`: of `pipeline_model`; None: one process, or
-    DDP; `arguments`: of `runs.make_trainer`."""
-    model = make_model(folder, layout, checkpoint)
+def train(
+    folder: Path, name: str, layout: dict[str, Any] | None, checkpoint: str, resume_from: str | None = None,
+    expert_dropout: float = 0.0, **arguments: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Training with `GrinMoeTrainer`, or what is left of it from a checkpoint in FOLDER, and evaluation at its end.
+
+    `layout`: of `pipeline_model`; None: one process, or DDP; `arguments`: of `runs.make_trainer`. Counted are the
+    `forwards` of this rank's first layer in training, recomputation included.
+    """
+    config = GrinMoeConfig.from_pretrained(folder / checkpoint, expert_dropout=expert_dropout)
+    model = make_model(folder, layout, checkpoint, config=config)
     settings = {"max_steps": STEPS, "logging_steps": 1, "accumulation": 4, "micro_batch": 2, "eval_strategy": "steps",
                 "eval_steps": STEPS, "per_device_eval_batch_size": EVALUATION_BATCH}  # fmt: skip
     trainer = runs.make_trainer(
-        folder / "run", model, eval_dataset=runs.Rows("various", EVALUATION_ROWS), **{**settings, **arguments}
+        folder / f"{name}-run", model, eval_dataset=runs.Rows("various", EVALUATION_ROWS), **{**settings, **arguments}
     )
+    forwards = count_forwards(next(layer for layer in model.model.layers if any(layer.children())))
     with CountSends() as sends:
-        trainer.train()
-    return results(trainer, sends.sizes)
+        trainer.train(None if resume_from is None else str(folder / resume_from))
+    return results(trainer, sends=sends.sizes, forwards=len(forwards))
 
 
-def sft(folder: Path, layout: dict[str, Any] | None, checkpoint: str, **arguments: Any) -> dict[str, Any]:
+def sft(folder: Path, name: str, layout: dict[str, Any] | None, checkpoint: str, **arguments: Any) -> dict[str, Any]:
     """Training with `GrinMoeSFTTrainer` on packed rows, whose micro-batches are one row each, of any length."""
     model = make_model(folder, layout, checkpoint)
     generator = torch.Generator().manual_seed(7)
@@ -80,7 +89,7 @@ def sft(folder: Path, layout: dict[str, Any] | None, checkpoint: str, **argument
     trainer = GrinMoeSFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=folder / "run", max_length=16, packing=True, per_device_train_batch_size=2,
+            output_dir=folder / f"{name}-run", max_length=16, packing=True, per_device_train_batch_size=2,
             gradient_accumulation_steps=4, max_steps=STEPS, optim="sgd", learning_rate=runs.LEARNING_RATE,
             lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no", report_to="none",
             disable_tqdm=True, use_cpu=True, bf16=False, router_aux_loss_coef=runs.COEFFICIENT, **arguments,
@@ -90,17 +99,18 @@ def sft(folder: Path, layout: dict[str, Any] | None, checkpoint: str, **argument
     )  # fmt: skip
     with CountSends() as sends:
         trainer.train()
-    return results(trainer, sends.sizes)
+    return results(trainer, sends=sends.sizes)
 
 
-def errors(folder: Path, checkpoint: str) -> dict[str, str]:
+def errors(folder: Path, name: str, checkpoint: str) -> dict[str, str]:
     """What is said of what cannot be done, on two ranks."""
 
     def make(layout=None, checkpoint=checkpoint, **settings):
         return make_model(folder, {"pp_size": 2, **(layout or {})}, checkpoint, **settings)
 
     def make_trainer(model=None, **arguments):
-        return runs.make_trainer(folder / "run", model or make(), **{"accumulation": 4, "micro_batch": 2, **arguments})
+        settings = {"accumulation": 4, "micro_batch": 2, **arguments}
+        return runs.make_trainer(folder / f"{name}-run", model or make(), **settings)
 
     def train_with_callback():
         trainer = make_trainer()
@@ -128,18 +138,18 @@ def errors(folder: Path, checkpoint: str) -> dict[str, str]:
         "forward": lambda: make()(input_ids=torch.ones(1, 4, dtype=torch.long)),
     }
     messages = {}
-    for name, attempt in attempts.items():
+    for refused, attempt in attempts.items():
         try:
             attempt()
         except ValueError as error:
-            messages[name] = str(error)
+            messages[refused] = str(error)
     return messages
 
 
 def main(folder: str, cases_file: str) -> None:
     on_gpus = False
     for case in json.loads(Path(cases_file).read_text()):
-        name = case.pop("name")
+        name = case["name"]
         if case.get("layout", True) is not None and not on_gpus:
             as_on_gpus()
             on_gpus = True

@@ -7,13 +7,16 @@ A case is a dict of `name`, `run` (a function of `RUNS`) and its arguments. What
 
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import runs
 import torch
 import torch.distributed as dist
 from on_cpu import as_on_gpus
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
@@ -67,6 +70,57 @@ class FirstGradients(TrainerCallback):
             self.gradients = {name: full(parameter.grad) for name, parameter in named}
 
 
+def count_forwards(layer: torch.nn.Module) -> list[None]:
+    """Grows by an element for each forward pass of a decoder layer in training, also when it is recomputed."""
+    forwards: list[None] = []
+    # The layer's own hooks are called once.
+    layer.input_layernorm.register_forward_pre_hook(
+        lambda module, args: forwards.append(None) if module.training else None
+    )
+    return forwards
+
+
+class GradientCounts(TrainerCallback):
+    """What FSDP2 does with gradients in a training run, from micro-batch to micro-batch.
+
+    `groups`: of parameters that are gathered and reduced together; `offloaded`: those whose parts are in the CPU's
+    memory; `held`: whole gradients that were left after a micro-batch, of all but the last; `reduce_scatters`, and
+    `all_reduces` of gradients.
+    """
+
+    def __init__(self):
+        self.counts = dict.fromkeys(("groups", "offloaded", "held", "reduce_scatters", "all_reduces"), 0)
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.groups = [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]
+        self.parameters = [parameter for group in self.groups for parameter in group.fsdp_params]
+        self.counts["groups"] = len(self.groups)
+        self.counts["offloaded"] = sum(all(p.offload_to_cpu for p in group.fsdp_params) for group in self.groups)
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.counts["held"] += sum(p.unsharded_accumulated_grad is not None for p in self.parameters)
+
+    @contextmanager
+    def counting(self):
+        reduce_scatter, all_reduce = dist.reduce_scatter_single, dist.all_reduce
+
+        def count_reduce_scatter(*args, **kwargs):
+            self.counts["reduce_scatters"] += 1
+            return reduce_scatter(*args, **kwargs)
+
+        def count_all_reduce(tensor, *args, group=None, **kwargs):
+            of_copies = [mine._all_reduce_process_group for mine in self.groups if mine._is_hsdp]
+            self.counts["all_reduces"] += group in of_copies
+            return all_reduce(tensor, *args, group=group, **kwargs)
+
+        with (
+            patch.object(dist, "reduce_scatter_single", count_reduce_scatter),
+            patch.object(dist, "all_reduce", count_all_reduce),
+        ):
+            yield
+
+
 class Tokenizer:
     """Stands for one where Trainer saves it."""
 
@@ -87,21 +141,30 @@ def train(
 ) -> dict[str, Any]:
     """Train, or resume from a checkpoint in FOLDER.
 
-    Returns `parameters` after training and `gradients` of the first step, whole, and Trainer's `logs`.
+    Returns `parameters` after training and `gradients` of the first step, whole, Trainer's `logs`, the `forwards` of a
+    layer, recomputation included, and what `GradientCounts` counted.
     `noise_of_rank`: a mistake, each rank with routing noise of its own. `saved`: `save_model`, too.
     """
     if noise_of_rank:
         case["seed"] = int(os.environ["RANK"])
-    first = FirstGradients()
+    first, fsdp = FirstGradients(), GradientCounts()
     set_seed(5)
-    trainer = make_trainer(folder, name, callbacks=[first], **case)
-    trainer.train(None if resume_from is None else str(folder / resume_from))
+    trainer = make_trainer(folder, name, callbacks=[first, fsdp], **case)
+    forwards = count_forwards(trainer.model.model.layers[0])
+    with fsdp.counting():
+        trainer.train(None if resume_from is None else str(folder / resume_from))
     if saved:
         trainer.processing_class = Tokenizer()
         sharded.MAX_SHARD_SIZE = "40KB"
         trainer.save_model(folder / f"{name}-saved")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {"parameters": parameters(trainer), "gradients": first.gradients, "logs": logs}
+    return {
+        "parameters": parameters(trainer),
+        "gradients": first.gradients,
+        "logs": logs,
+        "forwards": len(forwards),
+        **fsdp.counts,
+    }
 
 
 def train_best(folder: Path, name: str, **case) -> dict[str, Any]:

@@ -41,6 +41,15 @@ def test_a_rank_that_dies_ends_the_job_with_its_error(folder, kind, reason):
     assert re.search(reason, str(failure.value)), failure.value
 
 
+def test_the_launcher_repeats_what_a_recipe_says(tmp_path):
+    config = ROOT / "recipes" / "configs" / "pretrain_debug.yaml"
+    given = ["--config", config, "--output_dir", tmp_path / "out", "--train_data", "nowhere.jsonl"]
+    with pytest.raises(AssertionError) as failure:
+        torchrun(ROOT / "recipes" / "pretrain.py", 2, *given)
+    output = str(failure.value)
+    assert "ValueError: nowhere.jsonl: no such file or folder" in output.partition("Root Cause")[2], output
+
+
 @pytest.fixture(scope="module")
 def context():
     """Ranks with all imports done, forked from a clean process."""

@@ -26,6 +26,7 @@ HSDP = {**FSDP2, "dp_replicate_size": 2}
 NOISE = {"router_jitter_noise": 0.1, "input_jitter_noise": 0.1}
 NO_NOISE = dict.fromkeys(NOISE, 0.0)
 ESTIMATORS = ("sparsemixer_v2_paper", "sparsemixer_v2_star", "dense")  # those that compute each slot by itself
+ACCUMULATION = sharded_runs.TRAINING["accumulation"]
 SAVED = f"checkpoint-{sharded_runs.SAVED_AT}"
 
 # Dropout, rows shuffled, saved in the middle of an epoch.
@@ -188,6 +189,25 @@ def test_recomputed_activations_change_no_bit(result):
     assert log_difference(actual["logs"], expected["logs"]) == 0
     assert difference(actual["gradients"], expected["gradients"]) == 0
     assert difference(actual["parameters"], expected["parameters"]) == 0
+    assert actual["forwards"] == 2 * expected["forwards"] == 2 * sharded_runs.STEPS * ACCUMULATION  # they are
+
+
+@pytest.mark.parametrize(("layout", "num_ranks"), [("fsdp2", 2), ("fsdp2_tp", 4), ("hsdp", 4)])
+def test_fsdp2_holds_no_whole_gradients_between_micro_batches(result, layout, num_ranks):
+    """Each micro-batch reduces those of each group; the copies of HSDP's groups meet once a step."""
+    num_steps = sharded_runs.STEPS
+    for rank in range(num_ranks):
+        counts = result(layout, rank)
+        groups = counts["groups"] - 1  # that of the whole model has nothing left
+        assert groups > 2 and counts["held"] == 0
+        assert counts["reduce_scatters"] == num_steps * ACCUMULATION * groups
+        assert counts["all_reduces"] == (num_steps * groups if layout == "hsdp" else 0)
+
+
+def test_offloading_is_on(result):
+    counts = result("fsdp2-offloaded")
+    assert counts["offloaded"] == counts["groups"] > 2
+    assert result("fsdp2")["offloaded"] == 0
 
 
 def test_bfloat16_autocast_is_close_to_that_of_one_process(result):
@@ -240,6 +260,15 @@ def test_every_rank_has_a_slice_of_every_expert_and_all_routers(result, rank):
 def test_sizes_that_tensor_parallelism_cannot_divide(tp_size, sizes, field):
     with pytest.raises(ValueError, match=f"{field} is not divisible by tp_size={tp_size}"):
         check_parallel_sizes(GrinMoeConfig(**released_config(**sizes)), tp_size=tp_size)
+
+
+@pytest.mark.parametrize(("num_experts", "fsdp_size", "needed"), [(6, 8, 6), (6, 4, 3), (16, 12, 8)])
+def test_experts_that_are_too_few_for_fsdp(num_experts, fsdp_size, needed):
+    """They are dealt out whole, in equal numbers: 6 to 4 ranks are 2, 2, 2 and none."""
+    config = GrinMoeConfig(**released_config(num_local_experts=num_experts))
+    with pytest.raises(ValueError, match=f"num_local_experts={num_experts} gives.*{needed} of fsdp_size={fsdp_size}"):
+        check_parallel_sizes(config, fsdp_size=fsdp_size)
+    check_parallel_sizes(config, fsdp_size=needed)
 
 
 def test_linear_experts_are_refused():
