@@ -34,11 +34,12 @@ def gradient(
     whole = torch.stack(counts).sum(dim=0)
     window = BalanceWindow(num_tokens, whole if kind == "the whole step" else None)
     total = torch.zeros_like(weight)
-    for tokens, z, c, own in zip(micro_batches, logits, counted, counts, strict=True):
+    for tokens, z, c, chosen in zip(micro_batches, logits, counted, experts, strict=True):
         if kind == "by itself":
             window = BalanceWindow(num_tokens)
-        window.add(own)
-        total += BalanceLoss(1.0, 1, num_experts, window, c, None).gradient(z, 0).T @ tokens
+        balance = BalanceLoss(1.0, 1, num_experts, window, c, None)
+        balance.count((chosen,))
+        total += balance.gradient(z, 0).T @ tokens
     return total
 
 
