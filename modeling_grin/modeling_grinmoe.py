@@ -146,10 +146,15 @@ class GrinMoeSparseMoeBlock(nn.Module):
         weights would have float32 experts. Their copies are autocast's, as those of any linear layer.
         """
         device_type = tokens.device.type
-        if not (isinstance(self.experts, GrinMoeExperts) and torch.is_autocast_enabled(device_type)):
+        is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        if not (is_on and isinstance(self.experts, GrinMoeExperts)):
             return self.experts(tokens, experts, weights)
         dtype = torch.get_autocast_dtype(device_type)
-        cast = {name: parameter.to(dtype) for name, parameter in self.experts.named_parameters()}
+        parameters = dict(self.experts.named_parameters())
+        local = [p.to_local() if hasattr(p, "to_local") else p for p in parameters.values()]
+        if any(p.shape[-1] * dtype.itemsize % 16 for p in local):  # grouped_mm wants rows of 16 bytes
+            return self.experts(tokens, experts, weights)
+        cast = {name: parameter.to(dtype) for name, parameter in parameters.items()}
         return functional_call(self.experts, cast, (tokens, experts, weights))
 
     def mix(self, tokens: torch.Tensor, mixture: Mixture) -> torch.Tensor:
