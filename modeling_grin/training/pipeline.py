@@ -448,6 +448,8 @@ class PipelineTrainerMixin(_Base):
         pipeline = self._pipeline
         if pipeline is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if "labels" not in inputs:
+            raise ValueError("a pipeline evaluates losses and keeps no logits: give rows with labels")
         inputs = self._prepare_inputs(inputs)
         loss_function = self._pipeline_loss(self._get_num_items_in_batch([inputs], self.args.device))
         with torch.no_grad():
