@@ -93,6 +93,10 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             raise ValueError("GrinMoeTrainerMixin does not know DeepSpeed's loss scale and checkpoints: use FSDP")
         if self.exact_balance and model.get_output_embeddings() is None:
             raise ValueError(f"exact_balance counts for language models, and {type(model).__name__} is none")
+        if self.is_sharded and isinstance(model, PeftModel):
+            raise ValueError(
+                "an adapter on a model that is spread over ranks cannot be saved: use DDP, or train it whole"
+            )
         if self.distributed_checkpoint and self.args.save_on_each_node:
             raise ValueError(
                 "save_on_each_node=True with a checkpoint that every rank writes a part of: set it to False, and let "
