@@ -26,9 +26,9 @@ def run(command: Sequence[str | Path], timeout: float) -> str:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
         output = (error.stdout or b"").decode() + (error.stderr or b"").decode()
-        raise AssertionError(f"no end after {timeout} s: {shown}\n{output[-5000:]}") from error
+        raise AssertionError(f"no end after {timeout} s: {shown}\n{output[-50_000:]}") from error
     output = result.stdout + result.stderr
-    assert result.returncode == 0, f"failed: {shown}\n{output[-5000:]}"
+    assert result.returncode == 0, f"failed: {shown}\n{output[-50_000:]}"
     return output
 
 
