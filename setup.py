@@ -26,7 +26,10 @@ TRAIN = [
 
 QUANTIZED = ["bitsandbytes>=0.50"]
 
+GGUF = ["gguf>=0.19"]
+
 DEV = [
+    "hypothesis>=6.150",
     "mypy>=2.0",
     "pre-commit>=4.0",
     "pytest>=9.0",
@@ -49,8 +52,9 @@ setup(
         "train": TRAIN,
         "quantized": QUANTIZED,
         "flash": ["flash-attn>=2.7"],
-        "gguf": ["gguf>=0.17"],
-        "dev": TRAIN + QUANTIZED + DEV,
+        "gguf": GGUF,
+        "llama": [*GGUF, "llama-cpp-python>=0.3.36"],  # runs what was converted; compiled when it is installed
+        "dev": TRAIN + QUANTIZED + GGUF + DEV,
     },
     # The explicit root makes an editable install follow the checkout, new top-level packages included.
     package_dir={"": "."},

@@ -1,10 +1,12 @@
 """Configuration of GRIN-MoE: the fields of the released `config.json`, checked when they are read."""
 
+import sys
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import PhimoeConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
@@ -30,6 +32,34 @@ class VisibleWindowConfig:
         return None if window is None else window + 1
 
 
+def read_phimoe(values: dict[str, Any]) -> dict[str, Any]:
+    """What a `phimoe` config.json says, in our terms: Phimoe's defaults filled in, its window in the released meaning.
+
+    The code that a config names decides what its window means. The siblings' remote code (`PhiMoEForCausalLM`) sees
+    `sliding_window` keys before the query's own, and so does a config that names none; transformers' classes
+    (`PhimoeForCausalLM`, ...), whose `save_pretrained` writes their names, count the query's own key.
+
+    Raises:
+        ValueError: a window of transformers' meaning that has no other key than the query's.
+    """
+    defaults = {field.name: field.default for field in fields(PhimoeConfig) if field.default is not MISSING}
+    values = {**defaults, "rope_theta": PhimoeConfig.default_theta, **values}
+    architectures, window = values["architectures"], values["sliding_window"]
+    stock = isinstance(architectures, list) and any(str(name).startswith("Phimoe") for name in architectures)
+    if stock and isinstance(window, int):
+        if window < 2:
+            raise ValueError(
+                f"sliding_window={window} of {architectures} counts a query's own key; it must be at least 2 or None"
+            )
+        values["sliding_window"] = window - 1
+    return values
+
+
+def is_positive(value: Any) -> bool:
+    """Whether `value` is a finite number above 0."""
+    return isinstance(value, int | float) and 0 < value <= sys.float_info.max
+
+
 @strict
 class GrinMoeConfig(PreTrainedConfig):
     r"""Configuration of a GRIN mixture-of-experts model; the defaults are `microsoft/GRIN-MoE` (16x3.8B, top-2).
@@ -44,7 +74,9 @@ class GrinMoeConfig(PreTrainedConfig):
         num_local_experts: experts per layer (also `num_experts`).
         num_experts_per_tok: experts a token is sent to, top-k.
         rms_norm_eps: epsilon of the norms, which are LayerNorms whatever the name says.
-        rope_parameters: RoPE settings; `rope_theta` of older files is read into it.
+        rope_parameters: RoPE settings; `rope_theta` and `rope_scaling` of older files are read into it. Those of
+            LongRoPE (`rope_type="longrope"`, Phi-3.5-MoE) may have the `short_mscale` and `long_mscale` of the
+            release, which go before transformers' own attention factor.
         sliding_window: W as released: a query sees itself and W keys before it, W + 1 in all. None: all of them.
         attention_bias, lm_head_bias: whether the attention projections and the head have biases.
         attention_dropout: dropout of the attention probabilities.
@@ -71,6 +103,7 @@ class GrinMoeConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
     attribute_map = {"num_experts": "num_local_experts"}
     default_theta = 10000.0
+    ignore_keys_at_rope_validation = {"short_mscale", "long_mscale"}  # Phi-3.5-MoE's own; `_check_rope` checks them
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -143,15 +176,48 @@ class GrinMoeConfig(PreTrainedConfig):
     def _check_rope(self) -> None:
         """Raise ValueError for RoPE settings (read by transformers, so after it) that the model does not have."""
         rope = self.rope_parameters or {}
-        rope_type = rope.get("rope_type", "default")
-        known = sorted({"default", *ROPE_INIT_FUNCTIONS} - {"longrope"})  # "longrope": the scaling of Phi-3.5-MoE
-        if rope_type not in known:  # not the whole field: LongRoPE's has a hundred numbers
-            name = f"{type(self).__name__}: rope_parameters with rope_type={rope_type!r}"
-            raise ValueError(f"{name} are not supported; use one of {known}")
-        self._require(rope.get("partial_rotary_factor", 1) == 1, "rope_parameters", "must turn whole heads")
-        self._require(
-            rope.get("rope_theta", self.default_theta) > 0, "rope_parameters", "must have rope_theta above 0"
+        rope_type, theta = rope.get("rope_type", "default"), rope.get("rope_theta", self.default_theta)
+        known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+        self._require_rope(rope_type in known, f"rope_type={rope_type!r} is unknown; use one of {known}")
+        self._require_rope(rope.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor must be 1")
+        self._require_rope(is_positive(theta), f"rope_theta={theta!r} must be a number above 0")
+        if rope_type == "longrope":
+            self._check_longrope()
+        elif rope_type != "default":
+            try:
+                self.validate_rope()  # transformers does so later: what is missing is a KeyError there
+            except (KeyError, TypeError, ArithmeticError) as error:
+                raise ValueError(f"{type(self).__name__}: rope_parameters: {error.args[0]}") from error
+
+    def _check_longrope(self) -> None:
+        """Raise ValueError for LongRoPE settings that are incomplete, or of the wrong size or kind."""
+        self.standardize_rope_params()  # an `original_max_position_embeddings` beside `rope_scaling` moves into it
+        rope: dict[str, Any] = dict(self.rope_parameters or {})
+        size = (self.head_dim or 0) // 2
+        for field in ("short_factor", "long_factor"):
+            factors = rope.get(field)
+            is_list = isinstance(factors, list) and all(is_positive(factor) for factor in factors)
+            self._require_rope(is_list, f"longrope's {field} must be a list of numbers above 0")
+            self._require_rope(
+                len(factors) == size,
+                f"longrope's {field} has {len(factors)} numbers and must have {size}, half of head_dim={2 * size}",
+            )
+        length = rope["original_max_position_embeddings"]
+        self._require_rope(
+            isinstance(length, int) and length >= 2, f"original_max_position_embeddings={length!r} must be at least 2"
         )
+        for field in ("short_mscale", "long_mscale", "factor", "attention_factor"):
+            if (value := rope.get(field)) is not None:
+                self._require_rope(is_positive(value), f"longrope's {field}={value!r} must be a number above 0")
+        self._require_rope(
+            (rope.get("short_mscale") is None) == (rope.get("long_mscale") is None),
+            "longrope has only one of short_mscale and long_mscale; give both or neither",
+        )
+
+    def _require_rope(self, condition: bool, problem: str) -> None:
+        # Not the whole field: LongRoPE's has a hundred numbers.
+        if not condition:
+            raise ValueError(f"{type(self).__name__}: rope_parameters: {problem}")
 
     def _check_values(self) -> None:
         """Raise ValueError for the first field whose value no model can be built from."""
@@ -222,6 +288,8 @@ class GrinMoeConfig(PreTrainedConfig):
         `phimoe`, the sibling releases' type, has the same architecture and fields.
         """
         model_type = config_dict.get("model_type", cls.model_type)
+        if model_type == "phimoe":
+            config_dict = read_phimoe(config_dict)
         if model_type not in (cls.model_type, "grinmoe", "phimoe"):
             raise ValueError(
                 f"The config says model_type={model_type!r}; {cls.__name__} reads 'grinmoe' and 'phimoe'. "

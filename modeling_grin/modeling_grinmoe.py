@@ -85,6 +85,36 @@ class GrinMoeAttention(LlamaAttention):
         return super().forward(*args, sliding_window=VisibleWindowConfig(self.config).sliding_window, **kwargs)
 
 
+class GrinMoeRotaryEmbedding(LlamaRotaryEmbedding):
+    """RoPE of any type; LongRoPE as the remote code of Phi-3.5-MoE has it.
+
+    LongRoPE has two sets of factors, and a forward pass one of them: the long ones if a row of the batch goes beyond
+    `original_max_position_embeddings`, by its positions. transformers' decorator of the base class chooses them; the
+    scales that go with them, `short_mscale` and `long_mscale`, are the release's own. Keys in a cache stay as they
+    were rotated: a forward pass that crosses the boundary with a cache sees keys of both kinds, and so do those after
+    it (`generate` computes them anew there).
+    """
+
+    def __init__(self, config: GrinMoeConfig):
+        super().__init__(config)
+        rope: dict[str, Any] = dict(config.rope_parameters or {})
+        self.mscales = None
+        if self.rope_type == "longrope" and rope.get("long_mscale") is not None:
+            self.mscales = rope["short_mscale"], rope["long_mscale"]
+            self.original_length = rope["original_max_position_embeddings"]
+            self.attention_scaling = 1.0  # the release's instead
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines `[rows, positions, head_dim]` of `position_ids` `[rows, positions]`, in `x`'s dtype."""
+        if self.mscales is None:
+            return super().forward(x, position_ids)
+        short_mscale, long_mscale = self.mscales
+        mscale = torch.where(position_ids.max() >= self.original_length, long_mscale, short_mscale)
+        cos, sin = super().forward(mscale, position_ids)  # in float32, as long as they are not scaled
+        return (cos * mscale).to(x.dtype), (sin * mscale).to(x.dtype)
+
+
 @use_experts_implementation
 class GrinMoeExperts(nn.Module):
     """All experts of a layer, SwiGLU networks `w2(act(w1 x) * (w3 x))`, as two 3-D parameters."""
@@ -484,7 +514,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GrinMoeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = GrinMoeRotaryEmbedding(config)
         self.optimizer_step: OptimizerStep | None = None  # set by `begin_step`
         self.routing_observer: RoutingObserver | None = None
         """Called once for each forward pass in training, and not again where a layer is recomputed, with every layer's
@@ -697,6 +727,19 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
             selected_experts=outputs.selected_experts if output_selected_experts else None,
         )
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
+        """As in transformers; as in its Phimoe, all keys are computed anew where LongRoPE changes its factors.
+
+        (Not after a prompt of `inputs_embeds`, whose tokens are not known here.)
+        """
+        rope: dict[str, Any] = dict(self.config.rope_parameters or {})
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if rope["rope_type"] == "longrope" and (
+            0 < past_length <= rope["original_max_position_embeddings"] < input_ids.shape[1]
+        ):
+            past_key_values = next_sequence_length = None
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, past_key_values, **kwargs)
 
     def create_masks_for_generate(
         self, config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs

@@ -4,11 +4,13 @@
 same cases and holds them to the limit.
 """
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
@@ -70,6 +72,17 @@ def run_cached(make_cache):
 
 
 SMALL_WINDOW = {"sliding_window": 7}
+LONGROPE_SCALING = {  # as in Phi-3.5-MoE, whose two scales are equal
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 2.7],
+    "long_factor": [1.5, 2.0, 7.0, 40.0],
+    "short_mscale": 1.243163121016122,
+    "long_mscale": 1.4,
+    "original_max_position_embeddings": 16,
+}
+LONGROPE = {"rope_scaling": LONGROPE_SCALING, "max_position_embeddings": 512, "sliding_window": 512}
+PHI_MINI = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 16}
+PHI_TINY = {**PHI_MINI, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 8}
 CASES = [
     Case("the released config at small sizes"),
     *(Case(f"{attention} attention", SMALL_WINDOW, attention=attention) for attention in ("eager", "flex_attention")),
@@ -88,10 +101,40 @@ CASES = [
     Case("packed sequences", SMALL_WINDOW, run=run_packed),
     Case("dynamic cache, token by token", SMALL_WINDOW, run=run_cached(lambda c: DynamicCache(config=c))),
     Case("static cache, token by token", SMALL_WINDOW, run=run_cached(lambda c: StaticCache(c, max_cache_len=LENGTH))),
+    Case("LongRoPE, its original length", LONGROPE, length=16),
+    Case("LongRoPE, beyond its original length", LONGROPE),
     Case("stock Phimoe", {"router_jitter_noise": 0.3}, against_stock=True),
     Case("stock Phimoe, beyond the window", SMALL_WINDOW, length=200, against_stock=True),
     Case("stock Phimoe, released window (2047)", {"num_hidden_layers": 1}, length=2100, against_stock=True),
+    Case("stock Phimoe, Phi-3.5-MoE (LongRoPE), its original length", LONGROPE, length=16, against_stock=True),
+    *(Case(f"stock Phimoe, {name}, beyond the window", {**sizes, **SMALL_WINDOW}, length=200, against_stock=True)
+      for name, sizes in (("Phi-mini-MoE", PHI_MINI), ("Phi-tiny-MoE", PHI_TINY))),
 ]  # fmt: skip
+
+
+def longrope_logits(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], input_ids: list[int], is_long: bool | None = None
+) -> torch.Tensor:
+    """`reference_logits` with LongRoPE in closed form: angle_i = position / (factor_i theta^(2i/d)), cosine and sine
+    scaled; by default with the long factors for more tokens than `original_max_position_embeddings`."""
+    rope = config["rope_scaling"]
+    if is_long is None:
+        is_long = len(input_ids) > rope["original_max_position_embeddings"]
+    kind = "long" if is_long else "short"
+    factors, mscale = rope[f"{kind}_factor"], rope[f"{kind}_mscale"]
+
+    def rotate(x, position, theta):
+        half = len(x) // 2
+        out = torch.empty_like(x)
+        for i in range(half):
+            angle = position / (factors[i] * theta ** (2 * i / len(x)))
+            cos, sin = mscale * math.cos(angle), mscale * math.sin(angle)
+            out[i] = x[i] * cos - x[i + half] * sin
+            out[i + half] = x[i + half] * cos + x[i] * sin
+        return out
+
+    with mock.patch("reference.rotate", rotate):
+        return reference_logits(config, tensors, input_ids)
 
 
 def stock_logits(config: dict[str, Any], tensors: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
@@ -120,7 +163,8 @@ def relative_error(case: Case, seed: int = 0) -> float:
     if case.against_stock:
         expected = stock_logits(config, tensors, ids)
     else:
-        expected = reference_logits(config, tensors, ids[0].tolist())
+        reference = longrope_logits if config.get("rope_scaling") else reference_logits
+        expected = reference(config, tensors, ids[0].tolist())
     return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 

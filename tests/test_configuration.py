@@ -1,11 +1,13 @@
 """The configuration: the release's values, what is refused, and the window as transformers' caches read it."""
 
+import copy
 import json
+from dataclasses import fields as dataclass_fields
 
 import pytest
 from checkpoints import RELEASED_CONFIG, released_config
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import AutoConfig, DynamicCache, StaticCache
+from transformers import AutoConfig, DynamicCache, PhimoeConfig, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 from modeling_grin import GrinMoeConfig
@@ -53,7 +55,14 @@ UNUSUAL = {
     "router_aux_loss_coef": 0.5,
     "output_router_logits": True,
 }
-LONGROPE = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+LLAMA_3 = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 64,
+    "long_factor": [2.0] * 64,
+    "original_max_position_embeddings": 4096,
+}
 
 
 def write_config(folder, config):
@@ -160,17 +169,54 @@ IMPOSSIBLE = [
     ({"hidden_dropout": 0.1}, "hidden_dropout=0.1"),
     ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0"),
     ({"initializer_range": -0.02}, "initializer_range=-0.02"),
-    ({"rope_theta": -10000.0}, r"rope_parameters=\{'rope_theta': -10000.0"),
-    ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "rope_parameters .*rope_type='nope'"),
-    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **LONGROPE}}, "rope_type='longrope'"),
-    ({"rope_scaling": {"type": "longrope", **LONGROPE}}, "rope_type='longrope'"),
+    *(
+        ({"rope_theta": theta}, f"rope_theta={theta!r} must be a number above 0")
+        for theta in (-10000.0, 0, float("nan"), float("inf"), "10000", None)
+    ),
+    (
+        {"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}},
+        "rope_type='nope' is unknown; use one of .*longrope",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+        "rope_parameters: Missing .*'linear': {'factor'}",
+    ),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}}, "division by zero"),
+    ({"rope_scaling": {"type": "llama3", **dict.fromkeys(LLAMA_3)}}, "rope_parameters: .*NoneType"),
+    (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor must be 1",
+    ),
+    *(
+        ({"rope_parameters": {**LONGROPE, **changes}}, message)
+        for changes, message in (
+            ({"short_factor": None}, "longrope's short_factor must be a list of numbers above 0"),
+            ({"long_factor": 2.0}, "longrope's long_factor must be a list"),
+            ({"long_factor": [2.0] * 63 + ["2"]}, "longrope's long_factor must be a list"),
+            ({"long_factor": [2.0] * 63 + [0]}, "longrope's long_factor must be a list"),
+            ({"short_factor": [1.0] * 63}, "longrope's short_factor has 63 numbers and must have 64"),
+            (
+                {"long_factor": [1.0] * 128},
+                "longrope's long_factor has 128 numbers and must have 64, half of head_dim=128",
+            ),
+            ({"original_max_position_embeddings": 1}, "original_max_position_embeddings=1 must be at least 2"),
+            ({"original_max_position_embeddings": 4096.5}, "original_max_position_embeddings=4096.5"),
+            ({"short_mscale": 1.2}, "only one of short_mscale and long_mscale"),
+            ({"long_mscale": 1.2}, "only one of short_mscale and long_mscale"),
+            ({"short_mscale": 1.2, "long_mscale": -1}, "longrope's long_mscale=-1 must be a number above 0"),
+            ({"short_mscale": "1.2", "long_mscale": 1.2}, "longrope's short_mscale='1.2'"),
+            ({"attention_factor": 0}, "longrope's attention_factor=0"),
+            ({"factor": "32"}, "longrope's factor='32'"),
+        )
+    ),
+    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 64}}, "longrope's long_factor must be a list"),
 ]
 
 
 @pytest.mark.parametrize(("fields", "message"), IMPOSSIBLE, ids=lambda value: str(value)[:40])
 def test_impossible_values_are_refused(fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        GrinMoeConfig(**fields)
+        GrinMoeConfig(**copy.deepcopy(fields))  # transformers fills in what it is given
     with pytest.raises(ValueError, match=message):
         AutoConfig.from_pretrained(write_config(tmp_path, {"model_type": "grinmoe", **fields}))
 
@@ -181,7 +227,7 @@ def test_impossible_values_are_refused(fields, message, tmp_path):
         ({"num_experts_per_tok": 17}, "num_experts_per_tok=17"),
         ({"router_estimator": "reinforce"}, "router_estimator='reinforce'"),
         ({"hidden_dropout": 0.1}, "hidden_dropout=0.1"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type='longrope'"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope's short_factor must be a list"),
     ],
 )
 @pytest.mark.parametrize("unused", [False, True])
@@ -222,6 +268,79 @@ def test_another_model_type_is_refused(tmp_path):
     folder = write_config(tmp_path, released_config(model_type="mixtral"))
     with pytest.raises(ValueError, match="model_type='mixtral'"):
         GrinMoeConfig.from_pretrained(folder)
+
+
+def test_longrope_is_read_in_either_spelling(tmp_path):
+    scaling = {**LONGROPE, "type": "longrope", "short_mscale": 1.2, "long_mscale": 1.3}
+    theta = scaling.pop("rope_theta")
+    length = scaling.pop("original_max_position_embeddings")
+    del scaling["rope_type"]
+    files = {
+        "old": {"rope_theta": theta, "rope_scaling": {**scaling, "original_max_position_embeddings": length}},
+        "beside": {"rope_theta": theta, "rope_scaling": scaling, "original_max_position_embeddings": length},
+        "new": {"rope_parameters": {**LONGROPE, "type": "longrope", "short_mscale": 1.2, "long_mscale": 1.3}},
+    }
+    read = [
+        GrinMoeConfig.from_pretrained(write_config(tmp_path / name, {"model_type": "phimoe", **copy.deepcopy(fields)}))
+        for name, fields in files.items()
+    ]
+    for config in read:
+        assert config.rope_parameters == files["new"]["rope_parameters"]
+        config.save_pretrained(tmp_path / "saved")
+        assert GrinMoeConfig.from_pretrained(tmp_path / "saved").to_dict() == config.to_dict()
+
+
+def test_phimoe_fields_default_to_phimoes(tmp_path):
+    ours = {field.name for field in dataclass_fields(GrinMoeConfig)} & {f.name for f in dataclass_fields(PhimoeConfig)}
+    stock, defaults = PhimoeConfig(), GrinMoeConfig()
+    config = GrinMoeConfig.from_pretrained(write_config(tmp_path, {"model_type": "phimoe"}))
+    assert {name: getattr(config, name) for name in ours} == {name: getattr(stock, name) for name in ours}
+    different = {name for name in ours if getattr(stock, name) != getattr(defaults, name)}
+    assert different >= {
+        *("rope_parameters", "attention_bias", "lm_head_bias", "input_jitter_noise", "sliding_window"),
+        *("max_position_embeddings", "eos_token_id", "pad_token_id"),
+    }
+    assert (config.model_type, config.head_dim, config.expert_dropout) == ("grinmoe", 128, 0.0)
+    config = GrinMoeConfig.from_dict(
+        {"model_type": "phimoe", "rope_theta": 5.0, "num_experts": 4, "attention_bias": True}
+    )
+    assert (config.rope_parameters["rope_theta"], config.num_local_experts, config.attention_bias) == (5.0, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architectures", "window", "expected"),
+    [
+        ("phimoe", ["PhiMoEForCausalLM"], 2047, 2047),  # remote code: keys before the query
+        ("phimoe", ["PhimoeForCausalLM"], 2047, 2046),  # transformers: keys, the query's own included
+        ("phimoe", ["PhimoeForSequenceClassification"], 2, 1),
+        ("phimoe", ["PhimoeModel"], 2047, 2046),
+        ("phimoe", ["PhimoeForCausalLM"], None, None),
+        ("phimoe", None, 2047, 2047),
+        ("phimoe", [], 1, 1),
+        ("grinmoe", ["PhimoeForCausalLM"], 2047, 2047),
+        ("grinmoe", ["GRIN-MoE"], 2047, 2047),
+    ],
+)
+def test_a_phimoe_window_means_what_its_code_makes_of_it(model_type, architectures, window, expected, tmp_path):
+    values = {"model_type": model_type, "architectures": architectures, "sliding_window": window}
+    config = GrinMoeConfig.from_pretrained(write_config(tmp_path, values))
+    assert config.sliding_window == expected
+    assert GrinMoeConfig.from_pretrained(tmp_path, sliding_window=9).sliding_window == 9, "ours"
+    config.save_pretrained(tmp_path)
+    assert GrinMoeConfig.from_pretrained(tmp_path).sliding_window == expected, "once"
+
+
+@pytest.mark.parametrize("window", [1, 0, -5])
+def test_a_phimoe_window_without_another_key_is_refused(window):
+    values = {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"], "sliding_window": window}
+    with pytest.raises(ValueError, match=f"sliding_window={window} of .*PhimoeForCausalLM.* at least 2"):
+        GrinMoeConfig.from_dict(values)
+
+
+def test_a_phimoe_window_of_a_wrong_type_is_refused():
+    values = {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"], "sliding_window": "2047"}
+    with pytest.raises(StrictDataclassFieldValidationError, match="sliding_window"):
+        GrinMoeConfig.from_dict(values)
 
 
 @pytest.mark.parametrize(("window", "visible"), [(2047, 2048), (1, 2), (None, None)])

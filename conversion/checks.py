@@ -1,0 +1,122 @@
+"""A conversion that proves itself: the model computed from the source and from the result, layer by layer."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PhimoeForCausalLM, PhimoeForSequenceClassification, PhimoeModel, PreTrainedModel
+
+from modeling_grin import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
+from modeling_grin.modeling_grinmoe import GrinMoePreTrainedModel
+
+from .checkpoint import Checkpoint
+from .forms import model_class_of
+from .tensors import ConversionError
+
+PROBE_SHAPE = (4, 64)  # sequences, tokens
+# In float64, rounding sends no token to another expert: what differs, differs. (RoPE's tables are float32.)
+DTYPE = torch.float64
+TOLERANCE = 1e-6  # relative
+SMALL = 5 * 10**8  # parameters, 4 GB of them: models up to this size are checked unless told otherwise
+STOCK_CLASSES: dict[type, type[PreTrainedModel]] = {
+    GrinMoeForCausalLM: PhimoeForCausalLM,
+    GrinMoeForSequenceClassification: PhimoeForSequenceClassification,
+    GrinMoeModel: PhimoeModel,
+}
+
+Layers = Mapping[str, torch.Tensor]
+"""Module -> what it returned, in the order in which the model computes, the logits last."""
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> GrinMoePreTrainedModel:
+    """The model of a checkpoint of any form, filled with its released tensors.
+
+    Args:
+        dtype: to convert them to; by default they keep their own.
+    """
+    model_class = model_class_of(checkpoint.tensors)
+    model = model_class._from_config(checkpoint.config, dtype=dtype or checkpoint.config.dtype)
+    tensors = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
+    if checkpoint.config.tie_word_embeddings:
+        tensors |= {name: tensors[source] for name, source in model.all_tied_weights_keys.items()}
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+@contextmanager
+def watch(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """Collect what the embeddings, the decoder layers and the final norm return in one forward pass."""
+    seen: dict[str, torch.Tensor] = {}
+    decoder = model.get_decoder()
+    layers = {f"layers.{n}": layer for n, layer in enumerate(decoder.layers)}
+    modules: dict[str, nn.Module] = {"embed_tokens": decoder.embed_tokens, **layers, "norm": decoder.norm}
+
+    def keep(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+            seen[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def probe(checkpoint: Checkpoint) -> torch.Tensor:
+    """Random tokens, `[sequences, tokens]`."""
+    config = checkpoint.config
+    length = min(PROBE_SHAPE[1], config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (PROBE_SHAPE[0], length), generator=generator)
+
+
+@torch.no_grad()
+def compute(model: PreTrainedModel, input_ids: torch.Tensor) -> Layers:
+    """What the parts of a model return for `input_ids`."""
+    model.set_experts_implementation("eager")  # grouped kernels have no float64
+    model = model.to(DTYPE).eval()
+    with watch(model) as seen:
+        output = model(input_ids=input_ids, use_cache=False)
+    return {**seen, "logits": output[0]}
+
+
+def compute_source(checkpoint: Checkpoint, dtype: torch.dtype | None, input_ids: torch.Tensor) -> Layers:
+    """What the source computes, its numbers rounded to `dtype` as in the result.
+
+    Where transformers can read the folder it does, so that it is not only our own reading that is compared.
+    """
+    if checkpoint.form in ("hub", "fused", "phimoe"):
+        model_class = model_class_of(checkpoint.tensors)
+        model = model_class.from_pretrained(checkpoint.path, config=checkpoint.config, dtype=dtype or "auto")
+    else:
+        model = load_model(checkpoint, dtype)
+    return compute(model, input_ids)
+
+
+def compute_result(
+    path: Path, target: str, model_class: type[GrinMoePreTrainedModel], input_ids: torch.Tensor
+) -> Layers:
+    """What the converted checkpoint computes, loaded as its users load it."""
+    loaded_class = STOCK_CLASSES[model_class] if target == "phimoe" else model_class
+    return compute(loaded_class.from_pretrained(path, dtype="auto"), input_ids)
+
+
+def compare(before: Layers, after: Layers, tolerance: float = TOLERANCE) -> float:
+    """The relative difference of the logits, in the maximum norm.
+
+    Raises:
+        ConversionError: something differs by more than `tolerance`; names the first module where it does.
+    """
+    for name, expected in before.items():
+        difference = ((after[name] - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= tolerance:  # NaN, too
+            raise ConversionError(
+                f"the check failed: the converted model differs first in {name}, by {difference:.2g} (relative, up to "
+                f"{tolerance:g} would be rounding); nothing has been written"
+            )
+    return difference

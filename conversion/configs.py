@@ -1,0 +1,59 @@
+"""Configs of other libraries, from ours."""
+
+from typing import Any
+
+from transformers import PhimoeConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from modeling_grin import GrinMoeConfig
+
+from .tensors import ConversionError
+
+PHIMOE_ESTIMATORS = {"sparsemixer_v2", "sparsemixer_v2_paper"}  # those whose inference is Phimoe's routing
+
+
+def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
+    """The config.json with which transformers' `PhimoeForCausalLM` computes what `config` says.
+
+    RoPE is spelt as in the releases (`rope_theta`, `rope_scaling`), which transformers 4 reads, too. What
+    acts in training alone stays under our names: `GrinMoeConfig.from_dict` reads an equal config back. Three
+    differences remain: transformers' LongRoPE keeps its short factors beyond `original_max_position_embeddings`; the
+    attention factor of a LongRoPE without `short_mscale` and `long_mscale` is written out as both of them; and a
+    `pad_token_id` beyond the vocabulary, for which Phimoe cannot be built, is None.
+
+    Raises:
+        ConversionError: what Phimoe does not have: another top-k than 2, another rule of inference, output scales,
+            RoPE other than default and LongRoPE, quantised weights.
+    """
+    rope = dict(config.rope_parameters or {})
+    rope_type, theta = rope.pop("rope_type"), rope.pop("rope_theta")
+    top_k, estimator = config.num_experts_per_tok, config.router_estimator
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    for field, phimoe_has, is_other in (
+        (f"num_experts_per_tok={top_k}", "top-2", top_k != 2),
+        (f"router_estimator={estimator!r}", "sparsemixer_v2's inference", estimator not in PHIMOE_ESTIMATORS),
+        ("moe_output_scale=True", "no output scales", config.moe_output_scale),
+        (f"rope_type={rope_type!r}", "default and longrope", rope_type not in ("default", "longrope")),
+        ("quantization_config", "plain weights", is_quantized),
+    ):
+        if is_other:
+            raise ConversionError(f"{field} cannot become phimoe, which has {phimoe_has}; convert to another form")
+
+    values = config.to_dict()
+    values.pop("auto_map", None)
+    del values["rope_parameters"]
+    values |= {"model_type": PhimoeConfig.model_type, "architectures": ["PhimoeForCausalLM"]}
+    values |= {"rope_theta": float(theta), "rope_scaling": None}
+    if rope_type == "longrope":
+        rope.pop("type", None)
+        if rope.get("long_mscale") is None:
+            _, factor = ROPE_INIT_FUNCTIONS["longrope"](config)
+            rope |= {"short_mscale": factor, "long_mscale": factor}
+        values["rope_scaling"] = {"rope_type": rope_type, **rope}
+    if config.sliding_window is not None:
+        values["sliding_window"] = config.sliding_window + 1  # transformers counts a query's own key
+    for field in ("router_jitter_noise", "input_jitter_noise", "router_aux_loss_coef"):
+        values[field] = float(values[field])  # the only type that PhimoeConfig takes
+    if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
+        values["pad_token_id"] = None
+    return values

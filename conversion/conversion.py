@@ -1,0 +1,268 @@
+"""One checkpoint into another: open, change, write, check, rename."""
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from . import adapters, checks, experts
+from .checkpoint import Checkpoint
+from .configs import phimoe_config
+from .forms import FUSED, HUB, model_class_of
+from .headers import read_json
+from .sources import ADAPTER_CONFIG, open_checkpoint
+from .tensors import ConversionError
+from .writing import Progress, check_space, fingerprint, outputs, staged, write_safetensors
+
+TARGETS = ("hub", "fused", "phimoe", "gguf", "adapter")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Files that a checkpoint has beside its weights and config. Remote code is left: the release's no longer imports.
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass
+class Report:
+    """What a conversion did.
+
+    Args:
+        parameters, nbytes: of the weights that were written.
+        difference: of the logits before and after, relative to the largest; None where they were not computed.
+        left: files of the source that were not carried over, weights and config aside.
+        notes: what a user should know, in sentences.
+    """
+
+    source: str
+    form: str
+    destination: str
+    target: str
+    parameters: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+    difference: float | None = None
+    carried: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    base: str | Path | None = None,
+    config: str | Path | None = None,
+    weights_only: bool = False,
+    num_experts: int | None = None,
+    top_k: int = 2,
+    noise: float = 0.0,
+    seed: int = 0,
+    calibration: str | Path | None = None,
+    check: bool | None = None,
+    resume: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Report:
+    """Convert a checkpoint, streaming: a few MB of its weights are in memory at a time.
+
+    Args:
+        source: a folder; its form is found out.
+        destination: the folder to make (for `gguf`, the file); it must not be there, or be empty.
+        to: `hub` (the released layout), `fused` (experts stacked), `phimoe` (the released layout for transformers'
+            own Phimoe classes) or `gguf`; `adapter` makes a LoRA adapter one of single experts' matrices.
+        dtype: `float32`, `bfloat16` or `float16`; by default each tensor keeps its own. For `gguf`, its file type.
+        max_shard_size: of a file of weights, as in `save_pretrained`.
+        base: the folder of an adapter's base model, instead of what its config names.
+        config: a folder with the config.json of a checkpoint that has none.
+        weights_only: read pickled sources (`pytorch_model.bin`, DCP) through torch's restricted unpickler.
+        num_experts: make a model of so many experts per layer: copies, of a model with one expert; or the most loaded
+            ones on the `calibration` text, of a model with more.
+        top_k, noise, seed: of the copies: experts per token, relative standard deviation of the noise on the copies,
+            and seed of noise and routers.
+        calibration: a text file to measure routing on: expert load, near-ties, size of router logits.
+        check: compare the logits of source and result, in float64; by default for up to `checks.SMALL` parameters.
+            Where they differ nothing is written.
+        resume: go on with a conversion that was interrupted.
+        progress: called with the bytes written since the last call and those in all, from any thread.
+
+    Raises:
+        ConversionError: names the file, tensor, field or argument at fault. Nothing has been written then.
+    """
+    started = time.monotonic()
+    source, destination = Path(source).resolve(), Path(destination).resolve()
+    options = {"dtype": dtype, "max_shard_size": max_shard_size, "num_experts": num_experts, "top_k": top_k,
+               "noise": noise, "seed": seed}  # fmt: skip
+    check_arguments(source, destination, to, dtype, num_experts, calibration)
+    inputs = [Path(path).resolve() for path in (source, base, config, calibration) if path is not None]
+    plan = {"source": [(str(path), fingerprint(path)) for path in inputs], "to": to, **options}
+    if to == "adapter":
+        with staged(destination, plan, resume) as result:
+            adapters.export_adapter(source, Path(base) if base else None, result)
+        return Report(str(source), "adapter", str(destination), to, seconds=time.monotonic() - started)
+
+    opened = open_source(source, base, config, weights_only, dtype)
+    report = Report(str(source), opened.form, str(destination), to)
+    checkpoint = change_experts(opened, num_experts, top_k, noise, seed, calibration, report)
+    report.parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    if check is None:
+        check = report.parameters <= checks.SMALL
+    with staged(destination, plan, resume) as result:
+        write_folder(checkpoint, result, to, dtype, max_shard_size, progress, report)
+        if check:
+            report.difference = prove(opened, checkpoint, result, to, dtype, report)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def check_arguments(
+    source: Path,
+    destination: Path,
+    to: str,
+    dtype: str | None,
+    num_experts: int | None,
+    calibration: str | Path | None,
+) -> None:
+    """Raise ConversionError for arguments that are wrong whatever the checkpoint is."""
+    if to not in TARGETS:
+        raise ConversionError(f"to={to!r} is unknown: use one of {', '.join(TARGETS)}")
+    if destination == source or source in destination.parents:
+        raise ConversionError(f"the destination {destination} lies in the source: give another folder")
+    if to not in ("gguf", "adapter") and dtype is not None and dtype not in DTYPES:
+        raise ConversionError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    if calibration is not None and not Path(calibration).is_file():
+        raise ConversionError(f"calibration={calibration} is not a file: give a text file")
+    if num_experts is not None and to == "adapter":
+        raise ConversionError("num_experts cannot be changed in an adapter: merge it first, by to='hub'")
+
+
+def open_source(
+    source: Path, base: str | Path | None, config: str | Path | None, weights_only: bool, dtype: str | None
+) -> Checkpoint:
+    """The checkpoint in a folder, an adapter merged into its base."""
+    if not (source / ADAPTER_CONFIG).is_file():
+        return open_checkpoint(source, config=Path(config) if config else None, weights_only=weights_only)
+    return adapters.merge_adapter(source, adapters.find_base(source, base), DTYPES.get(dtype or ""))
+
+
+def change_experts(
+    checkpoint: Checkpoint,
+    num_experts: int | None,
+    top_k: int,
+    noise: float,
+    seed: int,
+    calibration: str | Path | None,
+    report: Report,
+) -> Checkpoint:
+    """The checkpoint with `num_experts` experts in each layer."""
+    present = checkpoint.config.num_local_experts
+    if num_experts is None:
+        return checkpoint
+    if present == 1:
+        report.notes.append(
+            f"{num_experts} copies of the one expert, top-{top_k}: down projections divided by {top_k}, routers drawn "
+            f"with seed {seed}"
+        )
+        return experts.upcycle(checkpoint, num_experts, top_k=top_k, noise=noise, seed=seed)
+    if calibration is None:
+        raise ConversionError(
+            f"which {num_experts} of the {present} experts to keep is decided by their load on a text: give one with "
+            "--calibration FILE"
+        )
+    load = measure_load(checkpoint, Path(calibration))
+    pruned = experts.prune(checkpoint, load, num_experts)
+    kept = load.topk(num_experts, dim=1).values.sum(dim=1)
+    report.notes.append(
+        f"kept {num_experts} of {present} experts per layer, which had {kept.min():.1%} to {kept.max():.1%} of a "
+        "layer's load"
+    )
+    return pruned
+
+
+def measure_load(checkpoint: Checkpoint, calibration: Path) -> torch.Tensor:
+    """The experts' share of each layer's load on a text, `[L, E]`. The whole model is in memory meanwhile."""
+    return experts.measure_load(
+        checks.load_model(checkpoint), load_tokenizer(checkpoint), calibration.read_text(encoding="utf-8")
+    )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.path, config=checkpoint.config)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{checkpoint.path} has no tokenizer to read the calibration text with") from error
+
+
+def write_folder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    to: str,
+    dtype: str | None,
+    max_shard_size: int | str,
+    progress: Progress,
+    report: Report,
+) -> None:
+    """Write weights, config and what belongs to them. What is there of an interrupted conversion is kept."""
+    model_class = model_class_of(checkpoint.tensors)
+    config = config_for(checkpoint, to, dtype)
+    groups = (FUSED if to == "fused" else HUB).groups(checkpoint.config, model_class)
+    made = outputs(groups, checkpoint.tensors, DTYPES.get(dtype or ""))
+    report.nbytes = sum(output.nbytes for output in made.values())
+    check_space(folder, report.nbytes)
+    write_safetensors(made, folder, max_shard_size, progress)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    carry_files(checkpoint.path, folder, to, report)
+
+
+def config_for(checkpoint: Checkpoint, to: str, dtype: str | None) -> dict[str, Any]:
+    """The config.json of the result."""
+    config = checkpoint.config.__class__.from_dict(checkpoint.config.to_dict())
+    config.dtype = DTYPES[dtype] if dtype else next(iter(checkpoint.tensors.values())).dtype
+    model_class = model_class_of(checkpoint.tensors)
+    if to == "phimoe":
+        return {**phimoe_config(config), "architectures": [checks.STOCK_CLASSES[model_class].__name__]}
+    return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [model_class.__name__]}
+
+
+def carry_files(source: Path, folder: Path, to: str, report: Report) -> None:
+    """Copy what lies beside the weights."""
+    for path in sorted(path for path in source.iterdir() if path.is_file()):
+        if any(path.match(pattern) for pattern in CARRIED):
+            shutil.copyfile(path, folder / path.name)
+            report.carried.append(path.name)
+        elif path.name != "config.json" and ".safetensors" not in path.name:
+            report.left.append(path.name)
+    settings = folder / "tokenizer_config.json"
+    if to == "phimoe" and settings.is_file():
+        # Ours is not known to stock transformers, nor is the release's LlamaTokenizer what its tokenizer.json says.
+        values = {**read_json(settings), "tokenizer_class": "PreTrainedTokenizerFast"}
+        values.pop("auto_map", None)
+        settings.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def prove(
+    opened: Checkpoint, checkpoint: Checkpoint, result: Path, to: str, dtype: str | None, report: Report
+) -> float:
+    """Compare the logits of source and result; the relative difference."""
+    input_ids = checks.probe(checkpoint)
+    model_class = model_class_of(checkpoint.tensors)
+    before = checks.compute_source(checkpoint, DTYPES.get(dtype or ""), input_ids)
+    return checks.compare(before, checks.compute_result(result, to, model_class, input_ids))

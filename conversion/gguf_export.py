@@ -1,0 +1,499 @@
+"""GRIN-MoE as a GGUF file in which stock llama.cpp computes the model, by weights that are rewritten for it.
+
+llama.cpp's `phimoe` graph (src/models/phimoe.cpp, phi3.cpp) has another function: RMSNorm with a bias where the model
+has LayerNorm, top-k weights normalised to a sum of 1 where the model has 1 each, and no sliding window.
+
+- *Centring.* The mean over the hidden dimension is taken out of everything that is added to the residual stream: of
+  every embedding, and of the output dimension of `o_proj` and of each expert's down projection. A LayerNorm takes that
+  mean out anyway; without it, LayerNorm and RMSNorm are one.
+- *Router.* Its weights are multiplied by 2^-k: the choice stays, and the softmax of all choices tends to the same
+  value, so that normalised weights are 1 / K each. The down projections are multiplied by K. The price of a k that is
+  too small are unequal weights, of one too large choices lost in float32's rounding of the softmax: at logits of
+  standard deviation 2, k = 12 keeps both errors near 1e-4. Half of k is put on the norm before the router, and taken
+  out of the experts' gate and up projections, for backends that compute the router's product in half precision, where
+  a router with all of 2^-12 would be subnormal.
+
+What remains: near-ties, in which the keep set of MaskedSoftmax has more than one expert, are computed as with
+`router_jitter_noise` 0; and positions beyond the sliding window see keys that the model does not see, so that the
+file's context ends there.
+
+Shapes: V vocab_size, H hidden_size, F intermediate_size, E num_local_experts, K num_experts_per_tok.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, LlamaFileType
+from gguf.constants import MODEL_TENSOR
+from torch import nn
+
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, route
+
+from .checkpoint import Checkpoint
+from .gguf_vocabulary import add_vocabulary
+from .tensors import ConversionError, StoredTensor
+
+ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHIMOE]
+MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS, llama-hparams.h
+ROUTER_SHIFT, ROUTER_STD = 12, 2.0  # k for logits of this standard deviation
+CHUNK_ELEMENTS = 2**22  # folded and quantised at a time
+
+FILE_TYPES = {
+    "f32": LlamaFileType.ALL_F32,
+    "f16": LlamaFileType.MOSTLY_F16,
+    "bf16": LlamaFileType.MOSTLY_BF16,
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "q5_1": LlamaFileType.MOSTLY_Q5_1,
+    "q5_0": LlamaFileType.MOSTLY_Q5_0,
+    "q4_1": LlamaFileType.MOSTLY_Q4_1,
+    "q4_0": LlamaFileType.MOSTLY_Q4_0,
+}
+"""What the matrices are stored as; routers, norms and biases are always F32."""
+
+# Released modules by the tensors they become; `{n}` is the layer, `{e}` the expert.
+MODULES = {
+    MODEL_TENSOR.TOKEN_EMBD: "model.embed_tokens",
+    MODEL_TENSOR.ATTN_NORM: "model.layers.{n}.input_layernorm",
+    MODEL_TENSOR.ATTN_Q: "model.layers.{n}.self_attn.q_proj",
+    MODEL_TENSOR.ATTN_K: "model.layers.{n}.self_attn.k_proj",
+    MODEL_TENSOR.ATTN_V: "model.layers.{n}.self_attn.v_proj",
+    MODEL_TENSOR.ATTN_OUT: "model.layers.{n}.self_attn.o_proj",
+    MODEL_TENSOR.FFN_NORM: "model.layers.{n}.post_attention_layernorm",
+    MODEL_TENSOR.FFN_GATE_INP: "model.layers.{n}.block_sparse_moe.gate",
+    MODEL_TENSOR.FFN_GATE_EXP: "model.layers.{n}.block_sparse_moe.experts.{e}.w1",
+    MODEL_TENSOR.FFN_DOWN_EXP: "model.layers.{n}.block_sparse_moe.experts.{e}.w2",
+    MODEL_TENSOR.FFN_UP_EXP: "model.layers.{n}.block_sparse_moe.experts.{e}.w3",
+    MODEL_TENSOR.OUTPUT_NORM: "model.norm",
+    MODEL_TENSOR.OUTPUT: "lm_head",
+}
+NORMS = {MODEL_TENSOR.ATTN_NORM, MODEL_TENSOR.FFN_NORM, MODEL_TENSOR.OUTPUT_NORM}
+WITHOUT_BIAS = {
+    MODEL_TENSOR.TOKEN_EMBD,
+    MODEL_TENSOR.FFN_GATE_INP,
+    MODEL_TENSOR.FFN_GATE_EXP,
+    MODEL_TENSOR.FFN_DOWN_EXP,
+    MODEL_TENSOR.FFN_UP_EXP,
+}
+# The dimension of a weight (and of a bias: the first) along which the hidden states lie that it adds to.
+CENTRED = {MODEL_TENSOR.TOKEN_EMBD: 1, MODEL_TENSOR.ATTN_OUT: 0, MODEL_TENSOR.FFN_DOWN_EXP: 0}
+
+
+class Calibration(NamedTuple):
+    """What a model's routers do on a text."""
+
+    router_std: list[float]
+    """Per layer: the standard deviation of a token's router logits about their mean."""
+    near_tie_rate: float
+    """The share of (token, layer) at which MaskedSoftmax keeps more than one expert, in any of the K choices."""
+
+
+@dataclass(frozen=True)
+class GgufReport:
+    """What a file is and is not."""
+
+    file_type: str
+    context_length: int
+    """Positions up to which the file computes what the model computes."""
+    router_shifts: list[int]
+    """k, per layer."""
+    quantization_error: dict[str, float]
+    """By kind of tensor (`ffn_down_exps`, ...): the Frobenius norm of the error over that of the weights."""
+    near_tie_rate: float | None
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        near_ties = "not measured" if self.near_tie_rate is None else f"{self.near_tie_rate:.2%} of (token, layer)"
+        errors = ", ".join(f"{kind} {error:.2g}" for kind, error in self.quantization_error.items() if error > 0)
+        return [
+            f"type {self.file_type}; relative quantisation error: {errors or 'none'}",
+            f"context: {self.context_length} tokens; beyond them the file is another model (no sliding window)",
+            f"near-ties, which are computed as with router_jitter_noise=0: {near_ties}",
+            f"routers multiplied by 2^-k with k from {min(self.router_shifts)} to {max(self.router_shifts)}",
+            *self.notes,
+        ]
+
+
+class Place(NamedTuple):
+    """A tensor of the file, and the released tensors that it is made of: one, or one per expert."""
+
+    kind: MODEL_TENSOR
+    layer: int | None
+    parameter: str  # weight, bias
+    sources: list[str]
+
+    @property
+    def name(self) -> str:
+        return f"{gguf.TENSOR_NAMES[self.kind].format(bid=self.layer)}.{self.parameter}"
+
+
+class Fold(NamedTuple):
+    """Take the mean over the dimension `centred` out, and multiply: by a power of two where there is none to take."""
+
+    centred: int | None
+    factor: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor to be written.
+
+    Args:
+        shape: as of the arrays: E first where it is one per expert, the row length last.
+        sources: one, or one per expert.
+    """
+
+    place: Place
+    shape: tuple[int, ...]
+    sources: list[StoredTensor]
+    fold: Fold
+    type: GGMLQuantizationType
+
+    @property
+    def nbytes(self) -> int:
+        block, size = gguf.GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * size
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Whole rows of what is to be stored, float32, folded in float64 (a power of two needs no such room)."""
+        centred, factor = self.fold
+        for source in self.sources:
+            rows = source.read().split(max(1, CHUNK_ELEMENTS // self.shape[-1]))
+            if centred is None:
+                yield from ((part.float() * factor).numpy() for part in rows)
+                continue
+            if centred == 0:
+                mean = torch.stack([part.double().sum(dim=0) for part in rows]).sum(dim=0) / source.shape[0]
+            for part in rows:
+                values = part.double()
+                if centred == 1:
+                    mean = values.mean(dim=1, keepdim=True)
+                yield ((values - mean) * factor).float().numpy()
+
+
+def places(config: GrinMoeConfig) -> Iterator[Place]:
+    """All tensors of a file, in its order."""
+    around = [kind for kind, module in MODULES.items() if "{n}" not in module]
+    inside = [kind for kind, module in MODULES.items() if "{n}" in module]
+    layers = [(kind, layer) for layer in range(config.num_hidden_layers) for kind in inside]
+    for kind, layer in [*((kind, None) for kind in around), *layers]:
+        for parameter in ["weight"] if kind in WITHOUT_BIAS else ["weight", "bias"]:
+            module = MODULES[kind]
+            experts = range(config.num_local_experts) if "{e}" in module else [0]
+            yield Place(kind, layer, parameter, [f"{module.format(n=layer, e=e)}.{parameter}" for e in experts])
+
+
+def check_representable(config: GrinMoeConfig) -> None:
+    """Raise ConversionError for the first field whose value llama.cpp's graph has no form for."""
+
+    def require(condition: bool, field: str, reason: str) -> None:
+        if not condition:
+            raise ConversionError(f"{field}={getattr(config, field)!r} cannot be exported to GGUF: llama.cpp {reason}")
+
+    require(
+        config.head_dim == config.hidden_size / config.num_attention_heads,
+        "head_dim",
+        f"has heads of hidden_size / num_attention_heads = {config.hidden_size} / {config.num_attention_heads}",
+    )
+    require(config.hidden_act == "silu", "hidden_act", "has silu in this architecture")
+    require(
+        (config.rope_parameters or {}).get("rope_type", "default") == "default",
+        "rope_parameters",
+        "is only proven equal for rope_type='default'",
+    )
+    require(not config.moe_output_scale, "moe_output_scale", "has no scale of the mixture's output")
+    require(config.num_local_experts <= MAX_EXPERTS, "num_local_experts", f"has at most {MAX_EXPERTS}")
+    normalised = config.router_estimator != "gshard" or config.num_experts_per_tok > 1
+    require(
+        config.router_estimator != "dense" and normalised,
+        "router_estimator",
+        "normalises the experts' weights, which this one does not",
+    )
+
+
+def context_length(config: GrinMoeConfig) -> int:
+    """Positions whose full attention is the model's: a query sees itself and `sliding_window` keys before it."""
+    if config.sliding_window is None:
+        return config.max_position_embeddings
+    return min(config.max_position_embeddings, config.sliding_window + 1)
+
+
+def estimate_router_std(gate: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor) -> float:
+    """`Calibration.router_std` of one layer from its weights: `[E, H]`, `[H]`, `[H]`.
+
+    The router reads `u * norm_weight + norm_bias`, in which u, normalised, has unit variance per element; the elements
+    are taken as uncorrelated.
+    """
+    gate = gate.double()
+    gate = gate - gate.mean(dim=0)
+    variance = (gate * norm_weight.double()).square().sum(dim=1) 
+    return variance.mean().sqrt().item()
+
+
+@torch.inference_mode()
+def calibrate(model: GrinMoeForCausalLM, input_ids: torch.Tensor) -> Calibration:
+    """Measure a model's routing on token ids `[batch, sequence]`; near-ties whose weight rounds to 1 do not count."""
+    config = model.config
+    router_logits = model.eval()(input_ids, output_router_logits=True).router_logits
+    spreads = [(logits.double() - logits.double().mean(dim=-1, keepdim=True)) for logits in router_logits]
+    near_ties = 0.0
+    if config.router_estimator != "gshard":  # which has no keep set
+        weights = [
+            route(
+                logits,
+                config.num_experts_per_tok,
+                config.router_jitter_noise,
+                estimator=config.router_estimator,
+                training=False,
+            ).weights
+            for logits in router_logits
+        ]
+        near_ties = (torch.stack(weights) < 1).any(dim=-1).double().mean().item()
+    return Calibration([spread.square().mean().sqrt().item() for spread in spreads], near_ties)
+
+
+def choose_router_shift(router_std: float, config: GrinMoeConfig) -> int:
+    """k of one layer; 0 where llama.cpp's weights are the model's: a single one is 1, and GShard's are normalised."""
+    if config.num_experts_per_tok == 1 or config.router_estimator == "gshard":
+        return 0
+    return ROUTER_SHIFT + (round(math.log2(router_std / ROUTER_STD)) if router_std > 0 else 0)
+
+
+def choose_fold(place: Place, config: GrinMoeConfig, router_shifts: Sequence[int]) -> Fold:
+    """What a tensor needs for llama.cpp to compute the model; `router_shifts` are the layers' k."""
+    centred = CENTRED.get(place.kind)
+    if place.layer is None:
+        return Fold(centred, 1.0)
+    shift = router_shifts[place.layer]
+    on_norm = shift // 2
+    factors = {
+        MODEL_TENSOR.FFN_NORM: 2.0**-on_norm,
+        MODEL_TENSOR.FFN_GATE_INP: 2.0 ** (on_norm - shift),
+        MODEL_TENSOR.FFN_GATE_EXP: 2.0**on_norm,
+        MODEL_TENSOR.FFN_UP_EXP: 2.0**on_norm,
+        MODEL_TENSOR.FFN_DOWN_EXP: 1.0 if config.router_estimator == "gshard" else float(config.num_experts_per_tok),
+    }
+    return Fold(centred, factors.get(place.kind, 1.0))
+
+
+def choose_type(place: Place, row_length: int, file_type: str) -> GGMLQuantizationType:
+    """F32 for routers, norms and biases; F16 for rows that are no whole number of blocks, as llama.cpp has it."""
+    if place.parameter == "bias" or place.kind in NORMS or place.kind == MODEL_TENSOR.FFN_GATE_INP:
+        return GGMLQuantizationType.F32
+    wanted = GGMLQuantizationType[file_type.upper()]
+    return GGMLQuantizationType.F16 if row_length % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def zeros(length: int, name: str) -> StoredTensor:
+    return StoredTensor((length,), torch.float32, f"{name}, zeros", lambda: torch.zeros(length))
+
+
+def find_sources(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """The released tensors that a file is made of: a tied head is the embedding, and missing biases are zeros.
+
+    Raises:
+        ConversionError: a tensor is missing, or has no place in the file.
+    """
+    config, sources = checkpoint.config, dict(checkpoint.tensors)
+    if config.tie_word_embeddings:
+        sources["lm_head.weight"] = sources["model.embed_tokens.weight"]
+    wanted = [name for place in places(config) for name in place.sources]
+    for name in wanted:
+        weight = name.removesuffix("bias") + "weight"
+        if name.endswith(".bias") and name not in sources and weight in sources:
+            sources[name] = zeros(sources[weight].shape[0], name)
+    for name in wanted:
+        if name not in sources:
+            raise ConversionError(f"{checkpoint.path} has no tensor {name}, which GGUF needs")
+    for name in sources.keys() - set(wanted):
+        raise ConversionError(f"{sources[name].where} has no place in a GGUF file: llama.cpp has no such layer")
+    return sources
+
+
+def plan(
+    config: GrinMoeConfig, sources: Mapping[str, StoredTensor], router_shifts: Sequence[int], file_type: str
+) -> Iterator[Target]:
+    for place in places(config):
+        tensors = [sources[name] for name in place.sources]
+        shape = tensors[0].shape
+        kind = choose_type(place, shape[-1], file_type)
+        stacked = (len(tensors), *shape) if "{e}" in MODULES[place.kind] else shape
+        yield Target(place, stacked, tensors, choose_fold(place, config, router_shifts), kind)
+
+
+def add_metadata(writer: gguf.GGUFWriter, config: GrinMoeConfig, file_type: str) -> None:
+    writer.add_file_type(FILE_TYPES[file_type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(context_length(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base((config.rope_parameters or {}).get("rope_theta", config.default_theta))
+    writer.add_expert_count(config.num_local_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+
+
+class ErrorSums:
+    """Sums of squares of weights and of their errors, by kind of tensor."""
+
+    def __init__(self) -> None:
+        self.squares: dict[str, list[float]] = {}
+
+    def add(self, kind: MODEL_TENSOR, values: np.ndarray, stored: np.ndarray) -> None:
+        sums = self.squares.setdefault(gguf.TENSOR_NAMES[kind].removeprefix("blk.{bid}."), [0.0, 0.0])
+        sums[0] += float(np.linalg.norm(stored - values)) ** 2
+        sums[1] += float(np.linalg.norm(values)) ** 2
+
+    def relative(self) -> dict[str, float]:
+        return {kind: math.sqrt(error / whole) if whole else 0.0 for kind, (error, whole) in self.squares.items()}
+
+
+def export_gguf(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    file_type: str = "f16",
+    calibration: Calibration | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> GgufReport:
+    """Write a checkpoint as one GGUF file for llama.cpp; memory is one source tensor and a few chunks.
+
+    Args:
+        path: is written from its beginning on and is not removed on failure: a temporary name, to be renamed.
+        file_type: a key of `FILE_TYPES`.
+        calibration: from `calibrate`, for the routers' k and the report; by default k is chosen from the weights.
+        progress: called with the number of bytes of each piece that has been written.
+
+    Raises:
+        ConversionError: llama.cpp has no form for the model or its tokenizer, a tensor is missing or left over, or
+            values are not finite in the type that they are stored as.
+    """
+    config = checkpoint.config
+    if file_type not in FILE_TYPES:
+        raise ConversionError(f"file_type={file_type!r} is unknown; use one of {list(FILE_TYPES)}")
+    check_representable(config)
+    sources = find_sources(checkpoint)
+    if calibration is None:
+        layers = [f"model.layers.{n}" for n in range(config.num_hidden_layers)]
+        names = ["block_sparse_moe.gate.weight", "post_attention_layernorm.weight", "post_attention_layernorm.bias"]
+        router_std = [estimate_router_std(*(sources[f"{layer}.{name}"].read() for name in names)) for layer in layers]
+    else:
+        router_std = calibration.router_std
+    router_shifts = [choose_router_shift(std, config) for std in router_std]
+    targets = list(plan(config, sources, router_shifts, file_type))
+
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    add_metadata(writer, config, file_type)
+    name, notes = add_vocabulary(writer, checkpoint.path, config.vocab_size)
+    writer.add_name(f"GRIN-MoE ({name} tokens)" if name else "GRIN-MoE")
+    wanted = GGMLQuantizationType[file_type.upper()]
+    unfit = [target.place.name for target in targets if target.type not in (wanted, GGMLQuantizationType.F32)]
+    if unfit:
+        notes.append(f"stored as F16, because rows are no multiple of {wanted.name}'s blocks: {', '.join(unfit)}")
+    errors = ErrorSums()
+    try:
+        for target in targets:
+            writer.add_tensor_info(
+                target.place.name, target.shape, np.dtype(np.float32), target.nbytes, raw_dtype=target.type
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        file = writer.fout[0]
+        for target in targets:
+            writer.write_padding(file, file.tell())
+            for data in stored_chunks(target, errors):
+                file.write(data)
+                progress(data.nbytes)
+        writer.write_padding(file, file.tell())
+    finally:
+        writer.close()
+    return GgufReport(
+        file_type=file_type,
+        context_length=context_length(config),
+        router_shifts=router_shifts,
+        quantization_error=errors.relative(),
+        near_tie_rate=None if calibration is None else calibration.near_tie_rate,
+        notes=notes,
+    )
+
+
+def stored_chunks(target: Target, errors: ErrorSums) -> Iterator[np.ndarray]:
+    """The bytes of a tensor, chunk by chunk; each is read back, to be checked and for its error."""
+    for values in target.chunks():
+        with np.errstate(all="ignore"):  # what overflows is found below
+            data = gguf.quantize(values, target.type)
+            stored = gguf.dequantize(data, target.type)
+        if not np.isfinite(stored).all():
+            largest = np.abs(values).max()
+            raise ConversionError(
+                f"{target.sources[0].where} cannot be stored as {target.type.name} ({target.place.name}): "
+                f"its largest value is {largest:.4g}; choose another type, or repair it if it is not finite"
+            )
+        errors.add(target.place.kind, values, stored)
+        yield data
+
+
+class RmsNorm(nn.LayerNorm):
+    """llama.cpp's norm in the `phimoe` graph, `LLM_NORM_RMS` with a bias."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normalised = nn.functional.rms_norm(hidden_states, self.normalized_shape, self.weight, self.eps)
+        return normalised + self.bias
+
+
+def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> GrinMoeForCausalLM:
+    """The model that llama.cpp computes from a file of `export_gguf`, in torch, with llama.cpp's norms and routing.
+
+    It is dequantised. Its hidden states are those of the original model less their mean over the hidden dimension.
+    """
+    reader = gguf.GGUFReader(path)
+
+    def field(name: str) -> Any:
+        found = reader.get_field(f"{ARCHITECTURE}.{name}")
+        if found is None:
+            raise ConversionError(f"{path} has no {ARCHITECTURE}.{name}: it is no GGUF file of this architecture")
+        return found.contents()
+
+    top_k = field("expert_used_count")
+    config = GrinMoeConfig(
+        vocab_size=field("vocab_size"),
+        hidden_size=field("embedding_length"),
+        intermediate_size=field("feed_forward_length"),
+        num_hidden_layers=field("block_count"),
+        num_attention_heads=field("attention.head_count"),
+        num_key_value_heads=field("attention.head_count_kv"),
+        num_local_experts=field("expert_count"),
+        num_experts_per_tok=top_k,
+        max_position_embeddings=field("context_length"),
+        sliding_window=None,
+        rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": field("rope.freq_base")},
+        router_jitter_noise=0.0,
+        router_estimator="gshard" if top_k > 1 else "sparsemixer_v2",  # normalised; a single weight is 1
+    )
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    state: dict[str, torch.Tensor] = {}
+    for place in places(config):
+        tensor = tensors[place.name]
+        values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type))).to(dtype)
+        parts = values if "{e}" in MODULES[place.kind] else [values]
+        state.update(zip(place.sources, parts, strict=True))
+    model = GrinMoeForCausalLM(config).to(dtype)
+    model.set_experts_implementation("eager")  # the one that also computes in float64
+    model.load_state_dict(state)
+    for module in model.modules():
+        if type(module) is nn.LayerNorm:
+            module.__class__ = RmsNorm
+    return model.eval()

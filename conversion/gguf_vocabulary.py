@@ -1,0 +1,193 @@
+"""A `tokenizer.json` as the vocabulary of a GGUF file.
+
+llama.cpp does not run a `tokenizer.json`: it has tokenizers of its own, which the file names and gives their data. Two
+of them do what the tokenizers of this model family do: Llama's SentencePiece BPE with byte fallback (the release), and
+byte-level BPE with GPT-2's way to split text (`GrinMoeTokenizer.train_from_iterator`).
+"""
+
+import json
+from collections.abc import Collection
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from modeling_grin import GrinMoeTokenizer
+from modeling_grin.tokenization_grinmoe import CHAT_TEMPLATE, END_OF_TURN, RELEASED_CHAT_TEMPLATE
+
+from .tensors import ConversionError
+
+SPACE = "▁"  # what Llama's pieces have in place of a space
+TAKE_SPACES_AS_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+BEGIN_WITH_SPACE = {"type": "Prepend", "prepend": SPACE}
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+UNUSED_SCORE = -1e9
+
+# The file has no field for "takes in the white space behind it" (`rstrip`). llama.cpp sets it for all added tokens but
+# these where the model's name contains PHI3 (llama-vocab.cpp), and for none elsewhere.
+PHI3 = "phi3"
+NEVER_RSTRIP = {"<unk>", "<s>", "<|endoftext|>"}
+
+
+def space_prefix(parts: dict[str, Any]) -> bool | None:
+    """Whether Llama's tokenizer puts a space before text; None if `parts` (of tokenizer.json) are not Llama's."""
+    normalizer = parts["normalizer"] or {}
+    steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
+    if not parts["model"]["byte_fallback"] or parts["pre_tokenizer"] is not None:
+        return None
+    return {2: True, 1: False}.get(len(steps)) if steps in LLAMA_STEPS else None
+
+
+LLAMA_STEPS = [[BEGIN_WITH_SPACE, TAKE_SPACES_AS_SPACE], [TAKE_SPACES_AS_SPACE]]
+
+
+def is_byte_level(parts: dict[str, Any]) -> bool:
+    """Whether `parts` (of tokenizer.json) are byte-level BPE as GPT-2 has it."""
+    splitter = parts["pre_tokenizer"] or {}
+    same = splitter.get("type") == "ByteLevel" and splitter["use_regex"] and not splitter["add_prefix_space"]
+    return same and parts["normalizer"] is None and not parts["model"]["byte_fallback"]
+
+
+def llama_scores(vocabulary: dict[str, int], merges: list[list[str]]) -> dict[int, float]:
+    """Scores with which merging the pair of the best result (SentencePiece, llama.cpp) is merging by rank.
+
+    Raises:
+        ConversionError: the ranks are not an order of results: one result's ranks lie apart, or a pair whose result is
+            a piece may not be merged.
+    """
+    runs = [(piece, len(list(run))) for piece, run in groupby(left + right for left, right in merges)]
+    pairs = {(left, right) for left, right in merges}
+    for piece in vocabulary:
+        for split in range(1, len(piece)):
+            pair = (piece[:split], piece[split:])
+            if pair[0] in vocabulary and pair[1] in vocabulary and pair not in pairs:
+                raise ConversionError(
+                    f"tokenizer.json has {piece!r} but no merge of {pair}, which llama.cpp would merge; "
+                    "GGUF needs a tokenizer that was converted from SentencePiece"
+                )
+    scores: dict[int, float] = {}
+    rank = 0
+    for piece, length in runs:
+        if vocabulary[piece] in scores:
+            raise ConversionError(
+                f"the merges of tokenizer.json come back to {piece!r}, which no scores can express; "
+                "GGUF needs a tokenizer that was converted from SentencePiece"
+            )
+        scores[vocabulary[piece]] = -float(rank)
+        rank += length
+    return scores
+
+
+def token_types(tokenizer: GrinMoeTokenizer, tokens: list[str | None]) -> list[gguf.TokenType]:
+    added = tokenizer.added_tokens_decoder
+    types = []
+    for token_id, token in enumerate(tokens):
+        if token is None:
+            types.append(gguf.TokenType.UNUSED)
+        elif token_id == tokenizer.unk_token_id:
+            types.append(gguf.TokenType.UNKNOWN)
+        elif token_id in added:
+            types.append(gguf.TokenType.CONTROL if added[token_id].special else gguf.TokenType.USER_DEFINED)
+        else:
+            types.append(gguf.TokenType.BYTE if token in BYTE_TOKENS else gguf.TokenType.NORMAL)
+    return types
+
+
+def read_tokenizer(folder: Path) -> tuple[GrinMoeTokenizer, dict[str, Any]]:
+    """The tokenizer of a folder, and its `tokenizer.json` as `tokenizers` understands it."""
+    try:
+        tokenizer = GrinMoeTokenizer.from_pretrained(folder)
+    except Exception as error:  # `tokenizers` raises nothing more special
+        raise ConversionError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+    return tokenizer, json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tuple[str, list[str]]:
+    """Add the tokenizer that lies in `folder`, its special tokens and chat template to a file's metadata.
+
+    Ids that no token has, up to `vocab_size`, are filled with unused tokens. A folder without tokenizer.json gives a
+    file without vocabulary, which llama.cpp evaluates on token ids.
+
+    Returns:
+        What the model's name has to contain for llama.cpp to treat added tokens rightly, and notes for the report.
+
+    Raises:
+        ConversionError: llama.cpp has no tokenizer that does the same, or the model has fewer embeddings than tokens.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        writer.add_tokenizer_model("no_vocab")
+        return "", [f"no tokenizer.json in {folder}: the file has no vocabulary"]
+    tokenizer, parts = read_tokenizer(folder)
+    vocabulary = tokenizer.get_vocab()
+    if max(vocabulary.values()) >= vocab_size:
+        raise ConversionError(
+            f"{folder / 'tokenizer.json'} has the token id {max(vocabulary.values())}, the model only "
+            f"vocab_size={vocab_size} embeddings; resize them"
+        )
+    tokens: list[str | None] = [None] * vocab_size
+    for token, token_id in vocabulary.items():
+        tokens[token_id] = token
+
+    model = parts["model"]
+    refused = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    if model["type"] != "BPE" or any(model[option] for option in refused):
+        raise ConversionError(f"{folder / 'tokenizer.json'}: llama.cpp has no tokenizer like this {model['type']}")
+    prefix = space_prefix(parts)
+    if prefix is not None and set(BYTE_TOKENS) <= set(model["vocab"]):
+        writer.add_tokenizer_model("llama")
+        writer.add_add_space_prefix(prefix)
+        scores = llama_scores(model["vocab"], model["merges"])
+        writer.add_token_scores([scores.get(token_id, UNUSED_SCORE) for token_id in range(vocab_size)])
+    elif is_byte_level(parts):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges([f"{left} {right}" for left, right in model["merges"]])
+    else:
+        raise ConversionError(
+            f"{folder / 'tokenizer.json'}: llama.cpp has no tokenizer like this BPE; it has Llama's with byte "
+            "fallback, and byte-level BPE that splits text as GPT-2's"
+        )
+    writer.add_token_list([f"[PAD{i}]" if token is None else token for i, token in enumerate(tokens)])
+    writer.add_token_types(token_types(tokenizer, tokens))
+    add_special_tokens(writer, tokenizer)
+    return fitting_name(tokenizer.added_tokens_decoder.values())
+
+
+def add_special_tokens(writer: gguf.GGUFWriter, tokenizer: GrinMoeTokenizer) -> None:
+    plain, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    if whole not in (plain, [tokenizer.bos_token_id, *plain]):
+        raise ConversionError("the post-processor of tokenizer.json adds more than a bos token, which GGUF cannot say")
+    writer.add_add_bos_token(whole != plain)
+    writer.add_add_eos_token(False)
+    ids = {
+        writer.add_bos_token_id: tokenizer.bos_token_id,
+        writer.add_eos_token_id: tokenizer.eos_token_id,
+        writer.add_unk_token_id: tokenizer.unk_token_id,
+        writer.add_pad_token_id: tokenizer.pad_token_id,
+        writer.add_eot_token_id: tokenizer.backend_tokenizer.token_to_id(END_OF_TURN),
+    }
+    for add, token_id in ids.items():
+        if token_id is not None:
+            add(token_id)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
+    else:  # the two render the same text; `{% generation %}` is a tag that only transformers knows
+        writer.add_chat_template(RELEASED_CHAT_TEMPLATE if template == CHAT_TEMPLATE else template)
+
+
+def fitting_name(added: Collection[Any]) -> tuple[str, list[str]]:
+    """See `add_vocabulary`; `added` are the `AddedToken`s."""
+
+    def misread(phi3: bool) -> list[str]:
+        """The tokens around which llama.cpp treats white space otherwise."""
+        return [
+            str(token)
+            for token in added
+            if token.rstrip != (phi3 and str(token) not in NEVER_RSTRIP) or token.lstrip or token.single_word
+        ]
+
+    name = min(("", PHI3), key=lambda name: len(misread(bool(name))))
+    wrong = misread(bool(name))
+    return name, [f"llama.cpp treats white space beside these tokens otherwise: {', '.join(wrong)}"] if wrong else []

@@ -1,0 +1,361 @@
+"""Training shards and pickled weights, read without running anything that they ask for.
+
+torch.distributed.checkpoint (DCP) has an index, `.metadata`, which is a pickle: it is read by an unpickler that knows
+nothing but the names torch writes there, and makes records of them without code. All else that is pickled goes through
+torch's own restricted unpickler (`weights_only`). DCP also writes its parts to safetensors, which are no pickles.
+"""
+
+import functools
+import io
+import json
+import math
+import operator
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from safetensors import safe_open
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from .headers import read_safetensors_header
+from .tensors import ConversionError, StoredTensor
+
+DCP_INDEX = ".metadata"
+FSDP_FOLDERS = "pytorch_model_fsdp_*"  # accelerate's SHARDED_STATE_DICT, in Trainer's checkpoints
+SAFETENSORS_SHARDS = "shard-*-model-*-of-*.safetensors"  # torch's HuggingFaceStorageWriter, one for every rank
+SHARDING_INFO = "DCP_SHARDING_INFO"  # in the metadata of these
+PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp.bin")
+
+# Parts of the names under which trainers save what an optimizer keeps; no module of the model is called so.
+OF_OPTIMIZERS = {"optim", "optimizer", "optimizers", "state", "param_groups"}
+TORCH_ADVICE = ("Weights only load failed", "(1)", "(2)")  # of torch.load, before the reason
+
+CACHED_TENSORS = 2  # a layer's fused matrices, whose parts are asked for one by one
+
+
+class Record:
+    """Stands for an object in DCP's index: its `state` and no code."""
+
+    state: Any = None
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+# All that DCP's index is made of, torch.Size and dtypes aside: (module, name) -> what is made in its place.
+DCP_CLASSES = {
+    (module, name): type(name, (Record,), {})
+    for module, names in {
+        "torch.distributed.checkpoint.metadata": (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        ),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.serialization": ("_get_layout",),
+        "pathlib": ("PosixPath", "WindowsPath"),
+        "pathlib._local": ("PosixPath", "WindowsPath"),  # Python 3.13
+    }.items()
+    for name in names
+}
+
+
+class IndexUnpickler(pickle._Unpickler):
+    """Python's unpickler in Python: the one in C sets aside whatever memory a number in the file asks for."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        known: dict[tuple[str, str], type] = {
+            ("torch", "Size"): torch.Size,
+            ("collections", "OrderedDict"): OrderedDict,
+            **DCP_CLASSES,
+        }
+        if (module, name) not in known:
+            raise ConversionError(
+                f"asks for {module}.{name}, which torch does not write there; do not trust this checkpoint"
+            )
+        return known[module, name]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor that lies in one place: `offsets` and `sizes`, one number for each dimension."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(map(operator.add, self.offsets, self.sizes))
+
+
+@dataclass(frozen=True)
+class ShardedTensor:
+    """A tensor in chunks."""
+
+    where: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: list[Chunk]
+
+    def check(self) -> None:
+        """Raise ConversionError unless every element lies in exactly one chunk."""
+        chunks = [chunk for chunk in self.chunks if 0 not in chunk.sizes]
+        is_within = all(
+            len(chunk.offsets) == len(chunk.sizes) == len(self.shape)
+            and all(
+                0 <= offset <= end <= whole
+                for offset, end, whole in zip(chunk.offsets, chunk.ends, self.shape, strict=True)
+            )
+            for chunk in chunks
+        )
+        stored = sum(math.prod(chunk.sizes) for chunk in chunks)
+        if not is_within or stored != math.prod(self.shape) or overlap(chunks):
+            raise ConversionError(
+                f"{self.where}: its parts do not cover shape {list(self.shape)} exactly once ({stored} elements): "
+                "files of some ranks are missing, or of another save; copy the whole folder again"
+            )
+
+    def load(self) -> torch.Tensor:
+        """The whole tensor, read chunk by chunk."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        for chunk in self.chunks:
+            part = chunk.load()
+            if part.shape != chunk.sizes or part.dtype != self.dtype:
+                raise ConversionError(
+                    f"{self.where}: a part is {part.dtype} {list(part.shape)}, the index says {self.dtype} "
+                    f"{list(chunk.sizes)}; the files are of different saves, copy the whole folder again"
+                )
+            tensor[tuple(map(slice, chunk.offsets, chunk.ends))] = part
+        return tensor
+
+
+def overlap(chunks: list[Chunk]) -> bool:
+    """Whether any two of the chunks, none of which is empty, have an element in common."""
+    starts = torch.tensor([chunk.offsets for chunk in chunks])  # [chunks, dimensions]
+    ends = torch.tensor([chunk.ends for chunk in chunks])
+    meets = (starts[:, None] < ends) & (starts < ends[:, None])
+    return int(meets.all(dim=-1).sum()) > len(chunks)  # each meets itself
+
+
+def find_dcp_folder(path: Path) -> Path | None:
+    """The folder of a sharded training checkpoint: `path` itself, or one in a checkpoint that Trainer has written.
+
+    None where there is whole safetensors (what the shards are converted to, sometimes beside them), or no shards.
+
+    Raises:
+        ConversionError: there are several.
+    """
+    if (path / DCP_INDEX).is_file() or any(path.glob(SAFETENSORS_SHARDS)):
+        return path
+    if any(path.glob("*.safetensors")):
+        return None
+    folders = sorted(folder for folder in path.glob(FSDP_FOLDERS) if (folder / DCP_INDEX).is_file())
+    if len(folders) > 1:
+        names = ", ".join(folder.name for folder in folders)
+        raise ConversionError(f"{path} holds the shards of {len(folders)} models ({names}): give one of these folders")
+    return folders[0] if folders else None
+
+
+def read_dcp(folder: Path, *, weights_only: bool) -> dict[str, StoredTensor]:
+    """The tensors of a sharded training checkpoint by their names in it, without what optimizers keep.
+
+    They are read when they are asked for; the last two stay in memory, because a layer's released matrices are parts
+    of two tensors.
+
+    Args:
+        weights_only: read DCP's index, a pickle, by the restricted unpickler. safetensors shards do not need it.
+
+    Raises:
+        ConversionError: there is a pickle and not `weights_only`; the index asks for anything else than torch writes
+            there; files are missing, lie elsewhere, or are too short; parts of a tensor are missing or overlap.
+    """
+    if (folder / DCP_INDEX).is_file():
+        if not weights_only:
+            raise ConversionError(
+                f"{folder / DCP_INDEX} is a pickle, which can run code: if you trust the checkpoint, --weights-only "
+                "reads it through a restricted unpickler that runs nothing"
+            )
+        sharded = read_dcp_index(folder)
+    else:
+        sharded = read_safetensors_shards(folder)
+    for tensor in sharded.values():
+        tensor.check()
+
+    @functools.lru_cache(maxsize=CACHED_TENSORS)
+    def load(name: str) -> torch.Tensor:
+        return sharded[name].load()
+
+    return {
+        name: StoredTensor(tensor.shape, tensor.dtype, tensor.where, functools.partial(load, name))
+        for name, tensor in sharded.items()
+    }
+
+
+def is_weight(name: str) -> bool:
+    return OF_OPTIMIZERS.isdisjoint(name.split("."))
+
+
+def read_dcp_index(folder: Path) -> dict[str, ShardedTensor]:
+    """The tensors that DCP's `.metadata` describes, unread, by name."""
+    path = folder / DCP_INDEX
+    try:
+        return dict(parse_dcp_index(IndexUnpickler(io.BytesIO(path.read_bytes())).load(), folder))
+    except ConversionError as error:
+        raise ConversionError(f"{path} {error}") from error
+    except Exception as error:  # of any type: this is a pickle that anybody may have written
+        raise ConversionError(
+            f"{path} is not an index as torch writes it ({type(error).__name__}: {str(error)[:200]}): copy it again"
+        ) from error
+
+
+def parse_dcp_index(index: Any, folder: Path) -> Iterator[tuple[str, ShardedTensor]]:
+    """Name and chunks of every tensor of an index; any exception means that it is not one."""
+    places = {  # (tensor, offsets) -> where its bytes are
+        (place.state["fqn"], place.state.get("offset")): info.state
+        for place, info in index.state["storage_data"].items()
+    }
+    for name, description in index.state["state_dict_metadata"].items():
+        if type(description).__name__ != "TensorStorageMetadata" or not is_weight(name):
+            continue
+        shape, dtype = description.state["size"], description.state["properties"].state[0]
+        if not (isinstance(shape, torch.Size) and isinstance(dtype, torch.dtype)):
+            raise TypeError(f"{name} has no shape or no dtype")
+        chunks = []
+        for chunk in description.state["chunks"]:
+            offsets, sizes = chunk.state["offsets"], chunk.state["sizes"]
+            if (name, offsets) not in places:
+                raise ConversionError(f"lacks a part of {name}, at {list(offsets)}: copy the whole folder again")
+            nbytes = math.prod(sizes) * dtype.itemsize
+            chunks.append(Chunk(tuple(offsets), tuple(sizes), find_part(places[name, offsets], folder, name, nbytes)))
+        yield name, ShardedTensor(f"{name} in {folder}", tuple(shape), dtype, chunks)
+
+
+def find_part(info: dict[str, Any], folder: Path, name: str, nbytes: int) -> Callable[[], torch.Tensor]:
+    """How to read one part of a tensor, at least `nbytes` long: a file that torch.save wrote, within another file."""
+    file_name, offset, length = info["relative_path"], info["offset"], info["length"]
+    if not isinstance(file_name, str) or Path(file_name).name != file_name or not file_name.endswith(DEFAULT_SUFFIX):
+        raise ConversionError(f"names {file_name!r}, which is not a {DEFAULT_SUFFIX} file beside it")
+    if info.get("transform_descriptors"):
+        raise ConversionError(
+            f"says that {name} is encoded ({info['transform_descriptors']}): save without extensions"
+        )
+    path = folder / file_name
+    if not path.is_file():
+        raise ConversionError(f"names {file_name}, which is missing: copy the files of all ranks")
+    if offset < 0 or length < nbytes or offset + length > path.stat().st_size:
+        raise ConversionError(f"puts {name} at byte {offset} of {file_name}, where it does not fit: copy it again")
+
+    def load() -> torch.Tensor:
+        try:
+            with path.open("rb") as file:
+                view = cast(IO[bytes], _create_file_view(file, offset, length))
+                return plain(torch.load(view, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch.load's are of many types
+            raise ConversionError(f"{name} cannot be read from {path}: {first_line(error)}") from error
+
+    return load
+
+
+def read_safetensors_shards(folder: Path) -> dict[str, ShardedTensor]:
+    """The tensors in the safetensors shards of all ranks, unread, by name."""
+    sharded: dict[str, ShardedTensor] = {}
+    for path in sorted(folder.glob(SAFETENSORS_SHARDS)):
+        tensors = read_safetensors_header(path)
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(SHARDING_INFO)
+        try:
+            info = json.loads(text or "")
+            places = {name: tuple(map(int, info[name]["saved_offsets"])) for name in tensors}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConversionError(f"{path} does not say which parts of tensors it holds: copy it again") from error
+        for name, tensor in tensors.items():
+            if not is_weight(name):
+                continue
+            whole = sharded.setdefault(name, ShardedTensor(f"{name} in {folder}", (), tensor.dtype, []))
+            whole.chunks.append(Chunk(places[name], tensor.shape, tensor.read))
+    # Nothing says how large the whole is: as far as the parts reach. The config's shapes say whether that is all.
+    return {
+        name: replace(tensor, shape=tuple(map(max, zip(*(chunk.ends for chunk in tensor.chunks), strict=False))))
+        for name, tensor in sharded.items()
+    }
+
+
+def find_pickles(path: Path) -> list[Path]:
+    """The pickled weights in a folder, of any number of files; none where there is safetensors."""
+    if any(path.glob("*.safetensors")):
+        return []
+    return sorted(file for pattern in PICKLES for file in path.glob(pattern))
+
+
+def read_pickles(files: list[Path]) -> dict[str, StoredTensor]:
+    """The tensors in files that torch.save wrote, by name; mapped into memory, and read when they are asked for.
+
+    Raises:
+        ConversionError: a file asks for anything else than tensors, is damaged, of the old format, or holds something
+            that is no tensor; or a tensor is there twice.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        for name, tensor in load_pickle(path).items():
+            if name in tensors:
+                raise ConversionError(f"{name} is in {path} and there is also {tensors[name].where}: keep one of them")
+            tensors[name] = StoredTensor(
+                tuple(tensor.shape), tensor.dtype, f"{name} in {path}", functools.partial(torch.Tensor.detach, tensor)
+            )
+    return tensors
+
+
+def load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file that torch.save wrote."""
+    if not zipfile.is_zipfile(path):
+        raise ConversionError(
+            f"{path} is damaged, or has torch's format before 1.6: read it once with torch.load(..., "
+            "weights_only=True) and write it again with torch.save"
+        )
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load's are of many types
+        raise ConversionError(f"{path} is not a file of tensors alone: {first_line(error)}") from error
+    if not isinstance(state_dict, dict):
+        raise ConversionError(f"{path} holds a {type(state_dict).__name__}, not tensors by name")
+    for name, value in state_dict.items():
+        if not isinstance(name, str):
+            raise ConversionError(f"{path} has an entry {name!r:.100}, whose name is no text")
+        try:
+            plain(value)
+        except TypeError as error:
+            raise ConversionError(f"{name} in {path} is {error}: save the model's state_dict alone") from error
+    return state_dict
+
+
+def plain(value: Any) -> torch.Tensor:
+    """`value` if it is a dense tensor in memory; else raise TypeError."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"a {type(value).__name__}, no tensor")
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        raise TypeError(f"a tensor of another kind ({value.layout}, {value.dtype}, on {value.device})")
+    return value
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without torch's advice on how to have the file run its code."""
+    lines = [line.strip().removeprefix("WeightsUnpickler error: ") for line in str(error).splitlines()]
+    reasons = [line for line in lines if line and not line.startswith(TORCH_ADVICE)]
+    return f"{type(error).__name__}: {reasons[0][:300] if reasons else ''}"

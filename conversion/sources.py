@@ -1,0 +1,59 @@
+"""Opening a checkpoint: its form is found out from what lies in the folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from modeling_grin import GrinMoeConfig
+
+from .checkpoint import Checkpoint
+from .forms import released_tensors
+from .headers import find_tensors, read_config, read_json
+from .pickles import find_dcp_folder, find_pickles, read_dcp, read_pickles
+from .tensors import ConversionError, StoredTensor
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def open_checkpoint(path: Path, *, config: Path | None = None, weights_only: bool = False) -> Checkpoint:
+    """Read and check what a checkpoint's files say of themselves; tensors are read later.
+
+    Args:
+        path: a folder with safetensors files in any form, or with a sharded training checkpoint.
+        config: another folder (or config.json) to take the config from: sharded checkpoints have none.
+        weights_only: read pickled files (`pytorch_model.bin`, DCP), which are refused otherwise, through torch's
+            restricted unpickler, which makes tensors and runs nothing.
+
+    Raises:
+        ConversionError: what is wrong, and where; or the folder holds an adapter, which is opened with its base
+            (`adapters.py`).
+    """
+    if not path.is_dir():
+        hint = "give the folder of a checkpoint; `hf download OWNER/NAME --local-dir FOLDER` fetches one from the Hub"
+        raise ConversionError(f"{path} is not a folder: {hint}")
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+        raise ConversionError(f"{path} holds an adapter, which needs its base model: give it with --base FOLDER")
+    found: Mapping[str, StoredTensor]
+    dcp_folder, pickles = find_dcp_folder(path), find_pickles(path)
+    if dcp_folder is not None:
+        form, found = "dcp", read_dcp(dcp_folder, weights_only=weights_only)
+    elif pickles and weights_only:
+        form, found = "pickle", read_pickles(pickles)
+    else:
+        form, found = "", find_tensors(path)
+    model_config = read_config_of(config or path)
+    layout, _, tensors = released_tensors(found, model_config, str(path))
+    return Checkpoint(path, form or form_of(path, layout.name), model_config, tensors)
+
+
+def form_of(path: Path, layout: str) -> str:
+    """`layout`, or `phimoe` for released names under the siblings' model type."""
+    return "phimoe" if layout == "hub" and read_json(path / "config.json")["model_type"] == "phimoe" else layout
+
+
+def read_config_of(path: Path) -> GrinMoeConfig:
+    """The config in a folder, or in a folder above a sharded checkpoint."""
+    if path.is_file():
+        path = path.parent
+    if not (path / "config.json").is_file():
+        raise ConversionError(f"{path} has no config.json: give one with --config FOLDER")
+    return read_config(path)

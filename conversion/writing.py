@@ -1,0 +1,212 @@
+"""Writing a checkpoint: streamed, in a folder beside the destination, which takes its name when it is complete.
+
+Killed at any moment, a conversion leaves no destination or a whole one, and beside it what `resume` goes on from.
+"""
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+
+from .forms import Groups
+from .headers import SAFETENSORS_DTYPES
+from .tensors import ConversionError, StoredTensor, is_finite
+
+PLAN = "plan.json"  # what is being made of what: only the same conversion is gone on with
+RESULT = "result"
+NUM_THREADS = 2  # one reads while the other writes
+
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+Progress = Callable[[int, int], None]
+"""Called from any thread with the bytes that have been written since the last call, and with those in all."""
+
+
+@contextmanager
+def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Path]:
+    """Where to make `destination`: a path that gets its name at the end of the block, if nothing was raised.
+
+    An error leaves nothing behind; a kill, or Ctrl-C, what has been done, in `.{name}.incomplete` beside it.
+
+    Args:
+        plan: says everything that the result depends on, in JSON.
+        resume: go on with what an interrupted conversion with the same plan has left.
+
+    Raises:
+        ConversionError: the destination is there already; or an interrupted conversion is in the way, or differs.
+    """
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise ConversionError(f"{destination} exists: give another destination, or move it away")
+    folder = destination.with_name(f".{destination.name}.incomplete")
+    if folder.exists():
+        check_resumable(folder, plan, resume)
+    else:
+        folder.mkdir(parents=True)
+        (folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
+    try:
+        yield folder / RESULT
+        (folder / RESULT).rename(destination)
+    except OSError as error:
+        shutil.rmtree(folder)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConversionError(f"{destination}: the disk is full; nothing has been left there") from error
+        raise
+    except Exception:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+
+
+def check_resumable(folder: Path, plan: dict[str, Any], resume: bool) -> None:
+    """Raise ConversionError unless `folder` holds a conversion with the same plan that is to be gone on with."""
+    if not resume:
+        raise ConversionError(
+            f"{folder} is left of a conversion that was interrupted, or is still running: go on with it by --resume, "
+            "or delete it"
+        )
+    try:
+        begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        begun = {}
+    # As JSON has it: tuples are lists there.
+    if changed := [key for key, value in json.loads(json.dumps(plan)).items() if begun.get(key) != value]:
+        raise ConversionError(f"{folder} was begun with another {' and '.join(changed)}: delete it, and start anew")
+
+
+def fingerprint(folder: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a folder's files: what is resumed must still have the same source."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Raise ConversionError unless `nbytes` more fit the disk, before anything is written."""
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < nbytes:
+        raise ConversionError(
+            f"{folder}: the disk is too full: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        )
+
+
+def checked_chunks(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The chunks of `tensor` in `dtype`.
+
+    Raises:
+        ConversionError: a value is NaN or infinite, or becomes so in `dtype`.
+    """
+    for chunk in tensor.chunks():
+        if not is_finite(chunk):
+            raise ConversionError(f"{tensor.where} holds NaN or infinite values: the checkpoint is damaged")
+        if chunk.dtype != dtype:
+            cast = chunk.to(dtype)
+            if not is_finite(cast):
+                largest = chunk.abs().max().item()
+                raise ConversionError(
+                    f"{tensor.where} holds {largest:g}, beyond the range of {dtype}: use bfloat16 or float32"
+                )
+            chunk = cast
+        yield chunk
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of a file to be written: the `parts` follow one another in its memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Sequence[StoredTensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def outputs(groups: Groups, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> dict[str, Output]:
+    """The tensors of a form, made of the released ones.
+
+    Raises:
+        ConversionError: experts that are to be stacked have different dtypes.
+    """
+    made = {}
+    for name, (shape, parts) in groups.items():
+        stored = [tensors[part] for part in parts]
+        if dtype is None and len(dtypes := {part.dtype for part in stored}) > 1:
+            raise ConversionError(f"{name} would be made of {', '.join(map(str, dtypes))}: choose one with --dtype")
+        made[name] = Output(shape, dtype or stored[0].dtype, stored)
+    return made
+
+
+def write_safetensors(
+    tensors: Mapping[str, Output], folder: Path, max_shard_size: int | str, progress: Progress
+) -> None:
+    """Write safetensors files as `save_pretrained` names and splits them; those that are there already are kept."""
+    folder.mkdir(exist_ok=True)
+    described = {name: torch.empty(made.shape, dtype=made.dtype, device="meta") for name, made in tensors.items()}
+    split = split_torch_state_dict_into_shards(described, max_shard_size=max_shard_size)
+    total = sum(made.nbytes for made in tensors.values())
+
+    def advance(nbytes: int) -> None:
+        progress(nbytes, total)
+
+    for file_name, names in split.filename_to_tensors.items():
+        path = folder / file_name
+        if path.exists():  # complete: it was renamed
+            advance(sum(tensors[name].nbytes for name in names))
+            continue
+        part = path.with_suffix(".part")
+        write_file({name: tensors[name] for name in names}, part, advance)
+        part.rename(path)
+    if split.is_sharded:
+        parameters = sum(math.prod(made.shape) for made in tensors.values())
+        metadata = {"total_parameters": parameters, "total_size": total}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def write_file(tensors: Mapping[str, Output], path: Path, advance: Callable[[int], None]) -> None:
+    """Write one safetensors file, a chunk at a time on each thread."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, made in tensors.items():
+        offsets = [position, position := position + made.nbytes]
+        header[name] = {"dtype": DTYPE_NAMES[made.dtype], "shape": made.shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
+    start = 8 + len(text)
+
+    with path.open("wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(start + position)
+
+        def copy(tensor: StoredTensor, dtype: torch.dtype, position: int) -> None:
+            for chunk in checked_chunks(tensor, dtype):
+                data = chunk.view(torch.uint8).numpy().data
+                while data:  # a full disk or a signal may cut a write short
+                    written = os.pwrite(file.fileno(), data, position)
+                    data, position = data[written:], position + written
+                advance(chunk.nbytes)
+
+        threads = ThreadPoolExecutor(NUM_THREADS)
+        try:
+            copies = []
+            for name, made in tensors.items():
+                position = start + header[name]["data_offsets"][0]
+                for tensor in made.parts:
+                    copies.append(threads.submit(copy, tensor, made.dtype, position))
+                    position += math.prod(tensor.shape) * made.dtype.itemsize
+            for done in copies:
+                done.result()
+        finally:
+            threads.shutdown(cancel_futures=True)

@@ -1,0 +1,307 @@
+"""Conversion between the forms that live in safetensors, against files written without the code under test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import fused, released_config, released_tensors, write_checkpoint
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PhimoeForCausalLM, PhimoeForSequenceClassification, PhimoeModel
+
+from conversion import ConversionError, convert, open_checkpoint
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
+
+CONFIGS = {
+    "released": {},
+    "float32": {"torch_dtype": "float32"},
+    "float16, 3 experts": {"torch_dtype": "float16", "num_local_experts": 3},
+    "top-1": {"num_experts_per_tok": 1},
+    "no biases": {"attention_bias": False, "lm_head_bias": False},
+    "tied head": {"tie_word_embeddings": True},
+    "head_dim x heads != hidden_size": {"head_dim": 10, "sliding_window": 5},
+    "one layer, one head, no window": {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "sliding_window": None,
+    },
+}
+REFUSED = {("top-1", "phimoe"): "num_experts_per_tok"}
+
+
+def write_source(folder: Path, form: str, config: dict, tensors: dict, num_shards: int = 3) -> Path:
+    """A checkpoint in one of the forms, by hand."""
+    if form in ("fused", "stock"):
+        tensors = fused(tensors, config)
+    if form == "stock":  # transformers' Phimoe as it spells its own modules
+        for released, stock in ((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp.")):
+            tensors = {name.replace(released, stock): tensor for name, tensor in tensors.items()}
+    if form in ("phimoe", "stock"):
+        window = config["sliding_window"]
+        config = {k: v for k, v in config.items() if k not in ("auto_map", "_name_or_path")}
+        config |= {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"]}
+        config["sliding_window"] = None if window is None else window + 1  # keys, the query's own included
+    return write_checkpoint(folder, config, tensors, num_shards)
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, and nothing twice; the index agrees."""
+    tensors: dict[str, torch.Tensor] = {}
+    where = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found = load_file(file)
+        assert not tensors.keys() & found.keys()
+        tensors |= found
+        where |= dict.fromkeys(found, file.name)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        assert content["weight_map"] == where
+        assert content["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    else:
+        assert set(where.values()) == {"model.safetensors"}
+    return tensors
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same names, shapes, dtypes and bits."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert found[name].view(torch.uint8).equal(tensor.contiguous().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("to", ["hub", "fused", "phimoe"])
+@pytest.mark.parametrize("form", ["hub", "fused", "phimoe", "stock"])
+def test_every_form_to_every_other(tmp_path, form, to, name):
+    config = released_config(**CONFIGS[name])
+    tensors = released_tensors(config)
+    source = write_source(tmp_path / "source", form, config, tensors)
+    if reason := REFUSED.get((name, to)):
+        with pytest.raises(ConversionError, match=reason):
+            convert(source, tmp_path / "result", to=to)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+        return
+    report = convert(source, tmp_path / "result", to=to, max_shard_size="20KB")
+    assert (report.form, report.target) == (form, to)
+    assert report.difference is not None  # checked: computed before and after
+    assert_same(read_all(tmp_path / "result"), fused(tensors, config) if to == "fused" else tensors)
+    assert len(list((tmp_path / "result").glob("*.safetensors"))) > 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result", "source"]
+
+    # Loaded as a user would, it computes what the source does; float64, so that no near-tie is decided by rounding.
+    ids = torch.randint(config["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(1))
+    ours = GrinMoeForCausalLM.from_pretrained(source if form != "stock" else tmp_path / "result", dtype="float32")
+    if to == "phimoe":
+        converted = PhimoeForCausalLM.from_pretrained(tmp_path / "result", dtype="float32")
+        assert converted.config.router_jitter_noise == config["router_jitter_noise"]
+    else:
+        converted = GrinMoeForCausalLM.from_pretrained(tmp_path / "result", dtype="float32")
+    written = json.loads((tmp_path / "result" / "config.json").read_text())
+    assert written["router_jitter_noise"] == config["router_jitter_noise"]
+    with torch.no_grad():
+        expected, found = ours.eval()(ids).logits, converted.eval()(ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("to", ["fused", "phimoe"])
+def test_there_and_back_is_the_identity(tmp_path, to):
+    """Weights, and every field of the config."""
+    config = released_config(
+        sliding_window=9,
+        router_jitter_noise=0.05,
+        expert_dropout=0.1,
+        router_sampling=False,
+        eos_token_id=2,
+        pad_token_id=5,
+    )
+    tensors = released_tensors(config)
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    convert(source, tmp_path / "there", to=to)
+    convert(tmp_path / "there", tmp_path / "back", to="hub")
+    assert_same(read_all(tmp_path / "back"), tensors)
+    first, back = (GrinMoeConfig.from_pretrained(tmp_path / name).to_dict() for name in ("source", "back"))
+    for values in (first, back):
+        values.pop("architectures")
+    assert back == first
+
+
+@pytest.mark.parametrize("to", ["hub", "fused", "phimoe"])
+@pytest.mark.parametrize(
+    ("model_class", "stock_class"),
+    [(GrinMoeForSequenceClassification, PhimoeForSequenceClassification), (GrinMoeModel, PhimoeModel)],
+)
+def test_other_heads(tmp_path, model_class, stock_class, to):
+    values = released_config(torch_dtype="float32", pad_token_id=0, eos_token_id=3, sliding_window=4)
+    torch.manual_seed(0)
+    model = model_class(GrinMoeConfig(**values, num_labels=3)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "result", to=to)
+    converted = (stock_class if to == "phimoe" else model_class).from_pretrained(tmp_path / "result").eval()
+    ids = torch.randint(1, 131, (2, 10))
+    torch.testing.assert_close(converted(ids)[0], model(ids)[0], rtol=1e-4, atol=1e-5)
+    convert(tmp_path / "result", tmp_path / "back", to="hub")
+    assert_same(read_all(tmp_path / "back"), read_all(tmp_path / "source"))
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("float32", torch.float32), ("float16", torch.float16)])
+def test_dtype(tmp_path, dtype, torch_dtype):
+    config = released_config()
+    tensors = released_tensors(config)
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    convert(source, tmp_path / "result", to="fused", dtype=dtype)
+    expected = {name: tensor.to(torch_dtype) for name, tensor in fused(tensors, config).items()}
+    assert_same(read_all(tmp_path / "result"), expected)
+    assert GrinMoeConfig.from_pretrained(tmp_path / "result").dtype == torch_dtype
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.block_sparse_moe.experts.2.w3.weight"), "experts.2.w3.weight is missing"),
+        (
+            lambda t: t.update({"model.layers.7.norm.weight": torch.ones(3)}),
+            r"model\.layers\.7\.norm\.weight in .* not part",
+        ),
+        (
+            lambda t: t.update({"model.norm.bias": torch.ones(3)}),
+            r"model.norm.bias in .* has shape \[3\].*says \[32\]",
+        ),
+        (lambda t: t.update({"model.norm.bias": torch.ones(32, dtype=torch.int8)}), "model.norm.bias .*int8"),
+        (lambda t: t["model.norm.bias"].fill_(torch.nan), "model.norm.bias in .*NaN"),
+        (lambda t: t["lm_head.weight"][0].fill_(-torch.inf), "lm_head.weight in .* infinite"),
+        (lambda t: t["lm_head.weight"][5].fill_(1e6), r"lm_head.weight .*beyond the range of torch.float16"),
+    ],
+)
+def test_tensors_that_are_wrong(tmp_path, change, message):
+    config = released_config()
+    tensors = released_tensors(config)
+    change(tensors)
+    source = write_checkpoint(tmp_path / "source", config, tensors, 2)
+    with pytest.raises(ConversionError, match=message):
+        convert(source, tmp_path / "result", to="fused", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_head_that_is_tied_and_there(tmp_path):
+    config = released_config(tie_word_embeddings=True)
+    tensors = released_tensors(config)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    source = write_checkpoint(tmp_path / "same", config, tensors)
+    convert(source, tmp_path / "result", to="fused")
+    assert "lm_head.weight" not in read_all(tmp_path / "result")
+    tensors["lm_head.weight"][3, 5] += 1
+    source = write_checkpoint(tmp_path / "other", config, tensors)
+    with pytest.raises(ConversionError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        convert(source, tmp_path / "result2", to="fused")
+
+
+@pytest.fixture
+def source(tmp_path):
+    config = released_config()
+    return write_checkpoint(tmp_path / "source", config, released_tensors(config))
+
+
+@pytest.mark.parametrize(
+    ("destination", "arguments", "message"),
+    [
+        ("source", {}, "lies in the source"),
+        ("source/result", {}, "lies in the source"),
+        ("full", {}, "full exists"),
+        ("result", {"to": "onnx"}, "to='onnx' is unknown: use one of hub"),
+        ("result", {"dtype": "int8"}, "dtype='int8' is unknown: use one of float32"),
+        ("result", {"num_experts": 3}, "--calibration"),
+        ("result", {"calibration": "nowhere.txt"}, "nowhere.txt"),
+        ("result", {"config": "nowhere"}, "nowhere"),
+    ],
+)
+def test_arguments_that_are_wrong(tmp_path, source, destination, arguments, message):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConversionError, match=message):
+        convert(source, tmp_path / destination, **{"to": "hub", **arguments})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_destination_is_taken(tmp_path, source):
+    (tmp_path / "empty").mkdir()
+    convert(source, tmp_path / "empty", to="fused")
+    assert read_all(tmp_path / "empty")
+
+
+def test_what_lies_beside_the_weights(tmp_path, source, trained_tokenizer):
+    trained_tokenizer.save_pretrained(source)
+    for name in ("generation_config.json", "README.md", "LICENSE"):
+        (source / name).write_text("{}")
+    for name in ("modeling_grinmoe.py", "training_args.bin"):
+        (source / name).write_text("not carried")
+    report = convert(source, tmp_path / "result", to="phimoe")
+    assert set(report.carried) >= {"tokenizer.json", "generation_config.json", "README.md", "LICENSE"}
+    assert report.left == ["modeling_grinmoe.py", "training_args.bin"]
+    for name in report.carried:
+        if name != "tokenizer_config.json":
+            assert (tmp_path / "result" / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["trained", "real"])
+def test_stock_transformers_reads_the_tokenizer(tmp_path, source, request, kind):
+    """In a process that has never heard of this package."""
+    if kind == "trained":
+        request.getfixturevalue("trained_tokenizer").save_pretrained(source)
+    else:
+        for path in request.getfixturevalue("real_tokenizer_dir").iterdir():
+            (source / path.name).write_bytes(path.read_bytes())
+    convert(source, tmp_path / "result", to="phimoe")
+    text = "Hello,   world!<|end|>\n<|assistant|>\nfoo\tbar  \u2028é漢🙂"
+    code = (
+        "import sys; from transformers import AutoTokenizer as auto; "
+        "print(auto.from_pretrained(sys.argv[1])(sys.argv[2]).input_ids)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "result"), text]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == AutoTokenizer.from_pretrained(source)(text).input_ids
+
+
+def test_the_first_layer_that_differs_is_named(tmp_path, source, monkeypatch):
+    """A conversion that is wrong is not written: the experts' w1 and w3 of one layer exchanged."""
+    from conversion import conversion
+
+    original = conversion.outputs
+
+    def exchange(groups, tensors, dtype):
+        names = {
+            name: name.replace(".w1.", ".w!.").replace(".w3.", ".w1.").replace(".w!.", ".w3.")
+            if ".layers.1." in name
+            else name
+            for name in tensors
+        }
+        return original(groups, {name: tensors[other] for name, other in names.items()}, dtype)
+
+    monkeypatch.setattr(conversion, "outputs", exchange)
+    with pytest.raises(ConversionError, match=r"differs first in layers\.1, by"):
+        convert(source, tmp_path / "result", to="hub")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_big_models_are_not_checked_unless_asked(tmp_path, source, monkeypatch):
+    monkeypatch.setattr("conversion.checks.SMALL", 1000)
+    assert convert(source, tmp_path / "a", to="fused").difference is None
+    assert convert(source, tmp_path / "b", to="fused", check=True).difference == 0
+
+
+def test_opening_reads_no_tensor(source):
+    """Only headers: a file whose tensors are garbage opens."""
+    checkpoint = open_checkpoint(source)
+    assert checkpoint.form == "hub"
+    assert all(tensor.dtype == torch.bfloat16 for tensor in checkpoint.tensors.values())
+    name = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
+    assert torch.equal(checkpoint.tensors[name].read(), load_file(source / "model.safetensors")[name])
