@@ -1,6 +1,8 @@
 """A conversion that proves itself: the model computed from the source and from the result, layer by layer."""
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +21,7 @@ PROBE_SHAPE = (4, 64)  # sequences, tokens
 # In float64, rounding sends no token to another expert: what differs, differs. (RoPE's tables are float32.)
 DTYPE = torch.float64
 TOLERANCE = 1e-6  # relative
+GGUF_TOLERANCE = 1e-3  # of llama.cpp's nearly equal weights for the experts of a token, and F32
 SMALL = 5 * 10**8  # parameters, 4 GB of them: models up to this size are checked unless told otherwise
 STOCK_CLASSES: dict[type, type[PreTrainedModel]] = {
     GrinMoeForCausalLM: PhimoeForCausalLM,
@@ -26,7 +29,7 @@ STOCK_CLASSES: dict[type, type[PreTrainedModel]] = {
     GrinMoeModel: PhimoeModel,
 }
 
-Layers = Mapping[str, torch.Tensor]
+Layers = dict[str, torch.Tensor]
 """Module -> what it returned, in the order in which the model computes, the logits last."""
 
 
@@ -104,6 +107,25 @@ def compute_result(
     """What the converted checkpoint computes, loaded as its users load it."""
     loaded_class = STOCK_CLASSES[model_class] if target == "phimoe" else model_class
     return compute(loaded_class.from_pretrained(path, dtype="auto"), input_ids)
+
+
+def compare_gguf(checkpoint: Checkpoint, path: Path, input_ids: torch.Tensor, *, is_exact: bool) -> float:
+    """`compare` what llama.cpp computes from a file, in torch, with the model without near-ties.
+
+    Args:
+        is_exact: whether weights are stored as they are; if they are rounded, any finite difference will do.
+    """
+    from .gguf_export import context_length, load_gguf
+
+    input_ids = input_ids[:, : context_length(checkpoint.config)]
+    config = copy.deepcopy(checkpoint.config)
+    config.router_jitter_noise = 0.0
+    model = load_model(dataclasses.replace(checkpoint, config=config), DTYPE)
+    before, after = compute(model, input_ids), compute(load_gguf(path, DTYPE), input_ids)
+    # Centring takes the mean out of the residual stream; it is not lost, because every norm takes it out.
+    residual = [name for name in before if name not in ("norm", "logits")]
+    before |= {name: before[name] - before[name].mean(dim=-1, keepdim=True) for name in residual}
+    return compare(before, after, GGUF_TOLERANCE if is_exact else torch.inf)
 
 
 def compare(before: Layers, after: Layers, tolerance: float = TOLERANCE) -> float:

@@ -11,15 +11,19 @@ from .tensors import ConversionError
 
 PHIMOE_ESTIMATORS = {"sparsemixer_v2", "sparsemixer_v2_paper"}  # those whose inference is Phimoe's routing
 
+# transformers' name, which says what `sliding_window` means, and the one that vLLM and SGLang know the model by.
+PHIMOE_ARCHITECTURES = ("PhimoeForCausalLM", "PhiMoEForCausalLM")
+SGLANG_JITTER = 0.01
+
 
 def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
     """The config.json with which transformers' `PhimoeForCausalLM` computes what `config` says.
 
-    RoPE is spelt as in the releases (`rope_theta`, `rope_scaling`), which transformers 4 reads, too. What
-    acts in training alone stays under our names: `GrinMoeConfig.from_dict` reads an equal config back. Three
-    differences remain: transformers' LongRoPE keeps its short factors beyond `original_max_position_embeddings`; the
-    attention factor of a LongRoPE without `short_mscale` and `long_mscale` is written out as both of them; and a
-    `pad_token_id` beyond the vocabulary, for which Phimoe cannot be built, is None.
+    RoPE is spelt as in the releases (`rope_theta`, `rope_scaling`), which transformers 4 reads, too. What acts in
+    training alone stays under our names: `GrinMoeConfig.from_dict` reads an equal config back, but for
+    `architectures`. Three differences remain: transformers' LongRoPE keeps its short factors beyond
+    `original_max_position_embeddings`; the attention factor of a LongRoPE without `short_mscale` and `long_mscale` is
+    written out as both of them; and a `pad_token_id` beyond the vocabulary, for which Phimoe cannot be built, is None.
 
     Raises:
         ConversionError: what Phimoe does not have: another top-k than 2, another rule of inference, output scales,
@@ -42,7 +46,7 @@ def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
     values = config.to_dict()
     values.pop("auto_map", None)
     del values["rope_parameters"]
-    values |= {"model_type": PhimoeConfig.model_type, "architectures": ["PhimoeForCausalLM"]}
+    values |= {"model_type": PhimoeConfig.model_type, "architectures": list(PHIMOE_ARCHITECTURES)}
     values |= {"rope_theta": float(theta), "rope_scaling": None}
     if rope_type == "longrope":
         rope.pop("type", None)
@@ -57,3 +61,19 @@ def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
     if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
         values["pad_token_id"] = None
     return values
+
+
+def phimoe_notes(config: GrinMoeConfig) -> list[str]:
+    """Where the libraries that read a phimoe checkpoint compute something else (as of vLLM's and SGLang's `phimoe.py`
+    of 2026)."""
+    notes = []
+    if config.router_jitter_noise != SGLANG_JITTER:
+        notes.append(f"SGLang computes with router_jitter_noise={SGLANG_JITTER}, not {config.router_jitter_noise}")
+    for field, wanted in (("attention_bias", True), ("lm_head_bias", True), ("tie_word_embeddings", False)):
+        if getattr(config, field) != wanted:
+            notes.append(f"vLLM and SGLang build the model with {field}={wanted} and will not load it right")
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type") == "longrope":
+        limit = rope["original_max_position_embeddings"]
+        notes.append(f"transformers' Phimoe keeps LongRoPE's short factors: right up to {limit} tokens only")
+    return notes

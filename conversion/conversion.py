@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from modeling_grin import GrinMoeForCausalLM
+
 from . import adapters, checks, experts
 from .checkpoint import Checkpoint
-from .configs import phimoe_config
+from .configs import phimoe_config, phimoe_notes
 from .forms import FUSED, HUB, model_class_of
 from .headers import read_json
 from .sources import ADAPTER_CONFIG, open_checkpoint
 from .tensors import ConversionError
-from .writing import Progress, check_space, fingerprint, outputs, staged, write_safetensors
+from .writing import Progress, check_destination, check_space, fingerprint, outputs, staged, write_safetensors
 
 TARGETS = ("hub", "fused", "phimoe", "gguf", "adapter")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -125,9 +127,12 @@ def convert(
     if check is None:
         check = report.parameters <= checks.SMALL
     with staged(destination, plan, resume) as result:
-        write_folder(checkpoint, result, to, dtype, max_shard_size, progress, report)
+        if to == "gguf":
+            write_gguf(checkpoint, result, dtype or "f16", calibration, progress, report)
+        else:
+            write_folder(checkpoint, result, to, dtype, max_shard_size, progress, report)
         if check:
-            report.difference = prove(opened, checkpoint, result, to, dtype, report)
+            report.difference = prove(checkpoint, result, to, dtype)
     report.seconds = time.monotonic() - started
     return report
 
@@ -143,10 +148,11 @@ def check_arguments(
     """Raise ConversionError for arguments that are wrong whatever the checkpoint is."""
     if to not in TARGETS:
         raise ConversionError(f"to={to!r} is unknown: use one of {', '.join(TARGETS)}")
-    if destination == source or source in destination.parents:
-        raise ConversionError(f"the destination {destination} lies in the source: give another folder")
+    check_destination(destination, source)
     if to not in ("gguf", "adapter") and dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    if to == "gguf" and destination.suffix != ".gguf":
+        raise ConversionError(f"{destination}: GGUF is one file, give it a name that ends with .gguf")
     if calibration is not None and not Path(calibration).is_file():
         raise ConversionError(f"calibration={calibration} is not a file: give a text file")
     if num_experts is not None and to == "adapter":
@@ -226,10 +232,31 @@ def write_folder(
     groups = (FUSED if to == "fused" else HUB).groups(checkpoint.config, model_class)
     made = outputs(groups, checkpoint.tensors, DTYPES.get(dtype or ""))
     report.nbytes = sum(output.nbytes for output in made.values())
+    if to == "phimoe":
+        report.notes += phimoe_notes(checkpoint.config)
     check_space(folder, report.nbytes)
     write_safetensors(made, folder, max_shard_size, progress)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     carry_files(checkpoint.path, folder, to, report)
+
+
+def write_gguf(
+    checkpoint: Checkpoint,
+    path: Path,
+    file_type: str,
+    calibration: str | Path | None,
+    progress: Progress,
+    report: Report,
+) -> None:
+    """Write a GGUF file for llama.cpp, with the tokenizer in it."""
+    from . import gguf_export
+
+    measured = None
+    if calibration is not None:
+        measured = gguf_export.calibrate(checks.load_model(checkpoint), read_calibration(checkpoint, calibration))
+    written = gguf_export.export_gguf(checkpoint, path, file_type=file_type, calibration=measured, progress=progress)
+    report.nbytes = path.stat().st_size
+    report.notes += written.lines()
 
 
 def config_for(checkpoint: Checkpoint, to: str, dtype: str | None) -> dict[str, Any]:
@@ -238,7 +265,10 @@ def config_for(checkpoint: Checkpoint, to: str, dtype: str | None) -> dict[str, 
     config.dtype = DTYPES[dtype] if dtype else next(iter(checkpoint.tensors.values())).dtype
     model_class = model_class_of(checkpoint.tensors)
     if to == "phimoe":
-        return {**phimoe_config(config), "architectures": [checks.STOCK_CLASSES[model_class].__name__]}
+        values = phimoe_config(config)
+        if model_class is not GrinMoeForCausalLM:
+            values["architectures"] = [checks.STOCK_CLASSES[model_class].__name__]
+        return values
     return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [model_class.__name__]}
 
 
@@ -258,11 +288,10 @@ def carry_files(source: Path, folder: Path, to: str, report: Report) -> None:
         settings.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def prove(
-    opened: Checkpoint, checkpoint: Checkpoint, result: Path, to: str, dtype: str | None, report: Report
-) -> float:
+def prove(checkpoint: Checkpoint, result: Path, to: str, dtype: str | None) -> float:
     """Compare the logits of source and result; the relative difference."""
     input_ids = checks.probe(checkpoint)
-    model_class = model_class_of(checkpoint.tensors)
+    if to == "gguf":
+        return checks.compare_gguf(checkpoint, result, input_ids, is_exact=dtype == "f32")
     before = checks.compute_source(checkpoint, DTYPES.get(dtype or ""), input_ids)
-    return checks.compare(before, checks.compute_result(result, to, model_class, input_ids))
+    return checks.compare(before, checks.compute_result(result, to, model_class_of(checkpoint.tensors), input_ids))

@@ -167,11 +167,14 @@ def prune(checkpoint: Checkpoint, load: torch.Tensor, num_experts: int) -> Check
 def with_experts(
     checkpoint: Checkpoint, num_experts: int, top_k: int, tensor_of: Callable[[str], StoredTensor]
 ) -> Checkpoint:
-    """`checkpoint` with so many experts, its tensors being `tensor_of` their released names."""
+    """`checkpoint` with so many experts, its tensors being `tensor_of` their released names.
+
+    Of form `experts`: the files in its path are another model's.
+    """
     config = copy.deepcopy(checkpoint.config)
     config.num_local_experts, config.num_experts_per_tok = num_experts, top_k
     names = HUB.groups(config, model_class_of(checkpoint.tensors))
-    return replace(checkpoint, config=config, tensors={name: tensor_of(name) for name in names})
+    return replace(checkpoint, form="experts", config=config, tensors={name: tensor_of(name) for name in names})
 
 
 def replace_load(source: StoredTensor, shape: tuple[int, ...], load: Callable[[], torch.Tensor]) -> StoredTensor:

@@ -21,7 +21,7 @@ Shapes: V vocab_size, H hidden_size, F intermediate_size, E num_local_experts, K
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, route
 from .checkpoint import Checkpoint
 from .gguf_vocabulary import add_vocabulary
 from .tensors import ConversionError, StoredTensor
+from .writing import Progress
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHIMOE]
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS, llama-hparams.h
@@ -160,13 +161,16 @@ class Target:
         block, size = gguf.GGML_QUANT_SIZES[self.type]
         return math.prod(self.shape) // block * size
 
-    def chunks(self) -> Iterator[np.ndarray]:
-        """Whole rows of what is to be stored, float32, folded in float64 (a power of two needs no such room)."""
+    def chunks(self) -> Iterator[tuple[StoredTensor, np.ndarray]]:
+        """Whole rows of what is to be stored, with what they come from: float32, folded in float64.
+
+        A power of two alone, with no mean to take out, needs no such room.
+        """
         centred, factor = self.fold
         for source in self.sources:
             rows = source.read().split(max(1, CHUNK_ELEMENTS // self.shape[-1]))
             if centred is None:
-                yield from ((part.float() * factor).numpy() for part in rows)
+                yield from ((source, (part.float() * factor).numpy()) for part in rows)
                 continue
             if centred == 0:
                 mean = torch.stack([part.double().sum(dim=0) for part in rows]).sum(dim=0) / source.shape[0]
@@ -174,7 +178,7 @@ class Target:
                 values = part.double()
                 if centred == 1:
                     mean = values.mean(dim=1, keepdim=True)
-                yield ((values - mean) * factor).float().numpy()
+                yield source, ((values - mean) * factor).float().numpy()
 
 
 def places(config: GrinMoeConfig) -> Iterator[Place]:
@@ -232,7 +236,7 @@ def estimate_router_std(gate: torch.Tensor, norm_weight: torch.Tensor, norm_bias
     """
     gate = gate.double()
     gate = gate - gate.mean(dim=0)
-    variance = (gate * norm_weight.double()).square().sum(dim=1) 
+    variance = (gate * norm_weight.double()).square().sum(dim=1) + (gate @ norm_bias.double()).square()
     return variance.mean().sqrt().item()
 
 
@@ -262,7 +266,7 @@ def choose_router_shift(router_std: float, config: GrinMoeConfig) -> int:
     """k of one layer; 0 where llama.cpp's weights are the model's: a single one is 1, and GShard's are normalised."""
     if config.num_experts_per_tok == 1 or config.router_estimator == "gshard":
         return 0
-    return ROUTER_SHIFT + (round(math.log2(router_std / ROUTER_STD)) if router_std > 0 else 0)
+    return ROUTER_SHIFT + (round(math.log2(router_std / ROUTER_STD)) if 0 < router_std < math.inf else 0)
 
 
 def choose_fold(place: Place, config: GrinMoeConfig, router_shifts: Sequence[int]) -> Fold:
@@ -365,7 +369,7 @@ def export_gguf(
     *,
     file_type: str = "f16",
     calibration: Calibration | None = None,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Progress = lambda done, total: None,
 ) -> GgufReport:
     """Write a checkpoint as one GGUF file for llama.cpp; memory is one source tensor and a few chunks.
 
@@ -373,7 +377,7 @@ def export_gguf(
         path: is written from its beginning on and is not removed on failure: a temporary name, to be renamed.
         file_type: a key of `FILE_TYPES`.
         calibration: from `calibrate`, for the routers' k and the report; by default k is chosen from the weights.
-        progress: called with the number of bytes of each piece that has been written.
+        progress: called with the bytes of each piece that has been written, and with those of all tensors.
 
     Raises:
         ConversionError: llama.cpp has no form for the model or its tokenizer, a tensor is missing or left over, or
@@ -401,7 +405,7 @@ def export_gguf(
     unfit = [target.place.name for target in targets if target.type not in (wanted, GGMLQuantizationType.F32)]
     if unfit:
         notes.append(f"stored as F16, because rows are no multiple of {wanted.name}'s blocks: {', '.join(unfit)}")
-    errors = ErrorSums()
+    errors, total = ErrorSums(), sum(target.nbytes for target in targets)
     try:
         for target in targets:
             writer.add_tensor_info(
@@ -415,7 +419,7 @@ def export_gguf(
             writer.write_padding(file, file.tell())
             for data in stored_chunks(target, errors):
                 file.write(data)
-                progress(data.nbytes)
+                progress(data.nbytes, total)
         writer.write_padding(file, file.tell())
     finally:
         writer.close()
@@ -431,14 +435,14 @@ def export_gguf(
 
 def stored_chunks(target: Target, errors: ErrorSums) -> Iterator[np.ndarray]:
     """The bytes of a tensor, chunk by chunk; each is read back, to be checked and for its error."""
-    for values in target.chunks():
+    for source, values in target.chunks():
         with np.errstate(all="ignore"):  # what overflows is found below
             data = gguf.quantize(values, target.type)
             stored = gguf.dequantize(data, target.type)
         if not np.isfinite(stored).all():
             largest = np.abs(values).max()
             raise ConversionError(
-                f"{target.sources[0].where} cannot be stored as {target.type.name} ({target.place.name}): "
+                f"{source.where} cannot be stored as {target.type.name} ({target.place.name}): "
                 f"its largest value is {largest:.4g}; choose another type, or repair it if it is not finite"
             )
         errors.add(target.place.kind, values, stored)
@@ -453,10 +457,18 @@ class RmsNorm(nn.LayerNorm):
         return normalised + self.bias
 
 
-def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> GrinMoeForCausalLM:
+def load_gguf(path: Path, dtype: torch.dtype = torch.float32, *, router_shift: int = 0) -> GrinMoeForCausalLM:
     """The model that llama.cpp computes from a file of `export_gguf`, in torch, with llama.cpp's norms and routing.
 
-    It is dequantised. Its hidden states are those of the original model less their mean over the hidden dimension.
+    Its hidden states are those of the original model less their mean over the hidden dimension.
+
+    Args:
+        dtype: the dequantised weights'.
+        router_shift: multiply the routers by 2^-`router_shift` once more. In float64, 20 make the weights of a token's
+            experts equal, so that what still differs from the model is in the weights. (Not for GShard's routers.)
+
+    Raises:
+        ConversionError: a file of another architecture.
     """
     reader = gguf.GGUFReader(path)
 
@@ -493,6 +505,8 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> GrinMoeForCausa
     model = GrinMoeForCausalLM(config).to(dtype)
     model.set_experts_implementation("eager")  # the one that also computes in float64
     model.load_state_dict(state)
+    for layer in model.model.layers:
+        layer.block_sparse_moe.gate.weight.data *= 2.0**-router_shift
     for module in model.modules():
         if type(module) is nn.LayerNorm:
             module.__class__ = RmsNorm

@@ -1,8 +1,10 @@
 """A `tokenizer.json` as the vocabulary of a GGUF file.
 
-llama.cpp does not run a `tokenizer.json`: it has tokenizers of its own, which the file names and gives their data. Two
-of them do what the tokenizers of this model family do: Llama's SentencePiece BPE with byte fallback (the release), and
-byte-level BPE with GPT-2's way to split text (`GrinMoeTokenizer.train_from_iterator`).
+llama.cpp does not run a `tokenizer.json`: it has tokenizers of its own, which the file names and gives their data.
+Two of them do what the tokenizers of this model family do: Llama's SentencePiece BPE with byte fallback (the release),
+and byte-level BPE with GPT-2's way to split text (`GrinMoeTokenizer.train_from_iterator`). What differs: white space
+beyond ASCII stays text where an added token takes it in, and characters that are new in Unicode may be split otherwise
+by GPT-2's rule.
 """
 
 import json
@@ -19,8 +21,10 @@ from modeling_grin.tokenization_grinmoe import CHAT_TEMPLATE, END_OF_TURN, RELEA
 from .tensors import ConversionError
 
 SPACE = "▁"  # what Llama's pieces have in place of a space
-TAKE_SPACES_AS_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-BEGIN_WITH_SPACE = {"type": "Prepend", "prepend": SPACE}
+LLAMA_STEPS = [
+    {"type": "Prepend", "prepend": SPACE},
+    {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+]
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 UNUSED_SCORE = -1e9
 
@@ -30,16 +34,12 @@ PHI3 = "phi3"
 NEVER_RSTRIP = {"<unk>", "<s>", "<|endoftext|>"}
 
 
-def space_prefix(parts: dict[str, Any]) -> bool | None:
-    """Whether Llama's tokenizer puts a space before text; None if `parts` (of tokenizer.json) are not Llama's."""
-    normalizer = parts["normalizer"] or {}
-    steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
-    if not parts["model"]["byte_fallback"] or parts["pre_tokenizer"] is not None:
-        return None
-    return {2: True, 1: False}.get(len(steps)) if steps in LLAMA_STEPS else None
-
-
-LLAMA_STEPS = [[BEGIN_WITH_SPACE, TAKE_SPACES_AS_SPACE], [TAKE_SPACES_AS_SPACE]]
+def is_llama(parts: dict[str, Any]) -> bool:
+    """Whether `parts` (of tokenizer.json) are Llama's SentencePiece BPE, with a space before text."""
+    steps = (parts["normalizer"] or {}).get("normalizers")
+    model = parts["model"]
+    byte_fallback = model["byte_fallback"] and set(BYTE_TOKENS) <= set(model["vocab"])
+    return byte_fallback and steps == LLAMA_STEPS and parts["pre_tokenizer"] is None
 
 
 def is_byte_level(parts: dict[str, Any]) -> bool:
@@ -133,10 +133,9 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tu
     refused = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     if model["type"] != "BPE" or any(model[option] for option in refused):
         raise ConversionError(f"{folder / 'tokenizer.json'}: llama.cpp has no tokenizer like this {model['type']}")
-    prefix = space_prefix(parts)
-    if prefix is not None and set(BYTE_TOKENS) <= set(model["vocab"]):
+    if is_llama(parts):
         writer.add_tokenizer_model("llama")
-        writer.add_add_space_prefix(prefix)
+        writer.add_add_space_prefix(True)
         scores = llama_scores(model["vocab"], model["merges"])
         writer.add_token_scores([scores.get(token_id, UNUSED_SCORE) for token_id in range(vocab_size)])
     elif is_byte_level(parts):
@@ -155,10 +154,9 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tu
 
 
 def add_special_tokens(writer: gguf.GGUFWriter, tokenizer: GrinMoeTokenizer) -> None:
-    plain, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    if whole not in (plain, [tokenizer.bos_token_id, *plain]):
-        raise ConversionError("the post-processor of tokenizer.json adds more than a bos token, which GGUF cannot say")
-    writer.add_add_bos_token(whole != plain)
+    if tokenizer.encode("a") != tokenizer.encode("a", add_special_tokens=False):
+        raise ConversionError("tokenizer.json adds tokens to every text (post_processor); only plain ids are exported")
+    writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     ids = {
         writer.add_bos_token_id: tokenizer.bos_token_id,

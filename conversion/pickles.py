@@ -11,6 +11,7 @@ import json
 import math
 import operator
 import pickle
+import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.utils import _create_file_view
 
@@ -36,6 +37,7 @@ PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp.
 OF_OPTIMIZERS = {"optim", "optimizer", "optimizers", "state", "param_groups"}
 TORCH_ADVICE = ("Weights only load failed", "(1)", "(2)")  # of torch.load, before the reason
 
+COMPARED_CHUNKS = 256  # with all others at once: an index may have very many
 CACHED_TENSORS = 2  # a layer's fused matrices, whose parts are asked for one by one
 
 
@@ -78,8 +80,8 @@ class IndexUnpickler(pickle._Unpickler):
     """Python's unpickler in Python: the one in C sets aside whatever memory a number in the file asks for."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
         known: dict[tuple[str, str], type] = {
             ("torch", "Size"): torch.Size,
             ("collections", "OrderedDict"): OrderedDict,
@@ -150,8 +152,11 @@ def overlap(chunks: list[Chunk]) -> bool:
     """Whether any two of the chunks, none of which is empty, have an element in common."""
     starts = torch.tensor([chunk.offsets for chunk in chunks])  # [chunks, dimensions]
     ends = torch.tensor([chunk.ends for chunk in chunks])
-    meets = (starts[:, None] < ends) & (starts < ends[:, None])
-    return int(meets.all(dim=-1).sum()) > len(chunks)  # each meets itself
+    meetings = 0
+    for some_starts, some_ends in zip(starts.split(COMPARED_CHUNKS), ends.split(COMPARED_CHUNKS), strict=True):
+        meets = (some_starts[:, None] < ends) & (starts < some_ends[:, None])
+        meetings += int(meets.all(dim=-1).sum())
+    return meetings > len(chunks)  # each meets itself
 
 
 def find_dcp_folder(path: Path) -> Path | None:
@@ -198,9 +203,12 @@ def read_dcp(folder: Path, *, weights_only: bool) -> dict[str, StoredTensor]:
     for tensor in sharded.values():
         tensor.check()
 
-    @functools.lru_cache(maxsize=CACHED_TENSORS)
+    lock = threading.Lock()  # threads that want two parts of a tensor at once read it once
+    cached = functools.lru_cache(maxsize=CACHED_TENSORS)(lambda name: sharded[name].load())
+
     def load(name: str) -> torch.Tensor:
-        return sharded[name].load()
+        with lock:
+            return cached(name)
 
     return {
         name: StoredTensor(tensor.shape, tensor.dtype, tensor.where, functools.partial(load, name))
@@ -278,12 +286,11 @@ def read_safetensors_shards(folder: Path) -> dict[str, ShardedTensor]:
     sharded: dict[str, ShardedTensor] = {}
     for path in sorted(folder.glob(SAFETENSORS_SHARDS)):
         tensors = read_safetensors_header(path)
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(SHARDING_INFO)
         try:
-            info = json.loads(text or "")
-            places = {name: tuple(map(int, info[name]["saved_offsets"])) for name in tensors}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            with safe_open(path, framework="pt") as file:
+                info = json.loads(file.metadata()[SHARDING_INFO])
+            places = {name: tuple(map(operator.index, info[name]["saved_offsets"])) for name in tensors}
+        except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise ConversionError(f"{path} does not say which parts of tensors it holds: copy it again") from error
         for name, tensor in tensors.items():
             if not is_weight(name):

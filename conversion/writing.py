@@ -43,10 +43,8 @@ def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Pa
         resume: go on with what an interrupted conversion with the same plan has left.
 
     Raises:
-        ConversionError: the destination is there already; or an interrupted conversion is in the way, or differs.
+        ConversionError: an interrupted conversion is in the way, or another one is to be gone on with.
     """
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-        raise ConversionError(f"{destination} exists: give another destination, or move it away")
     folder = destination.with_name(f".{destination.name}.incomplete")
     if folder.exists():
         check_resumable(folder, plan, resume)
@@ -65,6 +63,14 @@ def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Pa
         shutil.rmtree(folder)
         raise
     shutil.rmtree(folder)
+
+
+def check_destination(destination: Path, source: Path) -> None:
+    """Raise ConversionError unless `destination` can be made."""
+    if destination == source or source in destination.parents:
+        raise ConversionError(f"the destination {destination} lies in the source: give another one")
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise ConversionError(f"{destination} exists: give another destination, or move it away")
 
 
 def check_resumable(folder: Path, plan: dict[str, Any], resume: bool) -> None:

@@ -357,9 +357,17 @@ def inspect(
 def transfer(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar of bytes, with speed and time left; what is yielded takes the bytes done and those in all."""
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, disable=quiet) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, advance=done, total=total)
+    bar = Progress(*columns, console=errors, disable=quiet)
+    task = bar.add_task(title, total=None)
+
+    def advance(done: int, total: int) -> None:
+        bar.start()  # with the first bytes: what is refused before needs no bar
+        bar.update(task, advance=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
 
 
 def find_recipes() -> dict[str, Path]:

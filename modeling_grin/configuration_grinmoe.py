@@ -195,7 +195,7 @@ class GrinMoeConfig(PreTrainedConfig):
         rope: dict[str, Any] = dict(self.rope_parameters or {})
         size = (self.head_dim or 0) // 2
         for field in ("short_factor", "long_factor"):
-            factors = rope.get(field)
+            factors: Any = rope.get(field)
             is_list = isinstance(factors, list) and all(is_positive(factor) for factor in factors)
             self._require_rope(is_list, f"longrope's {field} must be a list of numbers above 0")
             self._require_rope(

@@ -1,0 +1,163 @@
+"""How fast is conversion next to copying the same bytes, and how much memory does it take?
+
+A checkpoint of random weights in the released layout (by default the sizes of Phi-tiny-MoE, 7.5 GB in 17 files) is
+converted to every form in turn, and each time copied by `cp`, too: all in fresh processes, one after the other, with
+the page cache as it is and the disk's queue emptied (`sync`) before each. Speed is that of the bytes written, imports
+not counted. Memory is the process's own pages (RssAnon, every 2 ms) over what it had before `convert` was called.
+Linux only; needs twice the checkpoint's size in free disk.
+
+    python benchmarks/conversion.py
+"""
+
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import track
+
+from benchmarks.quantized_memory import OwnPagesPeak, in_fresh_process, memory
+from benchmarks.routing_cost import show
+from conversion import Checkpoint, convert
+from conversion.conversion import Report, write_folder
+from conversion.forms import HUB
+from conversion.tensors import StoredTensor
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+
+# microsoft/Phi-tiny-MoE-instruct; llama.cpp has no place for its 16 heads of 128 in a hidden size of 4096.
+PHI_TINY = {"hidden_size": 4096, "intermediate_size": 448, "num_attention_heads": 16, "num_key_value_heads": 4,
+            "head_dim": 128, "num_local_experts": 16}  # fmt: skip
+NUM_SHARDS = 17
+CONVERSIONS: dict[str, dict[str, Any]] = {
+    "hub to hub": {"to": "hub"},
+    "hub to fused": {"to": "fused"},
+    "fused to hub": {"to": "hub", "source": "hub to fused"},
+    "hub to phimoe": {"to": "phimoe"},
+    "hub to fused, float16": {"to": "fused", "dtype": "float16"},
+}
+GGUF: dict[str, dict[str, Any]] = {f"hub to gguf, {dtype}": {"to": "gguf", "dtype": dtype}
+                                   for dtype in ("f32", "f16", "q8_0", "q4_0")}  # fmt: skip
+COLUMNS = ["conversion", "GB", "seconds", "GB/s", "cp: seconds", "speed / cp", "peak memory, MB", "/ a file"]
+
+
+def random_tensor(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+def write_checkpoint(folder: str, sizes: dict[str, int]) -> None:
+    """Random weights in the released layout, a tensor at a time."""
+    config = GrinMoeConfig(**sizes)
+    shapes = {
+        name: shape for _, parts in HUB.groups(config, GrinMoeForCausalLM).values() for name, shape in parts.items()
+    }
+    tensors = {
+        name: StoredTensor(shape, torch.bfloat16, name, partial(random_tensor, shape, seed))
+        for seed, (name, shape) in enumerate(shapes.items())
+    }
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    Path(folder, "none").mkdir(parents=True)
+    report = Report("", "", "", "")
+    checkpoint = Checkpoint(Path(folder, "none"), "hub", config, tensors)
+    write_folder(checkpoint, Path(folder), "hub", None, math.ceil(nbytes / (NUM_SHARDS - 1)), lambda *_: None, report)
+    Path(folder, "none").rmdir()
+
+
+def run_conversion(source: str, destination: str, options: dict[str, Any]) -> tuple[float, int]:
+    """Seconds, and the most memory over what was there before."""
+    before, pages = memory("RssAnon"), OwnPagesPeak()
+    pages.start()
+    started = time.perf_counter()
+    convert(source, destination, **options, max_shard_size="500MB", check=False)
+    return time.perf_counter() - started, pages.stop() - before
+
+
+def run_copy(source: Path, destination: Path) -> float:
+    """Seconds that `cp` takes."""
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", source, destination], check=True)
+    return time.perf_counter() - started
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    os.sync()
+
+
+def measure(
+    folder: Path, sizes: dict[str, int], conversions: dict[str, dict[str, Any]], repeats: int
+) -> list[list[str]]:
+    """The rows of the table, in the conversions' order."""
+    source = folder / "source"
+    in_fresh_process(write_checkpoint, str(source), sizes)
+    file_bytes = max(file.stat().st_size for file in source.glob("*.safetensors"))
+    rows = []
+    for name, options in conversions.items():
+        options = dict(options)
+        begin = source
+        if (other := options.pop("source", None)) is not None:
+            begin = folder / "other"
+            in_fresh_process(run_conversion, str(source), str(begin), conversions[other])
+        seconds, copying, peaks = [], [], []
+        destination = folder / ("result.gguf" if options["to"] == "gguf" else "result")
+        for _ in track(range(repeats), name, transient=True):
+            remove(destination)
+            elapsed, peak = in_fresh_process(run_conversion, str(begin), str(destination), options)
+            seconds.append(elapsed)
+            peaks.append(peak)
+            copy = folder / "copy"
+            os.sync()
+            copying.append(run_copy(destination, copy))
+            remove(copy)
+        written = size(destination)
+        remove(destination)
+        remove(folder / "other")
+        ours, theirs, peak = map(statistics.median, (seconds, copying, peaks))
+        rows.append([name, f"{written / 1e9:.2f}", f"{ours:.2f}", f"{written / ours / 1e9:.2f}", f"{theirs:.2f}",
+                     f"{theirs / ours:.2f}", f"{peak / 1e6:.0f}", f"{peak / file_bytes:.2f}"])  # fmt: skip
+    remove(source)
+    return rows
+
+
+def main(
+    layers: Annotated[int, typer.Option(min=1)] = 32,
+    gguf_layers: Annotated[int, typer.Option(min=1, help="of the checkpoint that becomes GGUF, with 32 heads")] = 2,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    vocab_size: Annotated[int, typer.Option(min=8)] = 32064,
+    hidden_size: Annotated[int, typer.Option(min=64)] = 4096,
+    record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
+) -> None:
+    """Speed of conversion next to `cp`, and peak memory.
+
+    Example: python benchmarks/conversion.py --layers 2 --repeats 3
+    """
+    sizes = PHI_TINY | {"num_hidden_layers": layers, "vocab_size": vocab_size, "hidden_size": hidden_size}
+    heads = {"num_attention_heads": hidden_size // PHI_TINY["head_dim"], "num_hidden_layers": gguf_layers}
+    with TemporaryDirectory() as folder:
+        rows = measure(Path(folder), sizes, CONVERSIONS, repeats)
+        rows += measure(Path(folder), sizes | heads, GGUF, repeats)
+    notes = (
+        f"Medians of {repeats}; `cp -r` copies what each conversion wrote, right after it, from the page cache. Peak "
+        "memory: own pages over those before, also relative to the largest file of the source. GGUF is made of a "
+        f"checkpoint with {gguf_layers} layers and {heads['num_attention_heads']} heads, in full vocabulary; its folds "
+        "are computed in float64."
+    )
+    show(f"Conversion of Phi-tiny-MoE's sizes, {layers} layers, bfloat16", COLUMNS, rows, record, notes)
+
+
+if __name__ == "__main__":
+    typer.run(main)

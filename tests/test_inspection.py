@@ -1,0 +1,140 @@
+"""`grin-moe inspect` and `grin-moe convert`, as a user calls them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import fused, released_config, released_tensors, write_checkpoint
+from typer.testing import CliRunner
+
+from conversion import ConversionError, convert, inspect
+from modeling_grin.cli import app
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return released_tensors(released_config())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tensors):
+    return write_checkpoint(tmp_path_factory.mktemp("inspection") / "model", released_config(), tensors, 3)
+
+
+def grin_moe(*arguments: str | Path, expect: int = 0) -> str:
+    """What the command prints."""
+    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "120"})
+    assert result.exit_code == expect, result.output
+    return result.stdout
+
+
+def test_what_is_there(folder, tensors):
+    found = inspect(folder)
+    assert (found.form, found.model) == ("hub", "GrinMoeForCausalLM")
+    assert found.parameters == sum(tensor.numel() for tensor in tensors.values())
+    # Two of six experts are used.
+    experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name)
+    assert found.active_parameters == found.parameters - experts * 4 // 6
+    assert found.dtypes == {"bfloat16": found.parameters}
+    assert found.files == {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    assert found.config["num_local_experts"] == 6
+    assert found.config["sliding_window"] == 2047
+    assert found.problems == [] and found.difference is None
+
+
+def test_the_released_sizes():
+    """41.9B parameters, 6.6B active (section 4 of the paper), from the config alone."""
+    from conversion.forms import HUB
+    from conversion.inspection import active
+    from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+
+    shapes = [shape for shape, _ in HUB.groups(GrinMoeConfig(), GrinMoeForCausalLM).values()]
+    total = sum(torch.Size(shape).numel() for shape in shapes)
+    experts = 32 * 16 * 3 * 4096 * 6400
+    assert total == 41_873_153_344  # what the model card of the release says
+    assert round(active(total, experts, 2, 16) / 1e9, 1) == 6.6
+
+
+def test_verify_finds_damage(tmp_path, tensors):
+    damaged = {name: tensor.clone() for name, tensor in tensors.items()}
+    damaged["model.layers.1.block_sparse_moe.experts.4.w2.weight"][0, :3] = torch.nan
+    damaged["model.norm.bias"][7] = torch.inf
+    folder = write_checkpoint(tmp_path / "model", released_config(), damaged, 2)
+    assert inspect(folder).problems == []  # headers are right
+    problems = inspect(folder, verify=True).problems
+    assert len(problems) == 2
+    assert any("experts.4.w2.weight" in problem and "3 NaN or infinite" in problem for problem in problems)
+    assert any("model.norm.bias" in problem and "1 NaN" in problem for problem in problems)
+    assert "wrong" in grin_moe("inspect", folder, "--verify", expect=1)
+
+
+def test_the_same_in_every_form(tmp_path, folder, tensors):
+    for to in ("fused", "phimoe"):
+        convert(folder, tmp_path / to, to=to, max_shard_size="30KB")
+        found = inspect(tmp_path / to, against=folder)
+        assert found.form == to and found.difference == {} and found.problems == []
+
+
+def test_what_differs(tmp_path, folder, tensors):
+    config = released_config()
+    other = {name: tensor.clone() for name, tensor in tensors.items()}
+    other["model.layers.0.block_sparse_moe.experts.2.w3.weight"][1, 1] += 0.5
+    other["model.layers.0.self_attn.q_proj.bias"] = other["model.layers.0.self_attn.q_proj.bias"].float()
+    write_checkpoint(tmp_path / "other", config, fused(other, config))
+    changed = inspect(tmp_path / "other", against=folder, verify=True).difference
+    assert list(changed) == [
+        "model.layers.0.block_sparse_moe.experts.2.w3.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+    ]
+    assert changed["model.layers.0.block_sparse_moe.experts.2.w3.weight"] == pytest.approx(0.5, abs=0.01)
+    assert changed["model.layers.0.self_attn.q_proj.bias"] == 0
+
+    smaller = released_config(num_hidden_layers=1)
+    write_checkpoint(tmp_path / "smaller", smaller, released_tensors(smaller))
+    changed = inspect(tmp_path / "smaller", against=folder).difference
+    assert changed["model.layers.1.self_attn.q_proj.bias"] is None
+
+
+def test_other_folders_are_refused(tmp_path, folder):
+    with pytest.raises(ConversionError, match="nowhere is not a folder"):
+        inspect(tmp_path / "nowhere")
+    with pytest.raises(ConversionError, match="nowhere is not a folder"):
+        inspect(folder, against=tmp_path / "nowhere")
+
+
+def test_inspect_command(folder):
+    text = grin_moe("inspect", folder, "--verify")
+    assert "model (hub, GrinMoeForCausalLM)" in text.replace("\n", "")
+    assert "a token uses" in text and "no value is NaN or infinite" in text
+    found = json.loads(grin_moe("inspect", folder, "--verify", "--against", folder, "--json"))
+    assert found["difference"] == {} and found["form"] == "hub"
+
+
+def test_convert_command(folder, tmp_path):
+    text = grin_moe("convert", folder, tmp_path / "result", "--to", "fused", "--max-shard-size", "100KB")
+    assert "differ by 0 of the largest" in text
+    report = json.loads(grin_moe("convert", folder, tmp_path / "json", "--to", "phimoe", "--json"))
+    assert report["form"] == "hub" and report["difference"] < 1e-6
+
+
+def test_errors_are_one_sentence(folder, tmp_path):
+    """In a process of its own: nothing but the sentence, and exit code 1."""
+    command = [sys.executable, "-c", "from modeling_grin.cli import main; main()"]
+    arguments = ["convert", str(folder), str(tmp_path), "--to", "onnx"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 1
+    assert " ".join(result.stderr.split()) == (
+        "error: to='onnx' is unknown: use one of hub, fused, phimoe, gguf, adapter"
+    )
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+def test_help_has_an_example(command):
+    assert f"Example: grin-moe {command}" in grin_moe(command, "--help")

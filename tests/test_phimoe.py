@@ -1,0 +1,413 @@
+"""The Phimoe family (Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE): their configs, LongRoPE, and transformers' Phimoe."""
+
+import json
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from checkpoints import released_tensors, write_checkpoint
+from parity import LIMIT, LONGROPE_SCALING, longrope_logits
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, DynamicCache, PhimoeConfig, PhimoeForCausalLM, StaticCache
+from transformers import PhimoeForSequenceClassification as StockClassifier
+
+from conversion.configs import phimoe_config
+from conversion.tensors import ConversionError
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification
+
+WINDOW = 7
+ORIGINAL_LENGTH = LONGROPE_SCALING["original_max_position_embeddings"]
+
+# Fields of the siblings' config.json, at small sizes.
+FAMILY = {
+    "architectures": ["PhiMoEForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 32000,
+    "hidden_act": "silu",
+    "hidden_dropout": 0.0,
+    "initializer_range": 0.02,
+    "input_jitter_noise": 0.01,
+    "lm_head_bias": True,
+    "model_type": "phimoe",
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_local_experts": 6,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.0,
+    "router_jitter_noise": 0.3,  # 0.01 in the releases: here, many near-ties
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "use_cache": True,
+    "vocab_size": 131,
+}
+
+
+def phi_35(**overrides):
+    """Phi-3.5-MoE-instruct: LongRoPE, and a window as wide as the context."""
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    length = {
+        "max_position_embeddings": 32 * ORIGINAL_LENGTH,
+        "original_max_position_embeddings": ORIGINAL_LENGTH,
+        "sliding_window": 32 * ORIGINAL_LENGTH,
+    }
+    return {**FAMILY, **sizes, **length, "rope_scaling": dict(LONGROPE_SCALING), **overrides}
+
+
+def phi_tiny(**overrides):
+    """Phi-tiny-MoE-instruct: 16 heads of 128 for a hidden size of 4096, and experts of 448."""
+    sizes = {"hidden_size": 64, "intermediate_size": 8, "num_attention_heads": 4, "num_key_value_heads": 1}
+    slim = {"head_dim": 8, "expert_dropout": 0.0, "max_position_embeddings": 4096, "sliding_window": WINDOW}
+    return {**FAMILY, **sizes, **slim, "rope_scaling": None, **overrides}
+
+
+def phi_mini(**overrides):
+    """Phi-mini-MoE-instruct: 32 heads of 128, 8 of keys and values, experts of 960."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 16}
+    return phi_tiny(**sizes, **overrides)
+
+
+def random_ids(config, length, rows=1, seed=3):
+    return torch.randint(0, config["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model.eval()(ids, **kwargs).logits
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def stock_model(folder):
+    config = PhimoeConfig.from_pretrained(folder)
+    return PhimoeForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("make_config", "length"), [(phi_35, ORIGINAL_LENGTH), (phi_tiny, 5 * WINDOW), (phi_mini, 5 * WINDOW)]
+)
+def test_releases_equal_stock(make_config, length, attention, tmp_path):
+    """Where stock is right: given the window that it takes, and no longer than LongRoPE's original length."""
+    config = make_config()
+    tensors, ids = released_tensors(config), random_ids(config, length, rows=2)
+    folder = write_checkpoint(tmp_path / "release", config, tensors, num_shards=3)
+    model = GrinMoeForCausalLM.from_pretrained(folder, attn_implementation=attention)
+    assert model.config.sliding_window == config["sliding_window"]
+    wider = {**make_config(), "sliding_window": config["sliding_window"] + 1}
+    expected = logits(stock_model(write_checkpoint(tmp_path / "wider", wider, tensors)), ids)
+    assert relative_error(logits(model, ids), expected) < LIMIT
+    if length > config["sliding_window"]:
+        same_number = logits(stock_model(folder), ids)
+        assert relative_error(same_number, expected) > 1e-2, "the window does not matter here"
+
+
+@pytest.mark.parametrize("make_config", [phi_35, phi_tiny, phi_mini])
+def test_what_stock_saves(make_config, tmp_path):
+    """Its class's name in the file says that its window counts the query's own key."""
+    config = make_config(sliding_window=WINDOW)
+    folder = write_checkpoint(tmp_path / "release", config, released_tensors(config), num_shards=2)
+    stock = stock_model(folder)
+    stock.save_pretrained(tmp_path / "stock")
+    with safe_open(tmp_path / "stock" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == released_tensors(config).keys()
+    ids = random_ids(config, ORIGINAL_LENGTH)
+    model = GrinMoeForCausalLM.from_pretrained(tmp_path / "stock")
+    assert model.config.sliding_window == WINDOW - 1
+    assert relative_error(logits(model, ids), logits(stock, ids)) < LIMIT
+    release = GrinMoeForCausalLM.from_pretrained(folder)
+    assert relative_error(logits(release, ids), logits(stock, ids)) > 1e-2
+
+
+def test_a_classifier_that_stock_saves(tmp_path):
+    config = phi_mini(pad_token_id=0, num_labels=3)
+    config.pop("architectures")
+    torch.manual_seed(0)
+    stock = StockClassifier(PhimoeConfig.from_dict({**config, "initializer_range": 0.3})).eval()
+    stock.save_pretrained(tmp_path)
+    model = GrinMoeForSequenceClassification.from_pretrained(tmp_path)
+    ids = random_ids(config, 5 * WINDOW, rows=3).clamp(min=1)
+    assert relative_error(logits(model, ids), logits(stock, ids)) < LIMIT
+
+
+# To transformers' Phimoe
+
+
+def without(config, *names):
+    return {name: value for name, value in config.items() if name not in names}
+
+
+GRIN = {**without(phi_mini(), "rope_scaling"), "model_type": "grinmoe", "architectures": ["GRIN-MoE"]}
+UNUSUAL = {
+    "as released": {},
+    "three experts, no biases": {"num_local_experts": 3, "attention_bias": False, "lm_head_bias": False},
+    "tied head": {"tie_word_embeddings": True},
+    "other heads": {"head_dim": 6, "hidden_size": 28, "num_attention_heads": 3, "num_key_value_heads": 1},
+    "no window": {"sliding_window": None},
+    "window of two keys": {"sliding_window": 1},
+    "another theta": {"rope_theta": 77.0},
+    "no jitter, as integers": {"router_jitter_noise": 0, "input_jitter_noise": 0, "router_aux_loss_coef": 0},
+    "another activation": {"hidden_act": "gelu"},
+    "padding and stop tokens": {"pad_token_id": 5, "eos_token_id": [2, 7]},
+    "training settings": {
+        "expert_dropout": 0.1,
+        "attention_dropout": 0.2,
+        "router_estimator": "sparsemixer_v2_paper",
+        "router_sampling": False,
+        "freeze_router": True,
+        "router_aux_loss_coef": 0.03,
+        "input_jitter_noise": 0.2,
+    },
+    "longrope": {"rope_scaling": phi_35()["rope_scaling"]},
+    "longrope with a length of its own": {
+        "rope_scaling": without(phi_35()["rope_scaling"], "original_max_position_embeddings"),
+        "original_max_position_embeddings": ORIGINAL_LENGTH,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", UNUSUAL.values(), ids=UNUSUAL)
+def test_stock_computes_what_the_config_says(changes, tmp_path):
+    values = json.loads(json.dumps({**GRIN, "pad_token_id": 0, **changes}))
+    tensors = released_tensors(values)
+    config = GrinMoeConfig.from_pretrained(write_checkpoint(tmp_path / "grin", values, tensors))
+    before = config.to_dict()
+    translated = json.loads(json.dumps(phimoe_config(config)))
+    assert config.to_dict() == before
+    stock = stock_model(write_checkpoint(tmp_path / "phimoe", translated, tensors))
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "phimoe")) is PhimoeForCausalLM
+    ids = random_ids(values, ORIGINAL_LENGTH, rows=2)
+    ours = GrinMoeForCausalLM.from_pretrained(tmp_path / "grin")
+    assert relative_error(logits(stock, ids), logits(ours, ids)) < LIMIT
+
+    back = GrinMoeConfig.from_pretrained(tmp_path / "phimoe").to_dict()
+    assert back.pop("architectures") == ["PhimoeForCausalLM", "PhiMoEForCausalLM"]
+    before.pop("architectures")
+    before["rope_parameters"].pop("type", None)  # the old name of rope_type
+    assert back == before
+
+
+def test_the_translation_is_explicit():
+    """vLLM's default of the one and transformers' of the others are not ours; transformers 4 knows this RoPE alone."""
+    translated = phimoe_config(GrinMoeConfig(num_hidden_layers=1))
+    expected = {
+        "model_type": "phimoe",
+        "architectures": ["PhimoeForCausalLM", "PhiMoEForCausalLM"],
+        "router_jitter_noise": 0.01,
+        "input_jitter_noise": 0.01,
+        "head_dim": 128,
+        "sliding_window": 2048,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "router_aux_loss_coef": 0.0,
+        "eos_token_id": 32000,
+        "pad_token_id": 32000,
+    }
+    assert {name: translated[name] for name in expected} == expected
+    assert "rope_parameters" not in translated
+    missing = {field.name for field in fields(PhimoeConfig)} - translated.keys() - {"rope_parameters"}
+    assert missing <= {"transformers_version"}
+    config = GrinMoeConfig.from_dict(phi_35())
+    config.auto_map = {"AutoConfig": "configuration_grinmoe.GrinMoeConfig"}  # as that of a model saved with its code
+    assert "auto_map" not in phimoe_config(config)
+    rope = phimoe_config(config)["rope_scaling"]
+    assert rope == {"rope_type": "longrope", **without(phi_35()["rope_scaling"], "type")}
+
+
+def test_a_padding_token_beyond_the_vocabulary():
+    config = GrinMoeConfig(vocab_size=131, num_hidden_layers=1)
+    translated = phimoe_config(config)
+    assert config.pad_token_id == 32000
+    assert translated["pad_token_id"] is None
+
+
+def test_longrope_without_the_releases_scales(tmp_path):
+    """transformers' attention factor, sqrt(1 + ln(s) / ln(L)), is written out: stock demands the release's fields."""
+    rope = without(phi_35()["rope_scaling"], "short_mscale", "long_mscale")
+    values = phi_35(rope_scaling=rope, sliding_window=None, pad_token_id=0)
+    tensors = released_tensors(values)
+    ours = GrinMoeForCausalLM.from_pretrained(write_checkpoint(tmp_path / "ours", values, tensors))
+    translated = phimoe_config(ours.config)
+    factor = math.sqrt(1 + math.log(32) / math.log(ORIGINAL_LENGTH))
+    assert translated["rope_scaling"]["short_mscale"] == translated["rope_scaling"]["long_mscale"]
+    assert translated["rope_scaling"]["long_mscale"] == pytest.approx(factor)
+    stock = stock_model(write_checkpoint(tmp_path / "stock", translated, tensors))
+    ids = random_ids(values, ORIGINAL_LENGTH)
+    assert relative_error(logits(ours, ids), logits(stock, ids)) < LIMIT
+    # Beyond, where stock is wrong.
+    ids = random_ids(values, ORIGINAL_LENGTH + 8)
+    expected = longrope_logits(
+        phi_35(rope_scaling={**rope, "long_mscale": factor}, sliding_window=None), tensors, ids[0].tolist()
+    )
+    assert relative_error(logits(ours, ids)[0], expected) < LIMIT
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
+        ({"num_experts_per_tok": 3}, "num_experts_per_tok=3"),
+        *(
+            ({"router_estimator": name}, f"router_estimator='{name}'")
+            for name in ("sparsemixer_v2_star", "gshard", "dense")
+        ),
+        ({"router_estimator": "sparsemixer", "num_experts_per_tok": 1}, "num_experts_per_tok=1"),
+        ({"moe_output_scale": True}, "moe_output_scale=True"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='linear'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+    ],
+    ids=str,
+)
+def test_what_stock_cannot_represent(fields, message):
+    with pytest.raises(ConversionError, match=message):
+        phimoe_config(GrinMoeConfig(**fields))
+
+
+# LongRoPE
+
+
+LONG_LENGTH = ORIGINAL_LENGTH + 8
+
+
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory):
+    """A Phi-3.5-MoE with a window that shuts before the end; its folder and tensors."""
+    config = phi_35(sliding_window=WINDOW + 3)
+    tensors = released_tensors(config)
+    return write_checkpoint(tmp_path_factory.mktemp("longrope"), config, tensors, num_shards=2), config, tensors
+
+
+def test_longrope_equals_the_closed_form(longrope):
+    folder, config, tensors = longrope
+    model = GrinMoeForCausalLM.from_pretrained(folder)
+    ids = random_ids(config, LONG_LENGTH)
+    short, just_short, just_long = ids[:, :5], ids[:, :ORIGINAL_LENGTH], ids[:, : ORIGINAL_LENGTH + 1]
+    # Back and forth: a long forward pass leaves nothing behind.
+    for part, is_long in ((short, False), (ids, True), (just_short, False), (just_long, True), (short, False)):
+        expected = longrope_logits(config, tensors, part[0].tolist(), is_long)
+        assert relative_error(logits(model, part)[0], expected) < LIMIT
+        assert relative_error(longrope_logits(config, tensors, part[0].tolist(), not is_long), expected) > 1e-2
+
+
+@pytest.mark.parametrize(("length", "prefill"), [(ORIGINAL_LENGTH, 3), (LONG_LENGTH, ORIGINAL_LENGTH + 1)])
+def test_longrope_with_a_cache(length, prefill, longrope):
+    """Token by token within one regime."""
+    folder, config, tensors = longrope
+    model = GrinMoeForCausalLM.from_pretrained(folder)
+    ids = random_ids(config, length)
+    cache = DynamicCache(config=model.config)
+    pieces = [ids[:, :prefill], *ids[:, prefill:].split(1, dim=1)]
+    outputs = torch.cat([logits(model, piece, past_key_values=cache)[0] for piece in pieces])
+    assert relative_error(outputs, longrope_logits(config, tensors, ids[0].tolist(), length > ORIGINAL_LENGTH)) < LIMIT
+
+
+def test_crossing_with_a_cache_keeps_the_keys(longrope):
+    """As documented: a forward pass does not know the tokens, and finds the keys of the short factors."""
+    folder, config, tensors = longrope
+    model = GrinMoeForCausalLM.from_pretrained(folder)
+    ids = random_ids(config, ORIGINAL_LENGTH + 1)
+    cache = DynamicCache(config=model.config)
+    logits(model, ids[:, :-1], past_key_values=cache)
+    kept = cache.layers[0].keys[:, :, -3:].clone()
+    last = logits(model, ids[:, -1:], past_key_values=cache)[0, -1]
+    assert torch.equal(cache.layers[0].keys[:, :, -4:-1], kept)
+    assert relative_error(last, longrope_logits(config, tensors, ids[0].tolist())[-1]) > 1e-2
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+def test_generation_across_the_boundary(settings, longrope):
+    """`generate` computes the cache anew at the boundary, as the releases do: as without a cache."""
+    folder, config, _ = longrope
+    model = GrinMoeForCausalLM.from_pretrained(folder, sliding_window=None)
+    prompt, mask = random_ids(config, 10, rows=2, seed=4), torch.ones(2, 10, dtype=torch.int64)
+    mask[1, :3] = 0
+    common = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "num_beams": settings.get("num_beams", 1)}
+    short = {"attention_mask": mask, "max_new_tokens": 14, **common}
+    expected = model.generate(prompt, **short, use_cache=False)
+    assert len(expected[:, 10:].unique()) > 5
+    assert torch.equal(model.generate(prompt, **{**short, **settings}), expected)
+    # A prompt that is long from the start.
+    prompt = random_ids(config, LONG_LENGTH)
+    long = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 4, **common}
+    expected = model.generate(prompt, **long, use_cache=False)
+    outputs = model.generate(prompt, **{**long, **settings}, return_dict_in_generate=True)
+    assert torch.equal(outputs.sequences, expected)
+    assert isinstance(outputs.past_key_values, StaticCache if "cache_implementation" in settings else DynamicCache)
+
+
+def test_longrope_of_a_batch_and_of_packed_rows(longrope):
+    """The longest row decides for all, by its positions: padding and other packed sequences do not count."""
+    folder, config, tensors = longrope
+    model = GrinMoeForCausalLM.from_pretrained(folder)
+    ids = random_ids(config, ORIGINAL_LENGTH)
+    padding = torch.full((1, 5), 7)
+    mask = torch.cat([torch.zeros_like(padding), torch.ones_like(ids)], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    short = longrope_logits(config, tensors, ids[0].tolist(), is_long=False)
+    padded = logits(model, torch.cat([padding, ids], dim=1), attention_mask=mask, position_ids=positions)
+    assert relative_error(padded[0, 5:], short) < LIMIT
+    positions = torch.cat([torch.arange(5), torch.arange(ORIGINAL_LENGTH)])[None]
+    packed = logits(model, torch.cat([padding, ids], dim=1), position_ids=positions, use_cache=False)
+    assert relative_error(packed[0, 5:], short) < LIMIT
+
+
+PARTS = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"device_map": "cpu"},
+        {"device_map": {**dict.fromkeys(PARTS, "cpu"), "model.layers.1": "disk"}},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=["device_map", "disk", "bfloat16"],
+)
+def test_longrope_however_it_is_loaded(settings, longrope, tmp_path):
+    """The frequencies are in no checkpoint: a model from the meta device has to compute them."""
+    folder, config, tensors = longrope
+    settings = {**settings, "offload_folder": tmp_path} if "device_map" in settings else settings
+    model = GrinMoeForCausalLM.from_pretrained(folder, **settings)
+    plain = GrinMoeForCausalLM(GrinMoeConfig.from_pretrained(folder)).model.rotary_emb
+    x = torch.zeros(1, dtype=settings.get("dtype", torch.float32))
+    for length in (ORIGINAL_LENGTH, LONG_LENGTH):
+        positions = torch.arange(length)[None]
+        for ours, expected in zip(model.model.rotary_emb(x, positions), plain(x.float(), positions), strict=True):
+            assert expected.dtype == torch.float32
+            assert torch.equal(ours, expected.to(x.dtype)), "rounded once"
+    if "dtype" not in settings:
+        ids = random_ids(config, LONG_LENGTH)
+        assert relative_error(logits(model, ids)[0], longrope_logits(config, tensors, ids[0].tolist())) < LIMIT
+
+
+def test_longrope_saved_and_loaded(longrope, tmp_path):
+    folder, config, _ = longrope
+    model = GrinMoeForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is GrinMoeForCausalLM
+    assert again.config.rope_parameters == model.config.rope_parameters
+    assert again.config.sliding_window == config["sliding_window"]
+    for length in (ORIGINAL_LENGTH, LONG_LENGTH):
+        ids = random_ids(config, length)
+        assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_longrope_compiled(longrope):
+    folder, config, _ = longrope
+    model = GrinMoeForCausalLM.from_pretrained(folder).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (LONG_LENGTH, ORIGINAL_LENGTH, LONG_LENGTH):
+        ids = random_ids(config, length)
+        expected = logits(model, ids)
+        with torch.no_grad():
+            assert relative_error(compiled(ids).logits, expected) < LIMIT
