@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PhimoeForCausalLM, PhimoeForSequenceClassification, PhimoeModel, PreTrainedModel
+from transformers.utils import logging
 
 from modeling_grin import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
 from modeling_grin.modeling_grinmoe import GrinMoePreTrainedModel
@@ -78,6 +79,18 @@ def probe(checkpoint: Checkpoint) -> torch.Tensor:
     return torch.randint(config.vocab_size, (PROBE_SHAPE[0], length), generator=generator)
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Silence transformers' progress bars: there is one already."""
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()
+
+
 @torch.no_grad()
 def compute(model: PreTrainedModel, input_ids: torch.Tensor) -> Layers:
     """What the parts of a model return for `input_ids`."""
@@ -95,7 +108,8 @@ def compute_source(checkpoint: Checkpoint, dtype: torch.dtype | None, input_ids:
     """
     if checkpoint.form in ("hub", "fused", "phimoe"):
         model_class = model_class_of(checkpoint.tensors)
-        model = model_class.from_pretrained(checkpoint.path, config=checkpoint.config, dtype=dtype or "auto")
+        with without_bars():
+            model = model_class.from_pretrained(checkpoint.path, config=checkpoint.config, dtype=dtype or "auto")
     else:
         model = load_model(checkpoint, dtype)
     return compute(model, input_ids)
@@ -106,7 +120,9 @@ def compute_result(
 ) -> Layers:
     """What the converted checkpoint computes, loaded as its users load it."""
     loaded_class = STOCK_CLASSES[model_class] if target == "phimoe" else model_class
-    return compute(loaded_class.from_pretrained(path, dtype="auto"), input_ids)
+    with without_bars():
+        model = loaded_class.from_pretrained(path, dtype="auto")
+    return compute(model, input_ids)
 
 
 def compare_gguf(checkpoint: Checkpoint, path: Path, input_ids: torch.Tensor, *, is_exact: bool) -> float:

@@ -243,11 +243,11 @@ def parse_dcp_index(index: Any, folder: Path) -> Iterator[tuple[str, ShardedTens
         if type(description).__name__ != "TensorStorageMetadata" or not is_weight(name):
             continue
         shape, dtype = description.state["size"], description.state["properties"].state[0]
-        if not (isinstance(shape, torch.Size) and isinstance(dtype, torch.dtype)):
-            raise TypeError(f"{name} has no shape or no dtype")
+        boxes = [(chunk.state["offsets"], chunk.state["sizes"]) for chunk in description.state["chunks"]]
+        if not isinstance(dtype, torch.dtype) or {torch.Size} != {type(size) for size in (shape, *sum(boxes, ()))}:
+            raise TypeError(f"{name} has no dtype, or no shape")
         chunks = []
-        for chunk in description.state["chunks"]:
-            offsets, sizes = chunk.state["offsets"], chunk.state["sizes"]
+        for offsets, sizes in boxes:
             if (name, offsets) not in places:
                 raise ConversionError(f"lacks a part of {name}, at {list(offsets)}: copy the whole folder again")
             nbytes = math.prod(sizes) * dtype.itemsize

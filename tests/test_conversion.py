@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from checkpoints import fused, released_config, released_tensors, write_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PhimoeForCausalLM, PhimoeForSequenceClassification, PhimoeModel
@@ -29,7 +30,11 @@ CONFIGS = {
         "sliding_window": None,
     },
 }
-REFUSED = {("top-1", "phimoe"): "num_experts_per_tok"}
+REFUSED = {
+    ("top-1", "phimoe"): "num_experts_per_tok",
+    ("head_dim x heads != hidden_size", "gguf"): "head_dim",
+}
+FORMS = ("hub", "fused", "phimoe", "stock", "dcp", "pickle")
 
 
 def write_source(folder: Path, form: str, config: dict, tensors: dict, num_shards: int = 3) -> Path:
@@ -39,6 +44,14 @@ def write_source(folder: Path, form: str, config: dict, tensors: dict, num_shard
     if form == "stock":  # transformers' Phimoe as it spells its own modules
         for released, stock in ((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp.")):
             tensors = {name.replace(released, stock): tensor for name, tensor in tensors.items()}
+    if form in ("dcp", "pickle"):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        if form == "dcp":
+            dcp.save({"model": fused(tensors, config)}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+        else:
+            torch.save(tensors, folder / "pytorch_model.bin")
+        return folder
     if form in ("phimoe", "stock"):
         window = config["sliding_window"]
         config = {k: v for k, v in config.items() if k not in ("auto_map", "_name_or_path")}
@@ -76,27 +89,35 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("to", ["hub", "fused", "phimoe"])
-@pytest.mark.parametrize("form", ["hub", "fused", "phimoe", "stock"])
+@pytest.mark.parametrize("to", ["hub", "fused", "phimoe", "gguf"])
+@pytest.mark.parametrize("form", FORMS)
 def test_every_form_to_every_other(tmp_path, form, to, name):
     config = released_config(**CONFIGS[name])
     tensors = released_tensors(config)
     source = write_source(tmp_path / "source", form, config, tensors)
+    destination = tmp_path / ("result.gguf" if to == "gguf" else "result")
+    options = {"to": to, "weights_only": form in ("dcp", "pickle")}
     if reason := REFUSED.get((name, to)):
         with pytest.raises(ConversionError, match=reason):
-            convert(source, tmp_path / "result", to=to)
+            convert(source, destination, **options)
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
         return
-    report = convert(source, tmp_path / "result", to=to, max_shard_size="20KB")
+    if to == "gguf":
+        report = convert(source, destination, **options, dtype="f32")
+        assert report.difference < 1e-3  # the folds, computed before and after
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["result.gguf", "source"]
+        return
+    report = convert(source, destination, **options, max_shard_size="20KB")
     assert (report.form, report.target) == (form, to)
-    assert report.difference is not None  # checked: computed before and after
+    assert report.difference < 1e-6  # computed before and after
     assert_same(read_all(tmp_path / "result"), fused(tensors, config) if to == "fused" else tensors)
     assert len(list((tmp_path / "result").glob("*.safetensors"))) > 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result", "source"]
 
-    # Loaded as a user would, it computes what the source does; float64, so that no near-tie is decided by rounding.
+    # Loaded as a user would, it computes what the release does.
     ids = torch.randint(config["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(1))
-    ours = GrinMoeForCausalLM.from_pretrained(source if form != "stock" else tmp_path / "result", dtype="float32")
+    released = write_checkpoint(tmp_path / "released", config, tensors)
+    ours = GrinMoeForCausalLM.from_pretrained(released, dtype="float32")
     if to == "phimoe":
         converted = PhimoeForCausalLM.from_pretrained(tmp_path / "result", dtype="float32")
         assert converted.config.router_jitter_noise == config["router_jitter_noise"]
