@@ -22,7 +22,8 @@ PROBE_SHAPE = (4, 64)  # sequences, tokens
 # In float64, rounding sends no token to another expert: what differs, differs. (RoPE's tables are float32.)
 DTYPE = torch.float64
 TOLERANCE = 1e-6  # relative
-GGUF_TOLERANCE = 1e-3  # of llama.cpp's nearly equal weights for the experts of a token, and F32
+GGUF_TOLERANCE = 1e-5  # of weights in float32
+GGUF_ROUTER_SHIFT = 20  # see `load_gguf`
 SMALL = 5 * 10**8  # parameters, 4 GB of them: models up to this size are checked unless told otherwise
 STOCK_CLASSES: dict[type, type[PreTrainedModel]] = {
     GrinMoeForCausalLM: PhimoeForCausalLM,
@@ -137,7 +138,8 @@ def compare_gguf(checkpoint: Checkpoint, path: Path, input_ids: torch.Tensor, *,
     config = copy.deepcopy(checkpoint.config)
     config.router_jitter_noise = 0.0
     model = load_model(dataclasses.replace(checkpoint, config=config), DTYPE)
-    before, after = compute(model, input_ids), compute(load_gguf(path, DTYPE), input_ids)
+    shift = 0 if config.router_estimator == "gshard" else GGUF_ROUTER_SHIFT
+    before, after = compute(model, input_ids), compute(load_gguf(path, DTYPE, router_shift=shift), input_ids)
     # Centring takes the mean out of the residual stream; it is not lost, because every norm takes it out.
     residual = [name for name in before if name not in ("norm", "logits")]
     before |= {name: before[name] - before[name].mean(dim=-1, keepdim=True) for name in residual}

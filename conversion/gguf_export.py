@@ -20,6 +20,7 @@ file's context ends there.
 Shapes: V vocab_size, H hidden_size, F intermediate_size, E num_local_experts, K num_experts_per_tok.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,12 +39,12 @@ from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, route
 from .checkpoint import Checkpoint
 from .gguf_vocabulary import add_vocabulary
 from .tensors import ConversionError, StoredTensor
-from .writing import Progress
+from .writing import Progress, check_space, write_parts
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHIMOE]
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS, llama-hparams.h
 ROUTER_SHIFT, ROUTER_STD = 12, 2.0  # k for logits of this standard deviation
-CHUNK_ELEMENTS = 2**22  # folded and quantised at a time
+CHUNK_ELEMENTS = 2**18  # folded and quantised at a time; in float64 they fit a processor's cache
 
 FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
@@ -161,24 +162,57 @@ class Target:
         block, size = gguf.GGML_QUANT_SIZES[self.type]
         return math.prod(self.shape) // block * size
 
-    def chunks(self) -> Iterator[tuple[StoredTensor, np.ndarray]]:
-        """Whole rows of what is to be stored, with what they come from: float32, folded in float64.
+
+@dataclass
+class Part:
+    """One source's share of a target, in whole rows.
+
+    Args:
+        squares: the sums of squares of the errors and of the values that have been stored so far.
+    """
+
+    target: Target
+    source: StoredTensor
+    squares: tuple[float, float] = (0.0, 0.0)
+
+    def folded(self) -> Iterator[np.ndarray]:
+        """Rows of what is to be stored: float32, folded in float64.
 
         A power of two alone, with no mean to take out, needs no such room.
         """
-        centred, factor = self.fold
-        for source in self.sources:
-            rows = source.read().split(max(1, CHUNK_ELEMENTS // self.shape[-1]))
-            if centred is None:
-                yield from ((source, (part.float() * factor).numpy()) for part in rows)
-                continue
-            if centred == 0:
-                mean = torch.stack([part.double().sum(dim=0) for part in rows]).sum(dim=0) / source.shape[0]
-            for part in rows:
-                values = part.double()
-                if centred == 1:
-                    mean = values.mean(dim=1, keepdim=True)
-                yield source, ((values - mean) * factor).float().numpy()
+        centred, factor = self.target.fold
+        rows = self.source.read().split(max(1, CHUNK_ELEMENTS // self.target.shape[-1]))
+        if centred is None:
+            yield from ((part.float() * factor).numpy() for part in rows)
+            return
+        if centred == 0:
+            mean = torch.stack([part.double().sum(dim=0) for part in rows]).sum(dim=0) / self.source.shape[0]
+        for part in rows:
+            values = part.double()
+            if centred == 1:
+                mean = values.mean(dim=1, keepdim=True)
+            yield ((values - mean) * factor).float().numpy()
+
+    def data(self) -> Iterator[memoryview]:
+        """The bytes, chunk by chunk; each is read back, to be checked and for its error.
+
+        Raises:
+            ConversionError: a value is not finite in the type that it is stored as.
+        """
+        stored_as = self.target.type
+        for values in self.folded():
+            with np.errstate(all="ignore"):  # what overflows is found below
+                data = gguf.quantize(values, stored_as)
+                stored = gguf.dequantize(data, stored_as)
+                error, whole = float(np.linalg.norm(stored - values)), float(np.linalg.norm(values))
+            if not math.isfinite(error):
+                raise ConversionError(
+                    f"{self.source.where} cannot be stored as {stored_as.name} ({self.target.place.name}): its "
+                    f"largest value is {np.abs(values).max():.4g}; choose another type, or repair it if it is not "
+                    "finite"
+                )
+            self.squares = self.squares[0] + error**2, self.squares[1] + whole**2
+            yield np.ascontiguousarray(data).view(np.uint8).reshape(-1).data
 
 
 def places(config: GrinMoeConfig) -> Iterator[Place]:
@@ -241,25 +275,26 @@ def estimate_router_std(gate: torch.Tensor, norm_weight: torch.Tensor, norm_bias
 
 
 @torch.inference_mode()
-def calibrate(model: GrinMoeForCausalLM, input_ids: torch.Tensor) -> Calibration:
-    """Measure a model's routing on token ids `[batch, sequence]`; near-ties whose weight rounds to 1 do not count."""
+def calibrate(model: GrinMoeForCausalLM, rows: Sequence[torch.Tensor]) -> Calibration:
+    """Measure a model's routing on token ids, each `[sequence]`; near-ties whose weight rounds to 1 do not count."""
     config = model.config
-    router_logits = model.eval()(input_ids, output_router_logits=True).router_logits
-    spreads = [(logits.double() - logits.double().mean(dim=-1, keepdim=True)) for logits in router_logits]
-    near_ties = 0.0
-    if config.router_estimator != "gshard":  # which has no keep set
-        weights = [
-            route(
-                logits,
-                config.num_experts_per_tok,
-                config.router_jitter_noise,
-                estimator=config.router_estimator,
-                training=False,
-            ).weights
-            for logits in router_logits
-        ]
-        near_ties = (torch.stack(weights) < 1).any(dim=-1).double().mean().item()
-    return Calibration([spread.square().mean().sqrt().item() for spread in spreads], near_ties)
+    squares, near_ties = torch.zeros(config.num_hidden_layers, dtype=torch.float64), 0.0
+    num_tokens = sum(map(len, rows))
+    for row in rows:
+        output = model.eval().get_decoder()(row[None], output_router_logits=True, use_cache=False)
+        for layer, logits in enumerate(output.router_logits):
+            logits = logits.double()
+            squares[layer] += (logits - logits.mean(dim=-1, keepdim=True)).square().mean(dim=-1).sum()
+            if config.router_estimator != "gshard":  # which has no keep set
+                routing = route(
+                    logits,
+                    config.num_experts_per_tok,
+                    config.router_jitter_noise,
+                    estimator=config.router_estimator,
+                    training=False,
+                )
+                near_ties += (routing.weights < 1).any(dim=-1).sum().item()
+    return Calibration((squares / num_tokens).sqrt().tolist(), near_ties / num_tokens / config.num_hidden_layers)
 
 
 def choose_router_shift(router_std: float, config: GrinMoeConfig) -> int:
@@ -348,19 +383,13 @@ def add_metadata(writer: gguf.GGUFWriter, config: GrinMoeConfig, file_type: str)
     writer.add_expert_used_count(config.num_experts_per_tok)
 
 
-class ErrorSums:
-    """Sums of squares of weights and of their errors, by kind of tensor."""
-
-    def __init__(self) -> None:
-        self.squares: dict[str, list[float]] = {}
-
-    def add(self, kind: MODEL_TENSOR, values: np.ndarray, stored: np.ndarray) -> None:
-        sums = self.squares.setdefault(gguf.TENSOR_NAMES[kind].removeprefix("blk.{bid}."), [0.0, 0.0])
-        sums[0] += float(np.linalg.norm(stored - values)) ** 2
-        sums[1] += float(np.linalg.norm(values)) ** 2
-
-    def relative(self) -> dict[str, float]:
-        return {kind: math.sqrt(error / whole) if whole else 0.0 for kind, (error, whole) in self.squares.items()}
+def relative_errors(parts: Sequence[Part]) -> dict[str, float]:
+    """By kind of tensor, the Frobenius norm of the errors over that of the values."""
+    sums: dict[str, np.ndarray] = {}
+    for part in parts:
+        kind = gguf.TENSOR_NAMES[part.target.place.kind].removeprefix("blk.{bid}.")
+        sums[kind] = sums.get(kind, np.zeros(2)) + part.squares
+    return {kind: math.sqrt(error / whole) if whole else 0.0 for kind, (error, whole) in sums.items()}
 
 
 def export_gguf(
@@ -371,10 +400,11 @@ def export_gguf(
     calibration: Calibration | None = None,
     progress: Progress = lambda done, total: None,
 ) -> GgufReport:
-    """Write a checkpoint as one GGUF file for llama.cpp; memory is one source tensor and a few chunks.
+    """Write a checkpoint as one GGUF file for llama.cpp; memory is two source tensors and a few chunks.
 
     Args:
-        path: is written from its beginning on and is not removed on failure: a temporary name, to be renamed.
+        path: a temporary name, to be renamed. On failure it is left, with a journal beside it: the parts that are
+            noted there are not written again by a call with the same arguments.
         file_type: a key of `FILE_TYPES`.
         calibration: from `calibrate`, for the routers' k and the report; by default k is chosen from the weights.
         progress: called with the bytes of each piece that has been written, and with those of all tensors.
@@ -396,57 +426,89 @@ def export_gguf(
         router_std = calibration.router_std
     router_shifts = [choose_router_shift(std, config) for std in router_std]
     targets = list(plan(config, sources, router_shifts, file_type))
-
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
-    add_metadata(writer, config, file_type)
-    name, notes = add_vocabulary(writer, checkpoint.path, config.vocab_size)
-    writer.add_name(f"GRIN-MoE ({name} tokens)" if name else "GRIN-MoE")
+    parts = [Part(target, source) for target in targets for source in target.sources]
+    notes: list[str] = []
+    head = path.with_name(f"{path.name}.head")
+    write_header(head, checkpoint, targets, file_type, notes)
+    header = head.read_bytes()
+    head.unlink()
     wanted = GGMLQuantizationType[file_type.upper()]
     unfit = [target.place.name for target in targets if target.type not in (wanted, GGMLQuantizationType.F32)]
     if unfit:
         notes.append(f"stored as F16, because rows are no multiple of {wanted.name}'s blocks: {', '.join(unfit)}")
-    errors, total = ErrorSums(), sum(target.nbytes for target in targets)
-    try:
-        for target in targets:
-            writer.add_tensor_info(
-                target.place.name, target.shape, np.dtype(np.float32), target.nbytes, raw_dtype=target.type
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        file = writer.fout[0]
-        for target in targets:
-            writer.write_padding(file, file.tell())
-            for data in stored_chunks(target, errors):
-                file.write(data)
-                progress(data.nbytes, total)
-        writer.write_padding(file, file.tell())
-    finally:
-        writer.close()
+    write_tensors(path, header, parts, progress)
     return GgufReport(
         file_type=file_type,
         context_length=context_length(config),
         router_shifts=router_shifts,
-        quantization_error=errors.relative(),
+        quantization_error=relative_errors(parts),
         near_tie_rate=None if calibration is None else calibration.near_tie_rate,
         notes=notes,
     )
 
 
-def stored_chunks(target: Target, errors: ErrorSums) -> Iterator[np.ndarray]:
-    """The bytes of a tensor, chunk by chunk; each is read back, to be checked and for its error."""
-    for source, values in target.chunks():
-        with np.errstate(all="ignore"):  # what overflows is found below
-            data = gguf.quantize(values, target.type)
-            stored = gguf.dequantize(data, target.type)
-        if not np.isfinite(stored).all():
-            largest = np.abs(values).max()
-            raise ConversionError(
-                f"{source.where} cannot be stored as {target.type.name} ({target.place.name}): "
-                f"its largest value is {largest:.4g}; choose another type, or repair it if it is not finite"
-            )
-        errors.add(target.place.kind, values, stored)
-        yield data
+def write_header(
+    path: Path, checkpoint: Checkpoint, targets: Sequence[Target], file_type: str, notes: list[str]
+) -> None:
+    """Write all that comes before the tensors."""
+    config = checkpoint.config
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    try:
+        add_metadata(writer, config, file_type)
+        name, tokenizer_notes = add_vocabulary(writer, checkpoint.path, config.vocab_size)
+        notes += tokenizer_notes
+        writer.add_name(f"GRIN-MoE ({name} tokens)" if name else "GRIN-MoE")
+        for target in targets:
+            shape, dtype = target.shape, np.dtype(np.float32)
+            writer.add_tensor_info(target.place.name, shape, dtype, target.nbytes, raw_dtype=target.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def write_tensors(path: Path, header: bytes, parts: Sequence[Part], progress: Progress) -> None:
+    """Write header and parts; those that an interrupted run has noted in the journal beside `path` are there."""
+    journal = path.with_name(f"{path.name}.journal")
+    done = read_journal(journal) if path.exists() else []
+    for part, squares in zip(parts, done, strict=False):
+        part.squares = squares
+    total = sum(part.target.nbytes // len(part.target.sources) for part in parts)
+    check_space(path.parent, total)
+
+    def advance(nbytes: int) -> None:
+        progress(nbytes, total)
+
+    position, left = len(header), []
+    for number, part in enumerate(parts):
+        nbytes = part.target.nbytes // len(part.target.sources)
+        if number == 0 or part.target is not parts[number - 1].target:
+            position = gguf.GGUFWriter.ggml_pad(position, gguf.GGUF_DEFAULT_ALIGNMENT)
+        if number < len(done):
+            advance(nbytes)
+        else:
+            left.append((position, part.data()))
+        position += nbytes
+    with path.open("r+b" if path.exists() else "wb", buffering=0) as file, journal.open("a", buffering=1) as notes:
+        file.write(header)
+        for number in write_parts(file.fileno(), left, advance):
+            notes.write(f"{json.dumps(parts[len(done) + number].squares)}\n")
+        file.truncate(gguf.GGUFWriter.ggml_pad(position, gguf.GGUF_DEFAULT_ALIGNMENT))
+    journal.unlink()
+
+
+def read_journal(path: Path) -> list[tuple[float, float]]:
+    """The sums of squares of each part that is complete; the last line may be cut off."""
+    done: list[tuple[float, float]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break
+            error, whole = json.loads(line)
+            done.append((error, whole))
+        path.write_text("".join(f"{json.dumps(squares)}\n" for squares in done), encoding="utf-8")
+    return done
 
 
 class RmsNorm(nn.LayerNorm):

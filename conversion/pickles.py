@@ -12,10 +12,10 @@ import math
 import operator
 import pickle
 import threading
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -32,6 +32,8 @@ FSDP_FOLDERS = "pytorch_model_fsdp_*"  # accelerate's SHARDED_STATE_DICT, in Tra
 SAFETENSORS_SHARDS = "shard-*-model-*-of-*.safetensors"  # torch's HuggingFaceStorageWriter, one for every rank
 SHARDING_INFO = "DCP_SHARDING_INFO"  # in the metadata of these
 PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp.bin")
+
+ZIP_MAGIC = b"PK\x03\x04"  # what torch.save's files begin with
 
 # Parts of the names under which trainers save what an optimizer keeps; no module of the model is called so.
 OF_OPTIMIZERS = {"optim", "optimizer", "optimizers", "state", "param_groups"}
@@ -244,7 +246,7 @@ def parse_dcp_index(index: Any, folder: Path) -> Iterator[tuple[str, ShardedTens
             continue
         shape, dtype = description.state["size"], description.state["properties"].state[0]
         boxes = [(chunk.state["offsets"], chunk.state["sizes"]) for chunk in description.state["chunks"]]
-        if not isinstance(dtype, torch.dtype) or {torch.Size} != {type(size) for size in (shape, *sum(boxes, ()))}:
+        if not isinstance(dtype, torch.dtype) or {torch.Size} != set(map(type, (shape, *chain(*boxes)))):
             raise TypeError(f"{name} has no dtype, or no shape")
         chunks = []
         for offsets, sizes in boxes:
@@ -331,7 +333,9 @@ def read_pickles(files: list[Path]) -> dict[str, StoredTensor]:
 
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The state dict in a file that torch.save wrote."""
-    if not zipfile.is_zipfile(path):
+    with path.open("rb") as file:
+        is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+    if not is_zip:
         raise ConversionError(
             f"{path} is damaged, or has torch's format before 1.6: read it once with torch.load(..., "
             "weights_only=True) and write it again with torch.save"

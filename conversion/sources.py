@@ -47,7 +47,7 @@ def open_checkpoint(path: Path, *, config: Path | None = None, weights_only: boo
 
 def form_of(path: Path, layout: str) -> str:
     """`layout`, or `phimoe` for released names under the siblings' model type."""
-    return "phimoe" if layout == "hub" and read_json(path / "config.json")["model_type"] == "phimoe" else layout
+    return "phimoe" if layout == "hub" and read_json(path / "config.json").get("model_type") == "phimoe" else layout
 
 
 def read_config_of(path: Path) -> GrinMoeConfig:

@@ -182,37 +182,62 @@ def write_safetensors(
 
 
 def write_file(tensors: Mapping[str, Output], path: Path, advance: Callable[[int], None]) -> None:
-    """Write one safetensors file, a chunk at a time on each thread."""
+    """Write one safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
+    end = 0
     for name, made in tensors.items():
-        offsets = [position, position := position + made.nbytes]
-        header[name] = {"dtype": DTYPE_NAMES[made.dtype], "shape": made.shape, "data_offsets": offsets}
+        header[name] = {
+            "dtype": DTYPE_NAMES[made.dtype],
+            "shape": made.shape,
+            "data_offsets": [end, end + made.nbytes],
+        }
+        end += made.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
-    start = 8 + len(text)
 
+    def data(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[memoryview]:
+        for chunk in checked_chunks(tensor, dtype):
+            yield chunk.view(torch.uint8).numpy().data
+
+    position = 8 + len(text)
+    parts = []
+    for made in tensors.values():
+        for tensor in made.parts:
+            parts.append((position, data(tensor, made.dtype)))
+            position += math.prod(tensor.shape) * made.dtype.itemsize
     with path.open("wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(start + position)
+        file.truncate(position)
+        for _ in write_parts(file.fileno(), parts, advance):
+            pass
 
-        def copy(tensor: StoredTensor, dtype: torch.dtype, position: int) -> None:
-            for chunk in checked_chunks(tensor, dtype):
-                data = chunk.view(torch.uint8).numpy().data
-                while data:  # a full disk or a signal may cut a write short
-                    written = os.pwrite(file.fileno(), data, position)
-                    data, position = data[written:], position + written
-                advance(chunk.nbytes)
 
-        threads = ThreadPoolExecutor(NUM_THREADS)
-        try:
-            copies = []
-            for name, made in tensors.items():
-                position = start + header[name]["data_offsets"][0]
-                for tensor in made.parts:
-                    copies.append(threads.submit(copy, tensor, made.dtype, position))
-                    position += math.prod(tensor.shape) * made.dtype.itemsize
-            for done in copies:
-                done.result()
-        finally:
-            threads.shutdown(cancel_futures=True)
+def write_parts(
+    file: int, parts: Sequence[tuple[int, Iterator[memoryview]]], advance: Callable[[int], None]
+) -> Iterator[int]:
+    """Write parts of a file, several at a time: while one is read, another is written.
+
+    Args:
+        file: its descriptor.
+        parts: position in the file, and the bytes, chunk by chunk.
+        advance: called with the size of each chunk.
+
+    Yields:
+        The number of each part, in order, when it and all before it have been written.
+    """
+
+    def write(position: int, chunks: Iterator[memoryview]) -> None:
+        for data in chunks:
+            nbytes = len(data)
+            while data:  # a full disk or a signal may cut a write short
+                written = os.pwrite(file, data, position)
+                data, position = data[written:], position + written
+            advance(nbytes)
+
+    threads = ThreadPoolExecutor(NUM_THREADS)
+    try:
+        for number, done in enumerate([threads.submit(write, *part) for part in parts]):
+            done.result()
+            yield number
+    finally:
+        threads.shutdown(cancel_futures=True)

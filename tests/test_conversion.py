@@ -104,7 +104,7 @@ def test_every_form_to_every_other(tmp_path, form, to, name):
         return
     if to == "gguf":
         report = convert(source, destination, **options, dtype="f32")
-        assert report.difference < 1e-3  # the folds, computed before and after
+        assert report.difference < 1e-5  # the folds, computed before and after
         assert sorted(path.name for path in tmp_path.iterdir()) == ["result.gguf", "source"]
         return
     report = convert(source, destination, **options, max_shard_size="20KB")

@@ -140,7 +140,7 @@ def test_router_shift_follows_the_weights(tmp_path: Path, scale: float) -> None:
     assert report.near_tie_rate is None
 
     calibrated = export_gguf(
-        checkpoint, tmp_path / "calibrated", file_type="f32", calibration=calibrate(reference(checkpoint), ids)
+        checkpoint, tmp_path / "calibrated", file_type="f32", calibration=calibrate(reference(checkpoint), list(ids))
     )
     assert max(abs(a - b) for a, b in zip(report.router_shifts, calibrated.router_shifts, strict=True)) <= 1
     assert calibrated.near_tie_rate == 0
@@ -186,7 +186,7 @@ def test_near_ties_are_those_of_the_keep_set(tmp_path: Path) -> None:
             any((best - other) / max(abs(other), best) <= 0.2 for other in others)
             for best, others in ((first, left[1:]), (second, left[2:]))
         )
-    calibration = calibrate(model, ids)
+    calibration = calibrate(model, list(ids))
     assert calibration.near_tie_rate == near_ties / (2 * ids.numel())
     assert 0.1 < calibration.near_tie_rate < 0.9
     std = [(logits - logits.mean(dim=-1, keepdim=True)).square().mean().sqrt().item() for logits in router_logits]
@@ -284,15 +284,40 @@ def test_progress_counts_the_tensors_bytes(tmp_path: Path) -> None:
     assert {total for _, total in calls} == {nbytes}
 
 
-def test_interruption_leaves_one_file_that_does_not_load(tmp_path: Path) -> None:
+def test_interruption_leaves_a_file_that_does_not_load(tmp_path: Path) -> None:
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         export_gguf(make_checkpoint(tmp_path), tmp_path / "model", progress=interrupt)
-    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.journal"}
     with pytest.raises(ValueError, match=r"mmap|buffer|size|reshape"):
         gguf.GGUFReader(tmp_path / "model")
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.6, 0.95])
+def test_an_interrupted_file_is_gone_on_with(tmp_path: Path, share: float) -> None:
+    """The same bytes, and the same errors in the report, without writing once more what is there."""
+    checkpoint = make_checkpoint(tmp_path)
+    report = export_gguf(checkpoint, tmp_path / "whole", file_type="q8_0")
+    done = 0
+
+    def interrupt(nbytes: int, total: int) -> None:
+        nonlocal done
+        done += nbytes
+        if done > share * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_gguf(checkpoint, tmp_path / "model", file_type="q8_0", progress=interrupt)
+    noted = (tmp_path / "model.journal").read_text()
+    (tmp_path / "model.journal").write_text(noted + "[0.1")  # killed amid a line
+    calls: list[int] = []
+    resumed = export_gguf(checkpoint, tmp_path / "model", file_type="q8_0", progress=lambda n, _: calls.append(n))
+    assert (tmp_path / "model").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "whole"]
+    assert resumed == report
+    assert len(noted.splitlines()) > (0 if share > 0.5 else -1)
 
 
 # --- Refusals -------------------------------------------------------------------------------------------------------
@@ -590,7 +615,7 @@ def test_llama_cpp_up_to_the_first_near_tie(tmp_path: Path) -> None:
     compared = 0
     ids = random_ids(checkpoint.config, 10, 20)
     for row in ids.split(1):
-        tied = [calibrate(model, row[:, : n + 1]).near_tie_rate > 0 for n in range(row.shape[1])]
+        tied = [calibrate(model, list(row[:, : n + 1])).near_tie_rate > 0 for n in range(row.shape[1])]
         same = tied.index(True) if True in tied else len(tied)
         logits, expected = llama.logits(row), model(row).logits
         if same:

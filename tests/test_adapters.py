@@ -1,0 +1,293 @@
+"""Adapters: merged into checkpoints of any form, and written as one LoRA for each expert's matrix."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from checkpoints import fused, released_config, released_tensors, write_checkpoint
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from conversion import ConversionError, adapters, convert
+from conversion.adapters import export_adapter, find_base, merge_adapter
+from modeling_grin.training.lora import add_lora
+
+LAYERS, EXPERTS, HIDDEN, FFN, RANK, ALPHA = 2, 3, 32, 24, 2, 5
+CONFIG = released_config(torch_dtype="float32", num_local_experts=EXPERTS, router_jitter_noise=0.1)
+IDS = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(3))
+EXPERT_NAMES = [f"model.layers.{n}.block_sparse_moe.experts.{e}.{w}" for n in range(LAYERS) for e in range(EXPERTS)
+                for w in ("w1", "w2", "w3")]  # fmt: skip
+OTHER_NAMES = [f"model.layers.{n}.{module}" for n in range(LAYERS)
+               for module in ("block_sparse_moe.gate", *(f"self_attn.{p}_proj" for p in "qkvo"))]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("base"), CONFIG, released_tensors(CONFIG))
+
+
+def train_adapter(base, folder, *, linear=False, dtype="float32", **settings):
+    """An adapter that does something, saved by peft; the adapted model."""
+    torch.manual_seed(0)
+    layout = {"experts_implementation": "linear"} if linear else {}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **layout)
+    model = add_lora(model, **{"router": True, "r": RANK, "lora_alpha": ALPHA, **settings})
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def edit(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def factors(weights, name):
+    """A and B of a matrix, `[r, in]` and `[out, r]`, read from peft's file without the code under test; float64."""
+    if f"base_model.model.{name}.lora_A.weight" in weights:
+        return tuple(weights[f"base_model.model.{name}.lora_{factor}.weight"].double() for factor in "AB")
+    experts, expert, part = re.fullmatch(r"(.*\.experts)\.(\d+)\.(w\d)", name).groups()
+    prefix = f"base_model.model.{experts}." + ("" if part == "w2" else "base_layer.")
+    a, b = (weights[f"{prefix}lora_{factor}.weight"].double() for factor in "AB")
+    rank = len(a) // EXPERTS
+    a = a[int(expert) * rank : (int(expert) + 1) * rank]
+    b = torch.stack([b[:, r * EXPERTS + int(expert)] for r in range(rank)], dim=1)
+    return a, {"w1": b[:FFN], "w3": b[FFN:], "w2": b}[part]
+
+
+# ---- Merging ----
+
+
+@pytest.mark.parametrize("form", ["hub", "fused"])
+@pytest.mark.parametrize("linear", [False, True], ids=["fused", "linear"])
+def test_merged_tensors_are_sums_of_weights_and_products(base, tmp_path, linear, form):
+    model = train_adapter(base, tmp_path / "adapter", linear=linear)
+    tensors = load_file(base / "model.safetensors")
+    source = base
+    if form == "fused":
+        source = write_checkpoint(tmp_path / "base", CONFIG, fused(tensors, CONFIG))
+    checkpoint = merge_adapter(tmp_path / "adapter", source, None)
+    assert (checkpoint.form, checkpoint.path) == ("adapter", source)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name in EXPERT_NAMES + OTHER_NAMES:
+        a, b = factors(weights, name)
+        change = ALPHA / RANK * b @ a
+        assert change.norm() > 0.01
+        tensors[f"{name}.weight"] = (tensors[f"{name}.weight"].double() + change).float()
+    assert checkpoint.tensors.keys() == tensors.keys()
+    for name, tensor in checkpoint.tensors.items():
+        torch.testing.assert_close(tensor.read(), tensors[name], rtol=1e-6, atol=1e-6)
+
+    convert(tmp_path / "adapter", tmp_path / "merged", to="hub", base=source)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_the_dtype_that_is_merged_in(base, tmp_path):
+    train_adapter(base, tmp_path)
+    for dtype, expected in ((torch.bfloat16, torch.bfloat16), (None, torch.float32)):
+        checkpoint = merge_adapter(tmp_path, base, dtype)
+        assert {tensor.read().dtype for tensor in checkpoint.tensors.values()} == {expected}
+
+
+def test_a_merge_that_loses_the_adapter_is_refused(base, tmp_path):
+    """B so small that bfloat16 has no place for W + BA."""
+    train_adapter(base, tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    weights = {name: 1e-4 * tensor if "lora_B" in name else tensor for name, tensor in weights.items()}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ConversionError, match=rf"{tmp_path}: the merge is refused: rounding .* loses"):
+        merge_adapter(tmp_path, base, torch.bfloat16)
+    merge_adapter(tmp_path, base, None)
+
+
+def test_a_head_that_was_trained_in_full(tmp_path):
+    """`modules_to_save` takes the place of the base's."""
+    config = released_config(torch_dtype="float32", num_local_experts=EXPERTS, id2label={0: "a", 1: "b", 2: "c"})
+    tensors = released_tensors(config)
+    tensors = {name: tensor for name, tensor in tensors.items() if "lm_head" not in name}
+    base = write_checkpoint(tmp_path / "base", config, {**tensors, "score.weight": torch.randn(3, HIDDEN)})
+    model = add_lora(AutoModelForSequenceClassification.from_pretrained(base), experts=False)
+    head = torch.randn(3, HIDDEN)
+    model.base_model.model.score.modules_to_save["default"].weight.data.copy_(head)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = merge_adapter(tmp_path / "adapter", base, None)
+    assert torch.equal(merged.tensors["score.weight"].read(), head)
+
+
+def drop(part):
+    def change(weights):
+        del weights[next(name for name in weights if part in name)]
+
+    return change
+
+
+def add_tensor(weights):
+    weights["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"] = torch.ones(RANK, FFN)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("q_proj.lora_B"), r"has need of 1 of its tensors: base_model.*q_proj\.lora_B\.weight"),
+        (drop("experts.base_layer.lora_A"), r"has need of 1 of its tensors: .*experts\.base_layer\.lora_A"),
+        (add_tensor, r"has no place for 1 of its tensors: .*mlp\.down_proj"),
+        (lambda weights: weights.update({name: tensor[:, :-1] for name, tensor in weights.items() if "v_proj.lora_A" in
+                                         name}), r"does not fit .*size mismatch.*v_proj\.lora_A"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_fits_in_part_is_refused(base, tmp_path, change, message):
+    train_adapter(base, tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    change(weights)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ConversionError, match=rf"(?s){tmp_path} .*{message}"):
+        merge_adapter(tmp_path, base, None)
+
+
+def test_other_files_of_adapters(base, tmp_path, monkeypatch):
+    train_adapter(base, tmp_path / "adapter")
+    assert find_base(tmp_path / "adapter", None) == base
+    assert find_base(tmp_path / "adapter", tmp_path) == tmp_path
+    edit(tmp_path / "adapter", base_model_name_or_path="microsoft/GRIN-MoE")
+    with pytest.raises(ConversionError, match="microsoft/GRIN-MoE, is not a folder: give it with --base"):
+        find_base(tmp_path / "adapter", None)
+    edit(tmp_path / "adapter", target_modules=["nothing"], target_parameters=None)
+    with pytest.raises(ConversionError, match=f"{tmp_path}/adapter does not fit {base}: Target modules"):
+        merge_adapter(tmp_path / "adapter", base, None)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    torch.save(weights, tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConversionError, match=r"has no adapter_model\.safetensors"):
+        merge_adapter(tmp_path / "adapter", base, None)
+
+
+def test_a_config_that_names_code_is_refused(base, tmp_path, monkeypatch):
+    (tmp_path / "named_by_adapter.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    train_adapter(base, tmp_path / "adapter")
+    edit(tmp_path / "adapter", megatron_config={"a": 1}, megatron_core="named_by_adapter")
+    with pytest.raises(ConversionError, match=r"(?s)does not fit .*named_by_adapter.* security risk"):
+        merge_adapter(tmp_path / "adapter", base, None)
+    assert not (tmp_path / "it_ran").exists()
+
+
+# ---- Export ----
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"attention": False, "router": False},
+        {"use_rslora": True},
+        {"rank_pattern": {"gate_up_proj": 3, "q_proj": 4, "w2": 7}, "alpha_pattern": {r"layers\.1\..*down_proj": 11}},
+    ],
+    ids=["all", "experts alone", "rslora", "patterns"],
+)
+def test_export_to_single_experts(base, tmp_path, settings):
+    """The same products, matrix by matrix, and the same logits in peft."""
+    model = train_adapter(base, tmp_path / "fused", **settings)
+    export_adapter(tmp_path / "fused", base, tmp_path / "linear")
+    before = load_file(tmp_path / "fused" / "adapter_model.safetensors")
+    after = load_file(tmp_path / "linear" / "adapter_model.safetensors")
+    names = EXPERT_NAMES + (OTHER_NAMES if settings.get("attention", True) else [])
+    assert after.keys() == {f"base_model.model.{name}.lora_{factor}.weight" for name in names for factor in "AB"}
+    for name in names:
+        for found, expected in zip(factors(after, name), factors(before, name), strict=True):
+            assert torch.equal(found, expected)
+
+    config = json.loads((tmp_path / "linear" / "adapter_config.json").read_text())
+    assert not config["target_parameters"] and {"w1", "w2", "w3"} <= set(config["target_modules"])
+    linear = AutoModelForCausalLM.from_pretrained(base, experts_implementation="linear")
+    exported = PeftModel.from_pretrained(linear, tmp_path / "linear").eval()
+    expected = logits(model)
+    torch.testing.assert_close(logits(exported), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    with model.disable_adapter():
+        assert (logits(model) - expected).norm() > 0.05 * expected.norm()
+    merged = [merge_adapter(tmp_path / kind, base, None).tensors for kind in ("fused", "linear")]
+    for name, tensor in merged[0].items():
+        torch.testing.assert_close(merged[1][name].read(), tensor.read(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("weight", "parts"), [("gate_up_proj", {"w1", "w3"}), ("down_proj", {"w2"})])
+def test_export_of_one_of_the_two_weights(base, tmp_path, weight, parts):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=r".*\.[qv]_proj",
+                        target_parameters=[f"experts.{weight}"])  # fmt: skip
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "fused")
+    convert(tmp_path / "fused", tmp_path / "linear", to="adapter")  # without a base
+    names = load_file(tmp_path / "linear" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in names} == parts | {"q_proj", "v_proj"}
+    linear = AutoModelForCausalLM.from_pretrained(base, experts_implementation="linear")
+    exported = PeftModel.from_pretrained(linear, tmp_path / "linear").eval()
+    torch.testing.assert_close(logits(exported), logits(model), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"target_parameters": ["layers.0.block_sparse_moe.experts.down_proj"]},
+            "not the fused experts of all layers",
+        ),
+        ({"target_parameters": ["mlp.weight"]}, r"has \['mlp.weight'\], not the fused experts"),
+        ({"target_parameters": None}, "more adapters of .* than target_parameters="),
+        ({"target_parameters": ["experts.down_proj"]}, "more adapters of .* than target_parameters="),
+        ({"layers_to_transform": [1]}, r"layers_to_transform=\[1\] acts on modules alone"),
+        ({"r": 5}, "which are no factors of rank 5"),
+        ({"r": 3}, "no factors of rank 3 of the experts of "),
+        ({"rank_pattern": {"(": 3}}, r"has '\(', no regular expression"),
+    ],
+)
+def test_exports_that_are_refused(base, tmp_path, change, message):
+    train_adapter(base, tmp_path / "fused")
+    edit(tmp_path / "fused", **change)
+    with pytest.raises(ConversionError, match=message):
+        export_adapter(tmp_path / "fused", base, tmp_path / "linear")
+    assert not (tmp_path / "linear").exists()
+
+
+def test_a_rank_that_does_not_divide(base, tmp_path):
+    train_adapter(base, tmp_path)
+    edit(tmp_path, r=4)
+    with pytest.raises(ConversionError, match=r"which are no factors of rank 4 of the experts$"):
+        export_adapter(tmp_path, None, tmp_path / "linear")
+
+
+@pytest.mark.parametrize("part", ["experts.base_layer.lora_A", "experts.base_layer.lora_B", "experts.lora_A"])
+def test_exports_of_one_factor(base, tmp_path, part):
+    train_adapter(base, tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    drop(part)(weights)
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ConversionError, match=r"_proj has A .*\[0\].*, which are no factors of rank 2"):
+        export_adapter(tmp_path, None, tmp_path / "linear")
+
+
+def test_exports_of_nothing(base, tmp_path):
+    train_adapter(base, tmp_path / "linear", linear=True)
+    with pytest.raises(ConversionError, match="no adapters of fused experts"):
+        export_adapter(tmp_path / "linear", base, tmp_path / "result")
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(tmp_path / "linear" / "adapter_config.json", other)
+    with pytest.raises(ConversionError, match=r"other has no adapter_model\.safetensors"):
+        adapters.export_adapter(other, base, tmp_path / "result")
+    assert not (tmp_path / "result").exists()
