@@ -1,20 +1,23 @@
-"""How fast is conversion next to copying the same bytes, and how much memory does it take?
+"""How fast is conversion next to `cp`, and how much memory does it take?
 
 A checkpoint of random weights in the released layout (by default the sizes of Phi-tiny-MoE, 7.5 GB in 17 files) is
-converted to every form in turn, and each time copied by `cp`, too: all in fresh processes, one after the other, with
-the page cache as it is and the disk's queue emptied (`sync`) before each. Speed is that of the bytes written, imports
-not counted. Memory is the process's own pages (RssAnon, every 2 ms) over what it had before `convert` was called.
-Linux only; needs twice the checkpoint's size in free disk.
+converted to every form in turn, and each time copied by `cp -r`, too, in turns of changing order, in fresh processes.
+Source files are in the page cache. A run ends when the call returns, and again when what it wrote is on the disk
+(`sync`); imports are not counted. Memory is the process's own pages (RssAnon, every 2 ms) over what it had before
+`convert` was called. Linux only; needs twice the checkpoint's size in free disk, four times for F32.
 
     python benchmarks/conversion.py
 """
 
 import math
+import multiprocessing
 import os
 import shutil
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +27,7 @@ import torch
 import typer
 from rich.progress import track
 
-from benchmarks.quantized_memory import OwnPagesPeak, in_fresh_process, memory
+from benchmarks.quantized_memory import OwnPagesPeak, memory
 from benchmarks.routing_cost import show
 from conversion import Checkpoint, convert
 from conversion.conversion import Report, write_folder
@@ -45,7 +48,13 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
 }
 GGUF: dict[str, dict[str, Any]] = {f"hub to gguf, {dtype}": {"to": "gguf", "dtype": dtype}
                                    for dtype in ("f32", "f16", "q8_0", "q4_0")}  # fmt: skip
-COLUMNS = ["conversion", "GB", "seconds", "GB/s", "cp: seconds", "speed / cp", "peak memory, MB", "/ a file"]
+COLUMNS = ["conversion", "GB read", "GB written", "seconds", "and sync", "cp: seconds", "and sync", "speed / cp",
+           "and sync", "peak memory, MB", "/ a file"]  # fmt: skip
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(function, *arguments).result()
 
 
 def random_tensor(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -70,20 +79,26 @@ def write_checkpoint(folder: str, sizes: dict[str, int]) -> None:
     Path(folder, "none").rmdir()
 
 
-def run_conversion(source: str, destination: str, options: dict[str, Any]) -> tuple[float, int]:
-    """Seconds, and the most memory over what was there before."""
+def timed(function: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds until a call returned, and until what it wrote was on the disk."""
+    os.sync()
+    started = time.perf_counter()
+    function()
+    returned = time.perf_counter() - started
+    os.sync()
+    return returned, time.perf_counter() - started
+
+
+def run_conversion(source: str, destination: str, options: dict[str, Any]) -> tuple[float, float, int]:
+    """`timed`, and the most memory over what was there before."""
     before, pages = memory("RssAnon"), OwnPagesPeak()
     pages.start()
-    started = time.perf_counter()
-    convert(source, destination, **options, max_shard_size="500MB", check=False)
-    return time.perf_counter() - started, pages.stop() - before
+    seconds = timed(lambda: convert(source, destination, **options, max_shard_size="500MB", check=False))
+    return *seconds, pages.stop() - before
 
 
-def run_copy(source: Path, destination: Path) -> float:
-    """Seconds that `cp` takes."""
-    started = time.perf_counter()
-    subprocess.run(["cp", "-r", source, destination], check=True)
-    return time.perf_counter() - started
+def run_copy(source: Path, destination: Path) -> tuple[float, float]:
+    return timed(lambda: subprocess.run(["cp", "-r", source, destination], check=True))
 
 
 def size(path: Path) -> int:
@@ -112,23 +127,26 @@ def measure(
         if (other := options.pop("source", None)) is not None:
             begin = folder / "other"
             in_fresh_process(run_conversion, str(source), str(begin), conversions[other])
-        seconds, copying, peaks = [], [], []
         destination = folder / ("result.gguf" if options["to"] == "gguf" else "result")
-        for _ in track(range(repeats), name, transient=True):
-            remove(destination)
-            elapsed, peak = in_fresh_process(run_conversion, str(begin), str(destination), options)
-            seconds.append(elapsed)
-            peaks.append(peak)
-            copy = folder / "copy"
-            os.sync()
-            copying.append(run_copy(destination, copy))
-            remove(copy)
-        written = size(destination)
-        remove(destination)
+        ours: list[tuple[float, float, int]] = []
+        copies: list[tuple[float, float]] = []
+        for repeat in track(range(repeats), name, transient=True):
+            for turn in (repeat, repeat + 1):
+                if turn % 2 == 0:
+                    arguments = str(begin), str(destination), options
+                    ours.append(in_fresh_process(run_conversion, *arguments))
+                    written = size(destination)
+                    remove(destination)
+                else:
+                    copies.append(run_copy(begin, folder / "copy"))
+                    remove(folder / "copy")
+        read = size(begin)
         remove(folder / "other")
-        ours, theirs, peak = map(statistics.median, (seconds, copying, peaks))
-        rows.append([name, f"{written / 1e9:.2f}", f"{ours:.2f}", f"{written / ours / 1e9:.2f}", f"{theirs:.2f}",
-                     f"{theirs / ours:.2f}", f"{peak / 1e6:.0f}", f"{peak / file_bytes:.2f}"])  # fmt: skip
+        call, disk, peak = (statistics.median(column) for column in zip(*ours, strict=True))
+        cp_call, cp_disk = (statistics.median(column) for column in zip(*copies, strict=True))
+        rows.append([name, f"{read / 1e9:.2f}", f"{written / 1e9:.2f}", f"{call:.1f}", f"{disk:.1f}", f"{cp_call:.1f}",
+                     f"{cp_disk:.1f}", f"{cp_call / call:.2f}", f"{cp_disk / disk:.2f}", f"{peak / 1e6:.0f}",
+                     f"{peak / file_bytes:.2f}"])  # fmt: skip
     remove(source)
     return rows
 
@@ -151,10 +169,10 @@ def main(
         rows = measure(Path(folder), sizes, CONVERSIONS, repeats)
         rows += measure(Path(folder), sizes | heads, GGUF, repeats)
     notes = (
-        f"Medians of {repeats}; `cp -r` copies what each conversion wrote, right after it, from the page cache. Peak "
+        f"Medians of {repeats}. `cp -r` copies the source; speeds are those of reading it, cp's time over ours. Peak "
         "memory: own pages over those before, also relative to the largest file of the source. GGUF is made of a "
-        f"checkpoint with {gguf_layers} layers and {heads['num_attention_heads']} heads, in full vocabulary; its folds "
-        "are computed in float64."
+        f"checkpoint with {gguf_layers} layers and {heads['num_attention_heads']} heads; its folds are computed in "
+        "float64, and all it stores is read back for the error in the report."
     )
     show(f"Conversion of Phi-tiny-MoE's sizes, {layers} layers, bfloat16", COLUMNS, rows, record, notes)
 

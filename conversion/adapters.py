@@ -38,10 +38,10 @@ def find_base(adapter: Path, base: str | Path | None) -> Path:
     Raises:
         ConversionError: there is no such folder; nothing is fetched.
     """
-    folder = Path(base if base is not None else read_adapter_config(adapter)["base_model_name_or_path"])
-    if not folder.is_dir():
-        raise ConversionError(f"the base model of {adapter}, {folder}, is not a folder: give it with --base FOLDER")
-    return folder
+    named = base if base is not None else read_adapter_config(adapter)["base_model_name_or_path"]
+    if named is None or not Path(named).is_dir():
+        raise ConversionError(f"the base model of {adapter}, {named}, is not a folder: give it with --base FOLDER")
+    return Path(named)
 
 
 def read_adapter(folder: Path) -> dict[str, FileTensor]:

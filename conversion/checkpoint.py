@@ -15,7 +15,9 @@ class Checkpoint:
 
     Args:
         path: the folder (or file) it was opened from; tokenizer and generation settings lie beside its weights.
-        form: `hub`, `fused`, `phimoe`, `dcp`, `pickle`, `adapter`.
+        form: `hub`, `fused`, `phimoe`, `stock` (transformers' Phimoe as it spells its own modules), `dcp` or `pickle`;
+            `adapter` of a model that an adapter has been merged into, `experts` of one with other experts than in
+            `path`.
         config: as this library understands it, whatever the file's model type.
         tensors: every tensor that the model needs, by its released name, in the model's order, and no other. Experts
             are `model.layers.{n}.block_sparse_moe.experts.{e}.w1.weight` [F, H] (gate), `w3` [F, H] (up) and `w2`

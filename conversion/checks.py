@@ -22,6 +22,8 @@ PROBE_SHAPE = (4, 64)  # sequences, tokens
 # In float64, rounding sends no token to another expert: what differs, differs. (RoPE's tables are float32.)
 DTYPE = torch.float64
 TOLERANCE = 1e-6  # relative
+# Of down projections that are divided by a top-k that is no power of two, and rounded.
+COPIES_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.2}
 GGUF_TOLERANCE = 1e-5  # of weights in float32
 GGUF_ROUTER_SHIFT = 20  # see `load_gguf`
 SMALL = 5 * 10**8  # parameters, 4 GB of them: models up to this size are checked unless told otherwise
@@ -124,6 +126,18 @@ def compute_result(
     with without_bars():
         model = loaded_class.from_pretrained(path, dtype="auto")
     return compute(model, input_ids)
+
+
+def compare_copies(dense: Checkpoint, mixture: Checkpoint) -> None:
+    """`compare` a mixture of copies with the model of one expert, near-ties aside, in which it weights less."""
+    input_ids = probe(dense)
+    config = copy.deepcopy(mixture.config)
+    config.router_jitter_noise = 0.0
+    compare(
+        compute(load_model(dense, DTYPE), input_ids),
+        compute(load_model(dataclasses.replace(mixture, config=config), DTYPE), input_ids),
+        COPIES_TOLERANCE[next(iter(mixture.tensors.values())).dtype],
+    )
 
 
 def compare_gguf(checkpoint: Checkpoint, path: Path, input_ids: torch.Tensor, *, is_exact: bool) -> float:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from modeling_grin import GrinMoeForCausalLM
+from modeling_grin.analysis import expert_load
 
 from . import adapters, checks, experts
 from .checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from .tensors import ConversionError
 from .writing import Progress, check_destination, check_space, fingerprint, outputs, staged, write_safetensors
 
 TARGETS = ("hub", "fused", "phimoe", "gguf", "adapter")
+CALIBRATION_ROW = 2048  # tokens of a text in one forward pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Files that a checkpoint has beside its weights and config. Remote code is left: the release's no longer imports.
@@ -132,6 +134,8 @@ def convert(
         else:
             write_folder(checkpoint, result, to, dtype, max_shard_size, progress, report)
         if check:
+            if opened.config.num_local_experts == 1 < checkpoint.config.num_local_experts and noise == 0:
+                checks.compare_copies(opened, checkpoint)
             report.difference = prove(checkpoint, result, to, dtype)
     report.seconds = time.monotonic() - started
     return report
@@ -192,7 +196,8 @@ def change_experts(
             f"which {num_experts} of the {present} experts to keep is decided by their load on a text: give one with "
             "--calibration FILE"
         )
-    load = measure_load(checkpoint, Path(calibration))
+    rows = calibration_rows(checkpoint, Path(calibration))
+    load = expert_load(checks.load_model(checkpoint), [{"input_ids": row[None]} for row in rows])
     pruned = experts.prune(checkpoint, load, num_experts)
     kept = load.topk(num_experts, dim=1).values.sum(dim=1)
     report.notes.append(
@@ -202,19 +207,30 @@ def change_experts(
     return pruned
 
 
-def measure_load(checkpoint: Checkpoint, calibration: Path) -> torch.Tensor:
-    """The experts' share of each layer's load on a text, `[L, E]`. The whole model is in memory meanwhile."""
-    return experts.measure_load(
-        checks.load_model(checkpoint), load_tokenizer(checkpoint), calibration.read_text(encoding="utf-8")
-    )
+def calibration_rows(checkpoint: Checkpoint, path: Path) -> list[torch.Tensor]:
+    """The token ids of a text, in rows that the model has positions for.
 
-
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint."""
+    Raises:
+        ConversionError: there is no tokenizer beside the checkpoint, or it is another model's; or the text is empty.
+    """
+    config = checkpoint.config
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.path, config=checkpoint.config)
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path} is not a text in UTF-8: {error}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, config=config)
     except (OSError, ValueError) as error:
-        raise ConversionError(f"{checkpoint.path} has no tokenizer to read the calibration text with") from error
+        raise ConversionError(f"{checkpoint.path} has no tokenizer to read {path} with") from error
+    ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
+    if len(ids) == 0:
+        raise ConversionError(f"{path} is empty: give a text like those that the model is for")
+    if ids.max() >= config.vocab_size:
+        raise ConversionError(
+            f"{checkpoint.path}: the tokenizer gives id {ids.max()}, the model has vocab_size={config.vocab_size}: it "
+            "is another model's tokenizer"
+        )
+    return list(ids.split(min(CALIBRATION_ROW, config.max_position_embeddings)))
 
 
 def write_folder(
@@ -253,7 +269,8 @@ def write_gguf(
 
     measured = None
     if calibration is not None:
-        measured = gguf_export.calibrate(checks.load_model(checkpoint), read_calibration(checkpoint, calibration))
+        rows = calibration_rows(checkpoint, Path(calibration))
+        measured = gguf_export.calibrate(checks.load_model(checkpoint), rows)
     written = gguf_export.export_gguf(checkpoint, path, file_type=file_type, calibration=measured, progress=progress)
     report.nbytes = path.stat().st_size
     report.notes += written.lines()

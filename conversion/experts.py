@@ -11,9 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_grin.analysis import expert_load
 from modeling_grin.routing_grinmoe import TOP_1_ESTIMATORS
 
 from .checkpoint import Checkpoint
@@ -29,8 +27,6 @@ DOWN_PROJECTION = "w2"
 # Of any other they depend on the router.
 WEIGHT_OF_ONE_EACH = {"sparsemixer_v2", "sparsemixer_v2_paper", "sparsemixer_v2_star", "sparsemixer"}
 WEIGHT_OF_ONE_IN_ALL = {"gshard"}  # normalised, where there are several
-
-LOAD_ROW_TOKENS = 2048  # of the text that routing is measured on, in one forward pass
 
 
 def upcycle(
@@ -106,35 +102,12 @@ def normal(shape: tuple[int, ...], seed: int, name: str) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
-def measure_load(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """The share of each layer's routing decisions that each expert gets on a text, in inference routing.
-
-    The text is cut into rows of `LOAD_ROW_TOKENS` tokens, or of as many as the model has positions for.
-
-    Returns:
-        `[L, E]`, float64; rows sum to 1.
-
-    Raises:
-        ConversionError: the text is empty, or has tokens beyond the model's vocabulary.
-    """
-    [ids] = tokenizer(text, return_tensors="pt")["input_ids"].long()
-    if len(ids) == 0:
-        raise ConversionError("the calibration text is empty: give one like those that the model is for")
-    if ids.max() >= model.config.vocab_size:
-        raise ConversionError(
-            f"the tokenizer gives id {ids.max()}, the model has vocab_size={model.config.vocab_size}: it is another "
-            "model's tokenizer"
-        )
-    rows = ids.split(min(LOAD_ROW_TOKENS, model.config.max_position_embeddings))
-    return expert_load(model, [{"input_ids": row[None]} for row in rows])
-
-
 def prune(checkpoint: Checkpoint, load: torch.Tensor, num_experts: int) -> Checkpoint:
     """The checkpoint with the most loaded experts of each layer alone, in the order they had, and their routers' rows.
 
     Args:
-        load: `[L, E]`, each expert's share of its layer's tokens, as `measure_load` gives it. Of equals, those that
-            come first are kept.
+        load: `[L, E]`, each expert's share of its layer's tokens, as `modeling_grin.analysis.expert_load` gives it.
+            Of equals, those that come first are kept.
         num_experts: how many to keep in each layer.
 
     Raises:

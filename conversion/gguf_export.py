@@ -175,19 +175,27 @@ class Part:
     source: StoredTensor
     squares: tuple[float, float] = (0.0, 0.0)
 
+    def rows(self) -> Iterator[torch.Tensor]:
+        """The source, some rows at a time (of a bias: elements)."""
+        length, *row = self.source.shape
+        size = math.prod(row)
+        step = max(1, CHUNK_ELEMENTS // size)
+        for start in range(0, length, step):
+            shape = (min(step, length - start), *row)
+            yield self.source.part(start * size, shape, self.source.where).read()
+
     def folded(self) -> Iterator[np.ndarray]:
         """Rows of what is to be stored: float32, folded in float64.
 
         A power of two alone, with no mean to take out, needs no such room.
         """
         centred, factor = self.target.fold
-        rows = self.source.read().split(max(1, CHUNK_ELEMENTS // self.target.shape[-1]))
         if centred is None:
-            yield from ((part.float() * factor).numpy() for part in rows)
+            yield from ((part.float() * factor).numpy() for part in self.rows())
             return
         if centred == 0:
-            mean = torch.stack([part.double().sum(dim=0) for part in rows]).sum(dim=0) / self.source.shape[0]
-        for part in rows:
+            mean = torch.stack([part.double().sum(dim=0) for part in self.rows()]).sum(dim=0) / self.source.shape[0]
+        for part in self.rows():
             values = part.double()
             if centred == 1:
                 mean = values.mean(dim=1, keepdim=True)
@@ -201,6 +209,7 @@ class Part:
         """
         stored_as = self.target.type
         for values in self.folded():
+            values = values.reshape(1, -1)  # blocks follow one another all the same, and gguf loops over rows
             with np.errstate(all="ignore"):  # what overflows is found below
                 data = gguf.quantize(values, stored_as)
                 stored = gguf.dequantize(data, stored_as)
@@ -400,7 +409,7 @@ def export_gguf(
     calibration: Calibration | None = None,
     progress: Progress = lambda done, total: None,
 ) -> GgufReport:
-    """Write a checkpoint as one GGUF file for llama.cpp; memory is two source tensors and a few chunks.
+    """Write a checkpoint as one GGUF file for llama.cpp; a few chunks are in memory at a time.
 
     Args:
         path: a temporary name, to be renamed. On failure it is left, with a journal beside it: the parts that are

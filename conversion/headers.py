@@ -361,7 +361,7 @@ def _is_rank(value: Any) -> bool:
 # Field -> what it must be (all that a merge needs; the rest is peft's), and the same in words.
 ADAPTER_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "peft_type": (lambda value: value == "LORA", "must be 'LORA': other adapters cannot be merged"),
-    "base_model_name_or_path": (_is_text, "must be a name"),
+    "base_model_name_or_path": (lambda value: value is None or _is_text(value), "must be a name or null"),
     "r": (_is_rank, "must be a rank from 1 to 2^20"),
     "lora_alpha": (_is_number, "must be a number"),
     "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "must be in [0, 1)"),

@@ -7,8 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conversion import ConversionError, convert, open_checkpoint
-from conversion.experts import measure_load, prune, upcycle
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from conversion.experts import prune, upcycle
 
 IDS = torch.randint(0, 131, (3, 40), generator=torch.Generator().manual_seed(3))
 
@@ -129,14 +128,6 @@ def test_upcycling_is_reproducible_in_any_order(tmp_path):
     assert first["model.layers.0.block_sparse_moe.gate.weight"].dtype == torch.bfloat16
 
 
-def test_upcycled_through_convert(tmp_path):
-    source = write_dense(tmp_path / "dense")
-    convert(source, tmp_path / "fused", to="fused", num_experts=4, top_k=2)
-    dense, model = (load(path, torch.float32) for path in (source, tmp_path / "fused"))
-    assert model.num_parameters() > 1.5 * dense.num_parameters()
-    assert relative_error(run(model).logits, run(dense).logits) < 2e-6
-
-
 @pytest.mark.parametrize(
     ("settings", "arguments", "message"),
     [
@@ -203,6 +194,15 @@ def test_pruning_equals_a_router_that_never_chooses_the_removed(tmp_path, top_k)
     assert relative_error(before, masked) > 0.01
 
 
+def shares_of(model, ids, row_length=2048):
+    """Each expert's share of a layer's tokens, `[L, E]`, from the routers' logits; a row sees none of the others."""
+    counts = torch.zeros(2, 6, dtype=torch.float64)
+    for row in ids.split(row_length):
+        for layer, logits in enumerate(run(model, row[None]).router_logits):
+            counts[layer] += torch.bincount(logits.topk(2).indices.flatten(), minlength=6)
+    return counts / counts.sum(dim=1, keepdim=True)
+
+
 def test_experts_without_tokens_are_not_missed(tmp_path, trained_tokenizer):
     """Their routers' rows lie far on the wrong side of what the norms' biases give every token."""
     config = released_config(torch_dtype="float32", vocab_size=1024)
@@ -214,7 +214,7 @@ def test_experts_without_tokens_are_not_missed(tmp_path, trained_tokenizer):
     source = write_checkpoint(tmp_path / "whole", config, tensors)
     whole = load(source)
     text = "\n".join(f"def f{n}(x): return x + {n}" for n in range(200))
-    shares = measure_load(whole, trained_tokenizer, text)
+    shares = shares_of(whole, torch.tensor(trained_tokenizer(text).input_ids))
     assert shares[0, [1, 4]].sum() == shares[1, [0, 2]].sum() == 0 and (shares > 0).sum() == 8
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(2, dtype=torch.float64))
     model = built(prune(open_checkpoint(source), shares, 4), tmp_path / "pruned", torch.float64)
@@ -224,51 +224,48 @@ def test_experts_without_tokens_are_not_missed(tmp_path, trained_tokenizer):
     assert relative_error(run(fewer, ids).logits, run(whole, ids).logits) > 0.01  # one that is missed
 
 
-def test_load_is_that_of_the_whole_text(tmp_path, trained_tokenizer, monkeypatch):
-    """In rows: a row sees nothing of the one before, counts are over all."""
-    source = write(tmp_path, vocab_size=1024, max_position_embeddings=16)
-    model = load(source, torch.float32)
-    text = "import this\n" * 15
-    ids = torch.tensor(trained_tokenizer(text).input_ids)
-    assert len(ids) > 40 and len(ids) % 16
-    counts = torch.zeros(2, 6, dtype=torch.float64)
-    for row in ids.split(16):
-        for layer, logits in enumerate(run(model, row[None]).router_logits):
-            counts[layer] += torch.bincount(logits.topk(2).indices.flatten(), minlength=6)
-    assert torch.equal(measure_load(model, trained_tokenizer, text), counts / counts.sum(dim=1, keepdim=True))
-    with pytest.raises(ConversionError, match="text is empty"):
-        measure_load(model, trained_tokenizer, "")
-    small = GrinMoeForCausalLM(GrinMoeConfig(**released_config(vocab_size=100)))
-    with pytest.raises(ConversionError, match=r"gives id \d+, the model has vocab_size=100"):
-        measure_load(small, trained_tokenizer, text)
-
-
-def test_pruned_through_convert(tmp_path, trained_tokenizer):
-    config = released_config(torch_dtype="float32", vocab_size=1024)
+def test_load_is_that_of_the_whole_text(tmp_path, trained_tokenizer):
+    """In rows of as many tokens as the model has positions for."""
+    config = released_config(torch_dtype="float32", vocab_size=1024, max_position_embeddings=16)
     tensors = released_tensors(config)
     source = write_checkpoint(tmp_path / "whole", config, fused(tensors, config))
     trained_tokenizer.save_pretrained(source)
-    (tmp_path / "text").write_text("for i in range(10): print(i)\n" * 20)
-    convert(source, tmp_path / "hub", to="hub", num_experts=3, calibration=tmp_path / "text")
-    model = load(source, torch.float32)
-    shares = measure_load(model, trained_tokenizer, (tmp_path / "text").read_text())
-    kept = sorted(shares[1].topk(3).indices.tolist())
-    prefix = "model.layers.1.block_sparse_moe"
+    text = "for i in range(10): print(i)\n" * 20
+    (tmp_path / "text").write_text(text)
+    report = convert(source, tmp_path / "hub", to="hub", num_experts=3, calibration=tmp_path / "text")
+    shares = shares_of(load(source, torch.float32), torch.tensor(trained_tokenizer(text).input_ids), 16)
     found = load_file(tmp_path / "hub" / "model.safetensors")
-    assert torch.equal(found[f"{prefix}.gate.weight"], tensors[f"{prefix}.gate.weight"][kept])
-    for new, old in enumerate(kept):
-        assert torch.equal(found[f"{prefix}.experts.{new}.w2.weight"], tensors[f"{prefix}.experts.{old}.w2.weight"])
+    for layer in range(2):
+        kept = sorted(shares[layer].topk(3).indices.tolist())
+        prefix = f"model.layers.{layer}.block_sparse_moe"
+        assert torch.equal(found[f"{prefix}.gate.weight"], tensors[f"{prefix}.gate.weight"][kept])
+        for new, old in enumerate(kept):
+            matrices = (f"{prefix}.experts.{expert}.w2.weight" for expert in (new, old))
+            assert torch.equal(found[next(matrices)], tensors[next(matrices)])
+    kept_shares = shares.topk(3, dim=1).values.sum(dim=1)
+    assert f"{kept_shares.min():.1%} to {kept_shares.max():.1%}" in report.notes[0]
 
 
-@pytest.mark.parametrize(
-    ("num_experts", "shares", "message"),
-    [
-        (6, torch.ones(2, 6), "num_experts=6: .* has 6, pruning keeps fewer"),
-        (1, torch.ones(2, 6), "num_experts=1: each token needs num_experts_per_tok=2"),
-        (3, torch.ones(2, 5), "load must be 2 x 6 finite numbers"),
-        (3, torch.full((2, 6), torch.nan), "load must be 2 x 6 finite numbers"),
-    ],
-)
-def test_pruning_that_is_refused(tmp_path, num_experts, shares, message):
-    with pytest.raises(ConversionError, match=message):
-        prune(open_checkpoint(write(tmp_path)), shares, num_experts)
+def test_calibration_texts_that_are_wrong(tmp_path, trained_tokenizer):
+    source = write(tmp_path / "whole", vocab_size=100)
+    (tmp_path / "text").write_text("import this")
+    for path, content, message in (
+        (tmp_path / "text", b"import this", "has no tokenizer"),
+        (tmp_path / "text", b"import this", r"gives id \d+, the model has vocab_size=100"),
+        (tmp_path / "empty", b"", "empty is empty"),
+        (tmp_path / "image", b"\x89PNG\xff", "image is not a text in UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ConversionError, match=message):
+            convert(source, tmp_path / "hub", to="hub", num_experts=3, calibration=path)
+        trained_tokenizer.save_pretrained(source)
+
+
+def test_upcycled_through_convert(tmp_path):
+    """The proof that copies compute what the one expert does is part of the conversion."""
+    source = write_dense(tmp_path / "dense")
+    report = convert(source, tmp_path / "hub", to="hub", num_experts=4, top_k=2)
+    assert report.difference < 1e-6 and "4 copies of the one expert, top-2" in report.notes[0]
+    dense, mixture = load(source, torch.float64), load(tmp_path / "hub", torch.float64)
+    mixture.config.router_jitter_noise = 0.0
+    assert relative_error(run(mixture).logits, run(dense).logits) < 1e-6

@@ -403,7 +403,7 @@ def test_bad_configs_are_refused(tmp_path, changes, message):
     [
         ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
         ({"peft_type": ["LORA"]}, "peft_type=['LORA']"),
-        ({"base_model_name_or_path": None}, "base_model_name_or_path=None"),
+        ({"base_model_name_or_path": 7}, "base_model_name_or_path=7"),
         ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path=['x']"),
         ({"r": 0}, "r=0"),
         ({"r": 8.0}, "r=8.0"),
