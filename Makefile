@@ -6,16 +6,20 @@ WORKERS ?= 2
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
+# The smallest build that computes logits; without GGML_NATIVE, because of GCC 12 on processors with AMX.
+LLAMA_CMAKE_ARGS := $(addprefix -D,$(addsuffix =OFF,GGML_NATIVE GGML_OPENMP GGML_LLAMAFILE LLAVA_BUILD LLAMA_CURL \
+	LLAMA_BUILD_TESTS LLAMA_BUILD_TOOLS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_SERVER))
+
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format wheel clean
+.PHONY: help setup demo test test-llama lint format wheel clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make .venv with the package (editable) and everything needed to work on it
 
@@ -34,6 +38,11 @@ demo: $(READY) ## Train, save, reload and generate with a tiny GRIN on real text
 
 test: $(READY) ## Run the tests (PYTEST_ARGS="...", WORKERS=2)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-llama: $(READY) ## Build llama-cpp-python (4 minutes) and run the tests that need it
+	CMAKE_ARGS="$(LLAMA_CMAKE_ARGS)" CMAKE_BUILD_PARALLEL_LEVEL=$(WORKERS) \
+		$(PY) -m pip install -q -c constraints.txt --no-binary llama-cpp-python llama-cpp-python
+	$(PY) -m pytest tests/test_gguf.py -k llama
 
 lint: $(READY) ## Check style, formatting and types
 	$(VENV)/bin/ruff check .

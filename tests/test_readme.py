@@ -6,7 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
+from typer.testing import CliRunner
+
+from modeling_grin import GrinMoeForCausalLM
+from modeling_grin.cli import app
+from modeling_grin.training import add_lora
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,6 +34,7 @@ def tiny_release(trained_tokenizer, tmp_path_factory):
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippet_runs(snippet, tiny_release, tmp_path):
     snippet = snippet.replace("microsoft/GRIN-MoE", str(tiny_release))
+    (tmp_path / "GRIN-MoE").symlink_to(tiny_release)
     (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
     result = subprocess.run(
         [sys.executable, "snippet.py"], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL
@@ -38,6 +45,28 @@ def test_snippet_runs(snippet, tiny_release, tmp_path):
         assert loss < 6.3, "it starts at log(1024) = 6.9"
         assert (tmp_path / "trained" / "model.safetensors").is_file()
         assert (tmp_path / "expert_load.png").is_file()
+
+
+def test_conversion_commands_run(tiny_release, tmp_path, monkeypatch):
+    """Every `grin-moe` line of docs/conversion.md, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    Path("GRIN-MoE").symlink_to(tiny_release)
+    Path("text.txt").write_text("import this\n" * 50)
+    dense = released_config(num_local_experts=1, num_experts_per_tok=1, torch_dtype="float32")
+    write_checkpoint(Path("DENSE"), dense, released_tensors(dense))
+    adapted = add_lora(GrinMoeForCausalLM.from_pretrained("GRIN-MoE", dtype="float32"), r=2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained("my-lora")
+    text = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
+    # Comments are set off by two spaces; experts of the tiny release are fewer.
+    commands = re.findall(r"^grin-moe (.*?)(?:  +#.*)?$", text, re.MULTILINE)
+    assert len(commands) >= 9
+    for command in commands:
+        arguments = command.replace("--experts 8", "--experts 3").split()
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, (command, result.output, result.exception)
 
 
 def test_links_lead_somewhere():
