@@ -574,6 +574,7 @@ def margins(model: GrinMoeForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_llama_cpp_computes_the_model(tmp_path: Path, naive: Callable[[], None]) -> None:
     """Rows in which a choice of experts hangs by less than float32's softmax can tell are compared by themselves."""
     checkpoint = make_checkpoint(tmp_path)
@@ -599,6 +600,7 @@ def test_llama_cpp_computes_the_model(tmp_path: Path, naive: Callable[[], None])
 
 @pytest.mark.parametrize("overrides", FORMS.values(), ids=FORMS)
 @torch.inference_mode()
+@pytest.mark.slow
 def test_llama_cpp_computes_every_form(tmp_path: Path, overrides: dict) -> None:
     checkpoint = make_checkpoint(tmp_path, **overrides)
     export_gguf(checkpoint, tmp_path / "model", file_type="f32")
@@ -607,6 +609,7 @@ def test_llama_cpp_computes_every_form(tmp_path: Path, overrides: dict) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_llama_cpp_up_to_the_first_near_tie(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, router_jitter_noise=0.01)
     model = reference(checkpoint)
@@ -627,6 +630,7 @@ def test_llama_cpp_up_to_the_first_near_tie(tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_llama_cpp_up_to_the_window(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, sliding_window=15)
     limit = export_gguf(checkpoint, tmp_path / "model", file_type="f32").context_length
@@ -641,6 +645,7 @@ def test_llama_cpp_up_to_the_window(tmp_path: Path) -> None:
     [("f16", 2e-3), ("bf16", 0.015), ("q8_0", 0.05), ("q5_1", 0.25), ("q5_0", 0.25), ("q4_1", 0.4), ("q4_0", 0.4)],
 )
 @torch.inference_mode()
+@pytest.mark.slow
 def test_llama_cpp_reads_every_type(tmp_path: Path, file_type: str, bound: float) -> None:
     """A random model is hard on types, because a choice of experts that turns is a large error: the median counts."""
     checkpoint = make_checkpoint(tmp_path)
@@ -684,6 +689,7 @@ def hard_texts(seed: int, count: int) -> list[str]:
     return [text for text in texts if not unknown.search(text)]
 
 
+@pytest.mark.slow
 def test_llama_cpp_tokenizes_alike(tokenizer_folder: Path, tmp_path: Path) -> None:
     export_gguf(small_checkpoint(tokenizer_folder), tmp_path / "model", file_type="f32")
     llama = Llama(tmp_path / "model")
@@ -695,6 +701,7 @@ def test_llama_cpp_tokenizes_alike(tokenizer_folder: Path, tmp_path: Path) -> No
     assert llama.tokenize(chat, add_special=False) == raw.encode(chat).ids
 
 
+@pytest.mark.slow
 def test_llama_cpp_generates_and_stops(tokenizer_folder: Path, tmp_path: Path) -> None:
     """A model whose head knows which token follows which: it says a sentence and ends its turn."""
     checkpoint = small_checkpoint(tokenizer_folder, hidden_size=64)
