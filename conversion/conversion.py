@@ -115,6 +115,8 @@ def convert(
     options = {"dtype": dtype, "max_shard_size": max_shard_size, "num_experts": num_experts, "top_k": top_k,
                "noise": noise, "seed": seed}  # fmt: skip
     check_arguments(source, destination, to, dtype, num_experts, calibration)
+    if (source / ADAPTER_CONFIG).is_file() and to != "adapter":
+        base = adapters.find_base(source, base)
     inputs = [Path(path).resolve() for path in (source, base, config, calibration) if path is not None]
     plan = {"source": [(str(path), fingerprint(path)) for path in inputs], "to": to, **options}
     if to == "adapter":
@@ -169,7 +171,7 @@ def open_source(
     """The checkpoint in a folder, an adapter merged into its base."""
     if not (source / ADAPTER_CONFIG).is_file():
         return open_checkpoint(source, config=Path(config) if config else None, weights_only=weights_only)
-    return adapters.merge_adapter(source, adapters.find_base(source, base), DTYPES.get(dtype or ""))
+    return adapters.merge_adapter(source, Path(base or ""), DTYPES.get(dtype or ""))
 
 
 def change_experts(

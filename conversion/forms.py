@@ -104,7 +104,11 @@ def without_prefix(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
     embeddings = "embed_tokens.weight"
     anchor = next((name for name in found if name.endswith(embeddings)), embeddings)
     prefix = anchor.removesuffix(embeddings).removesuffix("model.")
-    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    renamed = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    if len(renamed) < len(found):
+        twice = next(name for name in found if f"{prefix}{name}" in found)
+        raise ConversionError(f"{found[twice].where} is there twice: as {twice} and as {prefix}{twice}")
+    return renamed
 
 
 def released_tensors(
@@ -123,6 +127,11 @@ def released_tensors(
         ConversionError: a tensor is missing, mis-shaped, or one that the model of this config does not have.
     """
     found = without_prefix(found)
+    if config.num_hidden_layers > len(found):  # before a model of so many layers is described
+        raise ConversionError(
+            f"{where}: the config says num_hidden_layers={config.num_hidden_layers}, but there are only {len(found)} "
+            "tensors"
+        )
     model_class = model_class_of(found)
     # The form that knows most of the names.
     form, groups = max(

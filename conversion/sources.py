@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from modeling_grin import GrinMoeConfig
-
 from .checkpoint import Checkpoint
 from .forms import released_tensors
 from .headers import find_tensors, read_config, read_json
@@ -19,7 +17,7 @@ def open_checkpoint(path: Path, *, config: Path | None = None, weights_only: boo
 
     Args:
         path: a folder with safetensors files in any form, or with a sharded training checkpoint.
-        config: another folder (or config.json) to take the config from: sharded checkpoints have none.
+        config: another folder to take the config from: sharded checkpoints have none.
         weights_only: read pickled files (`pytorch_model.bin`, DCP), which are refused otherwise, through torch's
             restricted unpickler, which makes tensors and runs nothing.
 
@@ -40,20 +38,12 @@ def open_checkpoint(path: Path, *, config: Path | None = None, weights_only: boo
         form, found = "pickle", read_pickles(pickles)
     else:
         form, found = "", find_tensors(path)
-    model_config = read_config_of(config or path)
+    config_folder = config or path
+    if not (config_folder / "config.json").is_file():
+        raise ConversionError(f"{config_folder} has no config.json: give the folder of one with --config")
+    model_config = read_config(config_folder)
     layout, _, tensors = released_tensors(found, model_config, str(path))
-    return Checkpoint(path, form or form_of(path, layout.name), model_config, tensors)
-
-
-def form_of(path: Path, layout: str) -> str:
-    """`layout`, or `phimoe` for released names under the siblings' model type."""
-    return "phimoe" if layout == "hub" and read_json(path / "config.json").get("model_type") == "phimoe" else layout
-
-
-def read_config_of(path: Path) -> GrinMoeConfig:
-    """The config in a folder, or in a folder above a sharded checkpoint."""
-    if path.is_file():
-        path = path.parent
-    if not (path / "config.json").is_file():
-        raise ConversionError(f"{path} has no config.json: give one with --config FOLDER")
-    return read_config(path)
+    if not form:
+        is_phimoe = layout.name == "hub" and read_json(config_folder / "config.json").get("model_type") == "phimoe"
+        form = "phimoe" if is_phimoe else layout.name
+    return Checkpoint(path, form, model_config, tensors)

@@ -48,9 +48,9 @@ def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Pa
     folder = destination.with_name(f".{destination.name}.incomplete")
     if folder.exists():
         check_resumable(folder, plan, resume)
-    else:
-        folder.mkdir(parents=True)
-        (folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.part").write_text(json.dumps(plan), encoding="utf-8")
+    (folder / "plan.part").rename(folder / PLAN)
     try:
         yield folder / RESULT
         (folder / RESULT).rename(destination)
@@ -80,9 +80,11 @@ def check_resumable(folder: Path, plan: dict[str, Any], resume: bool) -> None:
             f"{folder} is left of a conversion that was interrupted, or is still running: go on with it by --resume, "
             "or delete it"
         )
+    if not (folder / PLAN).exists():  # killed before anything else was written
+        return
     try:
         begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except ValueError:
         begun = {}
     # As JSON has it: tuples are lists there.
     if changed := [key for key, value in json.loads(json.dumps(plan)).items() if begun.get(key) != value]:

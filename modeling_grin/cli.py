@@ -267,7 +267,7 @@ def convert(
     """
     import conversion
 
-    with transfer("converting", as_json) as progress:
+    with hint_of_resuming(), transfer("converting", as_json) as progress:
         report = conversion.convert(
             source,
             destination,
@@ -351,6 +351,16 @@ def inspect(
         console.print(table)
     if found.problems:
         raise typer.Exit(1)
+
+
+@contextmanager
+def hint_of_resuming() -> Iterator[None]:
+    """Say at Ctrl-C how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print("interrupted: the same command with --resume goes on")
+        raise
 
 
 @contextmanager

@@ -211,6 +211,39 @@ def test_tensors_that_are_wrong(tmp_path, change, message):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_mixed_dtypes(tmp_path):
+    """Norms and biases in float32, in sizes that leave what follows at odd addresses; each keeps its own."""
+    config = released_config(hidden_size=33, head_dim=8, intermediate_size=7, vocab_size=37)
+    tensors = released_tensors(config)
+    for name in tensors:
+        if "norm" in name or name.endswith("q_proj.bias"):
+            tensors[name] = tensors[name].float() + 1e-4
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    convert(source, tmp_path / "fused", to="fused")
+    assert_same(read_all(tmp_path / "fused"), fused(tensors, config))
+    for path in (source, tmp_path / "fused"):
+        GrinMoeForCausalLM.from_pretrained(path, dtype="float32")
+    name = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+    tensors[name] = tensors[name].float()
+    write_checkpoint(tmp_path / "mixed", config, tensors)
+    with pytest.raises(ConversionError, match=r"experts.down_proj would be made of torch.*choose one with --dtype"):
+        convert(tmp_path / "mixed", tmp_path / "result", to="fused")
+    assert_same(read_all(tmp_path / "fused"), fused({**tensors, name: tensors[name].bfloat16()}, config))
+
+
+def test_wrappers_prefixes(tmp_path):
+    """DDP's `module.` is taken off; a name that is there with and without it is an error."""
+    config = released_config()
+    tensors = released_tensors(config)
+    wrapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    convert(write_checkpoint(tmp_path / "wrapped", config, wrapped), tmp_path / "result", to="hub", check=False)
+    assert_same(read_all(tmp_path / "result"), tensors)
+    wrapped["model.norm.bias"] = tensors["model.norm.bias"].clone()
+    source = write_checkpoint(tmp_path / "twice", config, wrapped)
+    with pytest.raises(ConversionError, match=r"twice: as model\.norm\.bias and as module\.model\.norm\.bias"):
+        convert(source, tmp_path / "other", to="hub")
+
+
 def test_a_head_that_is_tied_and_there(tmp_path):
     config = released_config(tie_word_embeddings=True)
     tensors = released_tensors(config)

@@ -92,10 +92,9 @@ def test_killed_at_any_moment(context, source, expected, tmp_path):
             longest *= 0.8
             shutil.rmtree(staging, ignore_errors=True)  # killed between renaming and tidying up
             continue
-        if not (staging / "plan.json").exists():
+        if not staging.exists():
             left["nothing"] += 1
             longest *= 1.2
-            shutil.rmtree(staging, ignore_errors=True)
             continue
         done = {path: path.stat().st_mtime_ns for path in staging.glob("result/*.safetensors")}
         left["files" if done else "begun"] += 1
