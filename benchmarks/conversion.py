@@ -75,7 +75,16 @@ def write_checkpoint(folder: str, sizes: dict[str, int]) -> None:
     Path(folder, "none").mkdir(parents=True)
     report = Report("", "", "", "")
     checkpoint = Checkpoint(Path(folder, "none"), "hub", config, tensors)
-    write_folder(checkpoint, Path(folder), "hub", None, math.ceil(nbytes / (NUM_SHARDS - 1)), lambda *_: None, report)
+    write_folder(
+        checkpoint,
+        [Path(folder, "none")],
+        Path(folder),
+        "hub",
+        None,
+        math.ceil(nbytes / (NUM_SHARDS - 1)),
+        lambda *_: None,
+        report,
+    )
     Path(folder, "none").rmdir()
 
 

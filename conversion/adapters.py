@@ -21,7 +21,6 @@ from .checkpoint import Checkpoint
 from .checks import load_model
 from .forms import released_tensors
 from .headers import ADAPTER_CONFIG_FILE, read_adapter_config, read_config, read_safetensors_header
-from .sources import open_checkpoint
 from .tensors import ConversionError, FileTensor, StoredTensor
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -53,17 +52,17 @@ def read_adapter(folder: Path) -> dict[str, FileTensor]:
     return read_safetensors_header(folder / ADAPTER_FILE)
 
 
-def merge_adapter(adapter: Path, base: Path, dtype: torch.dtype | None) -> Checkpoint:
+def merge_adapter(adapter: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Checkpoint:
     """The checkpoint that a LoRA adapter and its base model make; the merge proves itself, or is refused.
 
     The whole model is in memory, up to twice.
 
     Args:
-        base: a folder with the base model in any form.
+        checkpoint: the base model, of any form.
         dtype: what the base is loaded and merged in; by default the dtype it has.
 
     Returns:
-        Of form `adapter`, with `base` for its path: tokenizer and generation settings are there.
+        Of form `adapter`, with the base's path: tokenizer and generation settings are there.
 
     Raises:
         ConversionError: adapter and base do not fit, tensor by tensor; merged logits differ from those with the
@@ -78,7 +77,9 @@ def merge_adapter(adapter: Path, base: Path, dtype: torch.dtype | None) -> Check
 
     read_adapter_config(adapter)
     found = read_adapter(adapter)
-    checkpoint = open_checkpoint(base)
+    base, dtypes = checkpoint.path, {tensor.dtype for tensor in checkpoint.tensors.values()}
+    if dtype is None and len(dtypes) > 1:
+        raise ConversionError(f"{base} has tensors of {', '.join(sorted(map(str, dtypes)))}: choose one with --dtype")
     config = copy.deepcopy(checkpoint.config)
     if any(LINEAR_EXPERTS_NAME.match(name) for name in found):
         config._experts_implementation = LINEAR_EXPERTS

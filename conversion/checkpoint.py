@@ -1,8 +1,11 @@
 """What every form of a checkpoint is read as: a config and the released tensors."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from modeling_grin import GrinMoeConfig
 
@@ -22,9 +25,16 @@ class Checkpoint:
         tensors: every tensor that the model needs, by its released name, in the model's order, and no other. Experts
             are `model.layers.{n}.block_sparse_moe.experts.{e}.w1.weight` [F, H] (gate), `w3` [F, H] (up) and `w2`
             [H, F] (down).
+        is_standard: whether transformers' `from_pretrained` reads the folder as it lies.
     """
 
     path: Path
     form: str
     config: GrinMoeConfig
     tensors: Mapping[str, StoredTensor]
+    is_standard: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one that holds every tensor as it is."""
+        return functools.reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors.values()})

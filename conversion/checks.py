@@ -41,10 +41,10 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Grin
     """The model of a checkpoint of any form, filled with its released tensors.
 
     Args:
-        dtype: to convert them to; by default they keep their own.
+        dtype: to convert them to; by default one that holds them all as they are.
     """
     model_class = model_class_of(checkpoint.tensors)
-    model = model_class._from_config(checkpoint.config, dtype=dtype or checkpoint.config.dtype)
+    model = model_class._from_config(checkpoint.config, dtype=dtype or checkpoint.dtype)
     tensors = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
     if checkpoint.config.tie_word_embeddings:
         tensors |= {name: tensors[source] for name, source in model.all_tied_weights_keys.items()}
@@ -109,50 +109,69 @@ def compute_source(checkpoint: Checkpoint, dtype: torch.dtype | None, input_ids:
 
     Where transformers can read the folder it does, so that it is not only our own reading that is compared.
     """
-    if checkpoint.form in ("hub", "fused", "phimoe"):
+    if checkpoint.is_standard:
         model_class = model_class_of(checkpoint.tensors)
         with without_bars():
-            model = model_class.from_pretrained(checkpoint.path, config=checkpoint.config, dtype=dtype or "auto")
+            model = model_class.from_pretrained(
+                checkpoint.path, config=checkpoint.config, dtype=dtype or checkpoint.dtype
+            )
     else:
         model = load_model(checkpoint, dtype)
     return compute(model, input_ids)
 
 
 def compute_result(
-    path: Path, target: str, model_class: type[GrinMoePreTrainedModel], input_ids: torch.Tensor
+    path: Path, target: str, model_class: type[GrinMoePreTrainedModel], dtype: torch.dtype, input_ids: torch.Tensor
 ) -> Layers:
-    """What the converted checkpoint computes, loaded as its users load it."""
+    """What the converted checkpoint computes, loaded as its users load it, in `dtype`."""
     loaded_class = STOCK_CLASSES[model_class] if target == "phimoe" else model_class
     with without_bars():
-        model = loaded_class.from_pretrained(path, dtype="auto")
+        model = loaded_class.from_pretrained(path, dtype=dtype)
     return compute(model, input_ids)
 
 
-def compare_copies(dense: Checkpoint, mixture: Checkpoint) -> None:
-    """`compare` a mixture of copies with the model of one expert, near-ties aside, in which it weights less."""
-    input_ids = probe(dense)
-    config = copy.deepcopy(mixture.config)
+def without_near_ties(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a keep set of one expert."""
+    config = copy.deepcopy(checkpoint.config)
     config.router_jitter_noise = 0.0
-    compare(
-        compute(load_model(dense, DTYPE), input_ids),
-        compute(load_model(dataclasses.replace(mixture, config=config), DTYPE), input_ids),
-        COPIES_TOLERANCE[next(iter(mixture.tensors.values())).dtype],
-    )
+    return dataclasses.replace(checkpoint, config=config)
+
+
+def compare_copies(dense: Checkpoint, mixture: Checkpoint) -> float:
+    """`compare` a mixture of copies with the model of one expert, near-ties aside, in which it weights less.
+
+    Returns:
+        The relative difference of the logits with near-ties.
+    """
+    input_ids = probe(dense)
+    divisor = mixture.config.num_experts_per_tok
+    tolerance = TOLERANCE if divisor.bit_count() == 1 else COPIES_TOLERANCE[mixture.dtype]
+    before = compute(load_model(dense, DTYPE), input_ids)
+    compare(before, compute(load_model(without_near_ties(mixture), DTYPE), input_ids), tolerance)
+    return compare(before, compute(load_model(mixture, DTYPE), input_ids), torch.inf)
 
 
 def compare_gguf(checkpoint: Checkpoint, path: Path, input_ids: torch.Tensor, *, is_exact: bool) -> float:
     """`compare` what llama.cpp computes from a file, in torch, with the model without near-ties.
 
     Args:
-        is_exact: whether weights are stored as they are; if they are rounded, any finite difference will do.
+        is_exact: whether the file is F32. If not, one is made beside it, and compared, because the difference of
+            rounded weights says nothing of the folds.
+
+    Returns:
+        The relative difference of the logits, of the file's type.
     """
-    from .gguf_export import context_length, load_gguf
+    from .gguf_export import context_length, export_gguf, load_gguf
+
+    if not is_exact:
+        unrounded = path.with_name(f"{path.name}.f32")
+        export_gguf(checkpoint, unrounded, file_type="f32")
+        compare_gguf(checkpoint, unrounded, input_ids, is_exact=True)
+        unrounded.unlink()
 
     input_ids = input_ids[:, : context_length(checkpoint.config)]
-    config = copy.deepcopy(checkpoint.config)
-    config.router_jitter_noise = 0.0
-    model = load_model(dataclasses.replace(checkpoint, config=config), DTYPE)
-    shift = 0 if config.router_estimator == "gshard" else GGUF_ROUTER_SHIFT
+    model = load_model(without_near_ties(checkpoint), DTYPE)
+    shift = 0 if checkpoint.config.router_estimator == "gshard" else GGUF_ROUTER_SHIFT
     before, after = compute(model, input_ids), compute(load_gguf(path, DTYPE, router_shift=shift), input_ids)
     # Centring takes the mean out of the residual stream; it is not lost, because every norm takes it out.
     residual = [name for name in before if name not in ("norm", "logits")]
@@ -167,7 +186,8 @@ def compare(before: Layers, after: Layers, tolerance: float = TOLERANCE) -> floa
         ConversionError: something differs by more than `tolerance`; names the first module where it does.
     """
     for name, expected in before.items():
-        difference = ((after[name] - expected).abs().max() / expected.abs().max()).item()
+        largest = (after[name] - expected).abs().max()
+        difference = 0.0 if largest == 0 else (largest / expected.abs().max()).item()
         if not difference <= tolerance:  # NaN, too
             raise ConversionError(
                 f"the check failed: the converted model differs first in {name}, by {difference:.2g} (relative, up to "

@@ -64,14 +64,20 @@ def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
 
 
 def phimoe_notes(config: GrinMoeConfig) -> list[str]:
-    """Where the libraries that read a phimoe checkpoint compute something else (as of vLLM's and SGLang's `phimoe.py`
-    of 2026)."""
+    """Where the libraries that read a phimoe checkpoint compute something else (vLLM's and SGLang's `phimoe.py`, 2026,
+    and transformers 5)."""
     notes = []
     if config.router_jitter_noise != SGLANG_JITTER:
         notes.append(f"SGLang computes with router_jitter_noise={SGLANG_JITTER}, not {config.router_jitter_noise}")
-    for field, wanted in (("attention_bias", True), ("lm_head_bias", True), ("tie_word_embeddings", False)):
-        if getattr(config, field) != wanted:
-            notes.append(f"vLLM and SGLang build the model with {field}={wanted} and will not load it right")
+    window = config.sliding_window
+    if window is not None and window + 1 < config.max_position_embeddings:
+        notes.append(f"SGLang has no sliding window: right up to {window + 1} tokens only")
+    if not config.lm_head_bias:
+        notes.append("vLLM and SGLang build a bias of the head and will not find it")
+    if not config.attention_bias:
+        notes.append("vLLM builds biases of the attention and will not find them")
+    if config.tie_word_embeddings:
+        notes.append("vLLM builds a head of its own and will not find it: the embeddings are tied")
     rope = config.rope_parameters or {}
     if rope.get("rope_type") == "longrope":
         limit = rope["original_max_position_embeddings"]

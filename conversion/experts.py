@@ -147,7 +147,9 @@ def with_experts(
     config = copy.deepcopy(checkpoint.config)
     config.num_local_experts, config.num_experts_per_tok = num_experts, top_k
     names = HUB.groups(config, model_class_of(checkpoint.tensors))
-    return replace(checkpoint, form="experts", config=config, tensors={name: tensor_of(name) for name in names})
+    return replace(
+        checkpoint, form="experts", is_standard=False, config=config, tensors={name: tensor_of(name) for name in names}
+    )
 
 
 def replace_load(source: StoredTensor, shape: tuple[int, ...], load: Callable[[], torch.Tensor]) -> StoredTensor:

@@ -132,6 +132,9 @@ def released_tensors(
             f"{where}: the config says num_hidden_layers={config.num_hidden_layers}, but there are only {len(found)} "
             "tensors"
         )
+    num_experts = config.num_local_experts
+    if num_experts > len(found) and not any(tensor.shape[:1] == (num_experts,) for tensor in found.values()):
+        raise ConversionError(f"{where}: the config says num_local_experts={num_experts}, but no layer has so many")
     model_class = model_class_of(found)
     # The form that knows most of the names.
     form, groups = max(
@@ -152,7 +155,7 @@ def released_tensors(
     extra = [name for name in found if name not in groups]
     if config.tie_word_embeddings and "lm_head.weight" in extra and not problems:
         extra.remove("lm_head.weight")
-        embeddings = found["model.embed_tokens.weight"]
+        embeddings = next(tensor for name, tensor in found.items() if name.endswith("embed_tokens.weight"))
         if not torch.equal(found["lm_head.weight"].read(), embeddings.read()):
             problems.append(
                 "lm_head.weight differs from model.embed_tokens.weight though the config ties them "

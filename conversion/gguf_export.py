@@ -484,7 +484,7 @@ def write_tensors(path: Path, header: bytes, parts: Sequence[Part], progress: Pr
     for part, squares in zip(parts, done, strict=False):
         part.squares = squares
     total = sum(part.target.nbytes // len(part.target.sources) for part in parts)
-    check_space(path.parent, total)
+    check_space(path, total)
 
     def advance(nbytes: int) -> None:
         progress(nbytes, total)

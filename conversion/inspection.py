@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
+from .adapters import ADAPTER_FILE, read_adapter
 from .checkpoint import Checkpoint
 from .forms import model_class_of
-from .headers import read_gguf_header
+from .headers import ADAPTER_CONFIG_FILE, GgufTensor, read_adapter_config, read_gguf_header
+from .pickles import find_dcp_folder, find_pickles
 from .sources import open_checkpoint
 from .tensors import ConversionError, FileTensor, StoredTensor, is_finite
 from .writing import Progress
 
-SIZES = (
+# What decides what a model computes.
+FIELDS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -29,9 +32,18 @@ SIZES = (
     "num_experts_per_tok",
     "max_position_embeddings",
     "sliding_window",
+    "hidden_act",
+    "rms_norm_eps",
+    "attention_bias",
+    "lm_head_bias",
+    "router_estimator",
     "router_jitter_noise",
+    "moe_output_scale",
     "tie_word_embeddings",
+    "rope_parameters",
 )
+VERIFIED = "every tensor is readable, and no value is NaN or infinite"
+GGUF_CHUNK_BYTES = 2**22
 
 
 @dataclass
@@ -39,7 +51,7 @@ class Inspection:
     """What is known of a checkpoint.
 
     Args:
-        config: its sizes, and what else decides what it computes.
+        config: the fields that decide what it computes; of a GGUF file its metadata, of an adapter peft's config.
         parameters, active_parameters: in all, and those that one token uses.
         dtypes: of the weights: name -> parameters.
         files: of the weights: name -> bytes.
@@ -74,7 +86,7 @@ def inspect(
     """Say what a checkpoint is.
 
     Args:
-        path: a folder in any form that `convert` reads, adapters aside, or a GGUF file.
+        path: a folder in any form that `convert` reads, or a GGUF file.
         verify: read every tensor, and name those with NaN or infinite values.
         against: another checkpoint, in whatever form, to compare with bit by bit.
         config, weights_only: as for `convert`.
@@ -83,8 +95,12 @@ def inspect(
         ConversionError: it cannot be opened: damaged, incomplete, or not of this architecture.
     """
     path = Path(path)
-    if path.is_file():
-        return inspect_gguf(path)
+    if against is not None and (path.is_file() or (path / ADAPTER_CONFIG_FILE).is_file()):
+        raise ConversionError(f"{path} can be inspected, and not be compared: give two checkpoints in folders")
+    if path.suffix == ".gguf":
+        return inspect_gguf(path, verify, progress)
+    if (path / ADAPTER_CONFIG_FILE).is_file():
+        return inspect_adapter(path, verify, progress)
     open_folder = partial(open_checkpoint, config=Path(config) if config else None, weights_only=weights_only)
     checkpoint = open_folder(path)
     found = describe(checkpoint)
@@ -95,7 +111,7 @@ def inspect(
         progress(done, passes * nbytes)
 
     if verify:
-        verify_tensors(checkpoint, found, advance)
+        verify_tensors(checkpoint.tensors.values(), found, advance)
     if against is not None:
         compare(checkpoint, open_folder(Path(against)), found, advance)
     return found
@@ -109,22 +125,27 @@ def describe(checkpoint: Checkpoint) -> Inspection:
     for name, tensor in tensors.items():
         dtypes[str(tensor.dtype).removeprefix("torch.")] += numel(tensor)
         expert_parameters += numel(tensor) if ".experts." in name else 0
-    # Without LongRoPE's hundred numbers.
-    rope = {key: value for key, value in (config.rope_parameters or {}).items() if not isinstance(value, list)}
-    paths = {tensor.path for tensor in tensors.values() if isinstance(tensor, FileTensor)}
     return Inspection(
         path=str(checkpoint.path),
         form=checkpoint.form,
         model=model_class_of(tensors).__name__,
-        config={name: getattr(config, name) for name in SIZES} | rope,
+        config={name: getattr(config, name) for name in FIELDS},
         parameters=dtypes.total(),
         active_parameters=active(
             dtypes.total(), expert_parameters, config.num_experts_per_tok, config.num_local_experts
         ),
         dtypes=dict(dtypes),
-        files={path.name: path.stat().st_size for path in sorted(paths)},
+        files=weight_files(checkpoint),
         checks=["every tensor that the config asks for is there once, with its shape, and no other"],
     )
+
+
+def weight_files(checkpoint: Checkpoint) -> dict[str, int]:
+    """The files that the tensors lie in: name -> bytes."""
+    paths = {tensor.path for tensor in checkpoint.tensors.values() if isinstance(tensor, FileTensor)}
+    if not paths:
+        paths = {*find_pickles(checkpoint.path)} or set((find_dcp_folder(checkpoint.path) or Path()).glob("*.distcp"))
+    return {path.name: path.stat().st_size for path in sorted(paths)}
 
 
 def numel(tensor: StoredTensor) -> int:
@@ -136,9 +157,9 @@ def active(parameters: int, expert_parameters: int, top_k: int, num_experts: int
     return parameters - expert_parameters * (num_experts - top_k) // num_experts
 
 
-def verify_tensors(checkpoint: Checkpoint, found: Inspection, advance: Callable[[int], None]) -> None:
+def verify_tensors(tensors: Iterable[StoredTensor], found: Inspection, advance: Callable[[int], None]) -> None:
     """Read every tensor, and note those that hold what no weight should."""
-    for tensor in checkpoint.tensors.values():
+    for tensor in tensors:
         bad = 0
         for chunk in tensor.chunks():
             if not is_finite(chunk):
@@ -147,7 +168,7 @@ def verify_tensors(checkpoint: Checkpoint, found: Inspection, advance: Callable[
         if bad:
             found.problems.append(f"{tensor.where} holds {bad} NaN or infinite values")
     if not found.problems:
-        found.checks.append("every tensor is readable, and no value is NaN or infinite")
+        found.checks.append(VERIFIED)
 
 
 def compare(one: Checkpoint, other: Checkpoint, found: Inspection, advance: Callable[[int], None]) -> None:
@@ -158,20 +179,25 @@ def compare(one: Checkpoint, other: Checkpoint, found: Inspection, advance: Call
         if a is None or b is None or a.shape != b.shape:
             found.difference[name] = None
         elif a.dtype != b.dtype or not all(map(same_bits, a.chunks(), b.chunks())):
-            found.difference[name] = (a.read().double() - b.read().double()).abs().max().item()
+            largest = (a.read().double() - b.read().double()).abs().max().item()
+            found.difference[name] = largest if math.isfinite(largest) else None
         advance(a.nbytes if a else 0)
-    if not found.difference:
-        found.checks.append(f"every tensor has the same dtype and bits as in {other.path} ({other.form})")
+    which = f"{other.path} ({other.form})"
+    for name in FIELDS:
+        if (ours := getattr(one.config, name)) != (theirs := getattr(other.config, name)):
+            found.problems.append(f"config: {name} is {ours}, and {theirs} in {which}")
+    if found.difference:
+        found.problems.append(f"{len(found.difference)} tensor(s) differ from those in {which}")
     else:
-        found.problems.append(f"{len(found.difference)} tensor(s) differ from those in {other.path} ({other.form})")
+        found.checks.append(f"every tensor has the same dtype and bits as in {which}")
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-def inspect_gguf(path: Path) -> Inspection:
-    """What a GGUF file says of itself."""
+def inspect_gguf(path: Path, verify: bool, progress: Progress) -> Inspection:
+    """What a GGUF file says of itself; with `verify`, whether its values are finite once they are dequantised."""
     metadata, tensors = read_gguf_header(path)
     architecture = str(metadata.get("general.architecture"))
     types: Counter[str] = Counter()
@@ -179,17 +205,69 @@ def inspect_gguf(path: Path) -> Inspection:
     for name, tensor in tensors.items():
         types[tensor.type.name] += math.prod(tensor.shape)
         expert_parameters += math.prod(tensor.shape) if "_exps." in name else 0
-    top_k, num_experts = (metadata.get(f"{architecture}.expert{key}_count", 1) for key in ("_used", ""))
-    if not 0 < top_k <= num_experts:
-        raise ConversionError(f"{path}: {architecture}.expert_used_count={top_k} of {num_experts} experts")
-    return Inspection(
+    top_k, num_experts = (metadata.get(f"{architecture}.expert{key}_count", 0) for key in ("_used", ""))
+    if not (type(top_k) is type(num_experts) is int and 0 <= top_k <= num_experts):
+        counts = f"expert_used_count={top_k!r:.50} and {architecture}.expert_count={num_experts!r:.50}"
+        raise ConversionError(f"{path}: {architecture}.{counts} are no counts of experts")
+    found = Inspection(
         path=str(path),
         form="gguf",
         model=architecture,
         config={key: value for key, value in metadata.items() if not isinstance(value, list)},
         parameters=types.total(),
-        active_parameters=active(types.total(), expert_parameters, top_k, num_experts),
+        active_parameters=active(types.total(), expert_parameters, top_k or 1, num_experts or 1),
         dtypes=dict(types),
         files={path.name: path.stat().st_size},
         checks=["the header agrees with the file"],
     )
+    if verify:
+        verify_gguf(path, tensors, found, progress)
+    return found
+
+
+def verify_gguf(path: Path, tensors: Mapping[str, GgufTensor], found: Inspection, progress: Progress) -> None:
+    """Dequantise every tensor, some blocks at a time, and note those that are not finite."""
+    import gguf
+    import numpy as np
+
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        _, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
+        step = GGUF_CHUNK_BYTES // block_bytes * block_bytes
+        for start in range(0, tensor.nbytes, step):
+            nbytes = min(step, tensor.nbytes - start)
+            data = np.fromfile(path, np.uint8, nbytes, offset=tensor.offset + start)
+            try:
+                is_sound = np.isfinite(gguf.dequantize(data, tensor.type)).all()
+            except NotImplementedError as error:
+                raise ConversionError(f"{path}: {name} is of type {tensor.type.name}, which cannot be read") from error
+            if not is_sound:
+                found.problems.append(f"{name} in {path} holds NaN or infinite values")
+                break
+            progress(nbytes, total)
+    if not found.problems:
+        found.checks.append(VERIFIED)
+
+
+def inspect_adapter(path: Path, verify: bool, progress: Progress) -> Inspection:
+    """What a LoRA adapter's config and headers say."""
+    config = read_adapter_config(path)
+    tensors = read_adapter(path)
+    dtypes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        dtypes[str(tensor.dtype).removeprefix("torch.")] += numel(tensor)
+    found = Inspection(
+        path=str(path),
+        form="adapter",
+        model=f"LoRA for {config['base_model_name_or_path']}",
+        config={name: value for name, value in config.items() if value not in (None, [], {}, False)},
+        parameters=dtypes.total(),
+        active_parameters=dtypes.total(),
+        dtypes=dict(dtypes),
+        files={ADAPTER_FILE: (path / ADAPTER_FILE).stat().st_size},
+        checks=["the config and the header of the weights are sound"],
+    )
+    if verify:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        verify_tensors(tensors.values(), found, lambda done: progress(done, total))
+    return found

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .forms import released_tensors
-from .headers import find_tensors, read_config, read_json
+from .headers import INDEX_FILE, WEIGHTS_FILE, find_tensors, read_config, read_json
 from .pickles import find_dcp_folder, find_pickles, read_dcp, read_pickles
 from .tensors import ConversionError, StoredTensor
 
@@ -43,7 +43,11 @@ def open_checkpoint(path: Path, *, config: Path | None = None, weights_only: boo
         raise ConversionError(f"{config_folder} has no config.json: give the folder of one with --config")
     model_config = read_config(config_folder)
     layout, _, tensors = released_tensors(found, model_config, str(path))
+    is_standard = not form and config is None and any((path / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+    is_standard &= layout.name != "stock" and any(
+        name in found for name in ("model.embed_tokens.weight", "embed_tokens.weight")
+    )
     if not form:
         is_phimoe = layout.name == "hub" and read_json(config_folder / "config.json").get("model_type") == "phimoe"
         form = "phimoe" if is_phimoe else layout.name
-    return Checkpoint(path, form, model_config, tensors)
+    return Checkpoint(path, form, model_config, tensors, is_standard)

@@ -4,6 +4,7 @@ Killed at any moment, a conversion leaves no destination or a whole one, and bes
 """
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from .forms import Groups
 from .headers import SAFETENSORS_DTYPES
 from .tensors import ConversionError, StoredTensor, is_finite
 
+LOCK = "lock"  # of the process that writes in the folder
 PLAN = "plan.json"  # what is being made of what: only the same conversion is gone on with
 RESULT = "result"
 NUM_THREADS = 2  # one reads while the other writes
@@ -30,6 +32,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 Progress = Callable[[int, int], None]
 """Called from any thread with the bytes that have been written since the last call, and with those in all."""
+
+
+class NotEnoughSpace(ConversionError):
+    """The disk has no room for what is still to be written; nothing of it has been."""
 
 
 @contextmanager
@@ -43,33 +49,57 @@ def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Pa
         resume: go on with what an interrupted conversion with the same plan has left.
 
     Raises:
-        ConversionError: an interrupted conversion is in the way, or another one is to be gone on with.
+        ConversionError: another process is making the destination; an interrupted conversion is in the way, or
+            another one is to be gone on with; the destination has appeared meanwhile; or the disk is full.
     """
     folder = destination.with_name(f".{destination.name}.incomplete")
-    if folder.exists():
-        check_resumable(folder, plan, resume)
+    was_interrupted = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.part").write_text(json.dumps(plan), encoding="utf-8")
-    (folder / "plan.part").rename(folder / PLAN)
-    try:
-        yield folder / RESULT
-        (folder / RESULT).rename(destination)
-    except OSError as error:
-        shutil.rmtree(folder)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConversionError(f"{destination}: the disk is full; nothing has been left there") from error
-        raise
-    except Exception:
-        shutil.rmtree(folder)
-        raise
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, by a kill, too
+        except BlockingIOError as error:
+            raise ConversionError(f"{destination} is being made by another process: let it end") from error
+        if was_interrupted:
+            check_resumable(folder, plan, resume)
+        try:
+            (folder / "plan.part").write_text(json.dumps(plan), encoding="utf-8")
+            (folder / "plan.part").rename(folder / PLAN)
+            yield folder / RESULT
+        except NotEnoughSpace:
+            if not was_interrupted:
+                shutil.rmtree(folder)
+            raise
+        except Exception as error:
+            shutil.rmtree(folder)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ConversionError(f"{destination}: the disk is full; nothing has been left there") from error
+            raise
+        publish(folder / RESULT, destination)
     shutil.rmtree(folder)
 
 
-def check_destination(destination: Path, source: Path) -> None:
-    """Raise ConversionError unless `destination` can be made."""
+def publish(result: Path, destination: Path) -> None:
+    """Give a file or folder its name; never instead of another that has come to be there."""
+    try:
+        if result.is_dir():
+            result.rename(destination)  # fails for a folder with something in it
+        else:
+            os.link(result, destination)  # where a rename would replace what is there
+    except OSError as error:
+        if destination.exists():
+            raise ConversionError(
+                f"{destination} has appeared meanwhile: move it away, and give {result}, which is complete, its name"
+            ) from error
+        result.rename(destination)  # on a disk without hard links
+
+
+def check_destination(destination: Path, source: Path, *, is_file: bool) -> None:
+    """Raise ConversionError unless `destination` can be made: an empty folder may be there, if it is to be one."""
     if destination == source or source in destination.parents:
         raise ConversionError(f"the destination {destination} lies in the source: give another one")
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+    is_empty = destination.is_dir() and not any(destination.iterdir())
+    if destination.exists() and (is_file or not is_empty):
         raise ConversionError(f"{destination} exists: give another destination, or move it away")
 
 
@@ -77,8 +107,7 @@ def check_resumable(folder: Path, plan: dict[str, Any], resume: bool) -> None:
     """Raise ConversionError unless `folder` holds a conversion with the same plan that is to be gone on with."""
     if not resume:
         raise ConversionError(
-            f"{folder} is left of a conversion that was interrupted, or is still running: go on with it by --resume, "
-            "or delete it"
+            f"{folder} is left of a conversion that was interrupted: go on with it by --resume, or delete it"
         )
     if not (folder / PLAN).exists():  # killed before anything else was written
         return
@@ -91,19 +120,21 @@ def check_resumable(folder: Path, plan: dict[str, Any], resume: bool) -> None:
         raise ConversionError(f"{folder} was begun with another {' and '.join(changed)}: delete it, and start anew")
 
 
-def fingerprint(folder: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a folder's files: what is resumed must still have the same source."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+def fingerprint(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a folder's files, or a file's: what is resumed must still have the same source."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [(os.path.relpath(file, path), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def check_space(folder: Path, nbytes: int) -> None:
-    """Raise ConversionError unless `nbytes` more fit the disk, before anything is written."""
-    while not folder.exists():
-        folder = folder.parent
-    if (free := shutil.disk_usage(folder).free) < nbytes:
-        raise ConversionError(
-            f"{folder}: the disk is too full: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+def check_space(path: Path, nbytes: int) -> None:
+    """Raise NotEnoughSpace unless a file or folder of `nbytes` fits the disk, with what is there of it already."""
+    present = sum(file.stat().st_blocks * 512 for file in [path, *path.glob("*")] if file.exists())
+    folder = path.parent if not path.is_dir() else path
+    free = shutil.disk_usage(folder).free
+    if free + present < nbytes:
+        raise NotEnoughSpace(
+            f"{folder}: the disk is too full: {(nbytes - present) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are "
+            "free"
         )
 
 
@@ -159,7 +190,6 @@ def write_safetensors(
     tensors: Mapping[str, Output], folder: Path, max_shard_size: int | str, progress: Progress
 ) -> None:
     """Write safetensors files as `save_pretrained` names and splits them; those that are there already are kept."""
-    folder.mkdir(exist_ok=True)
     described = {name: torch.empty(made.shape, dtype=made.dtype, device="meta") for name, made in tensors.items()}
     split = split_torch_state_dict_into_shards(described, max_shard_size=max_shard_size)
     total = sum(made.nbytes for made in tensors.values())

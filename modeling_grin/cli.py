@@ -220,7 +220,9 @@ def convert(
             rich_help_panel=FORM,
         ),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="of one file of weights", rich_help_panel=FORM)] = "5GB",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="of one file of weights; 5GB by default", rich_help_panel=FORM)
+    ] = None,
     base: Annotated[
         Path | None, typer.Option(help="of an adapter: the base model's folder, instead of what its config names")
     ] = None,
@@ -235,12 +237,19 @@ def convert(
             rich_help_panel=MODEL_CHANGE,
         ),
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="of copies: experts per token", rich_help_panel=MODEL_CHANGE)] = 2,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="of copies: experts per token, by default 2", rich_help_panel=MODEL_CHANGE),
+    ] = None,
     noise: Annotated[
-        float,
-        typer.Option(min=0, help="on copies, relative to a matrix's standard deviation", rich_help_panel=MODEL_CHANGE),
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="of the noise and the new routers", rich_help_panel=MODEL_CHANGE)] = 0,
+        float | None,
+        typer.Option(
+            min=0, help="on copies, relative to a matrix's standard deviation; 0", rich_help_panel=MODEL_CHANGE
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="of the noise and the new routers; 0", rich_help_panel=MODEL_CHANGE)
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="text file to measure routing on: expert load; for gguf, near-ties")
     ] = None,
@@ -340,7 +349,8 @@ def inspect(
         table.add_row("dtypes", ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items()))
         size = f"{len(found.files)}, {sum(found.files.values()) / 1e9:.3f} GB"
         table.add_row("files", escape(f"{size}: {', '.join(list(found.files)[:3])}{' ...' * (len(found.files) > 3)}"))
-        table.add_row("config", escape(", ".join(f"{key}={value}" for key, value in found.config.items())))
+        shown = {key: value for key, value in found.config.items() if len(str(value)) < 200}  # no LongRoPE's factors
+        table.add_row("config", escape(", ".join(f"{key}={value}" for key, value in shown.items())))
         for check in found.checks:
             table.add_row("[green]right[/green]", escape(check))
         for problem in found.problems:

@@ -731,14 +731,20 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
         """As in transformers; as in its Phimoe, all keys are computed anew where LongRoPE changes its factors.
 
-        (Not after a prompt of `inputs_embeds`, whose tokens are not known here.)
+        The positions decide, as in GrinMoeRotaryEmbedding: left padding has columns, but no positions of its own.
+        (Keys stay where `input_ids` does not have all tokens of the cache: in a prompt of `inputs_embeds`, between the
+        chunks of a prompt, and where `generate` goes on from a cache with the new tokens alone.)
         """
         rope: dict[str, Any] = dict(self.config.rope_parameters or {})
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if rope["rope_type"] == "longrope" and (
-            0 < past_length <= rope["original_max_position_embeddings"] < input_ids.shape[1]
+        if (
+            rope["rope_type"] == "longrope"
+            and past_length
+            and next_sequence_length == input_ids.shape[1] - past_length
         ):
-            past_key_values = next_sequence_length = None
+            positions = kwargs.get("position_ids", torch.arange(input_ids.shape[1])[None])
+            if positions[:, :past_length].max() < rope["original_max_position_embeddings"] <= positions.max():
+                past_key_values = next_sequence_length = None
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, past_key_values, **kwargs)
 
     def create_masks_for_generate(

@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     write_card(trainer, arguments, dataset_name=hub_dataset(arguments))
     if arguments.lora_r and arguments.merge_adapter:
         save_merged(trainer)
+    trainer.accelerator.end_training()  # all ranks leave the process group before they exit
 
 
 if __name__ == "__main__":

@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.add_callback(RoutingCallback(trainer))
     train_and_save(trainer)
     write_card(trainer, arguments, dataset=hub_dataset(arguments))
+    trainer.accelerator.end_training()  # all ranks leave the process group before they exit
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from conversion import ConversionError, adapters, convert
+from conversion import ConversionError, adapters, convert, open_checkpoint
 from conversion.adapters import export_adapter, find_base, merge_adapter
+from modeling_grin import GrinMoeForCausalLM
 from modeling_grin.training.lora import add_lora
 
 LAYERS, EXPERTS, HIDDEN, FFN, RANK, ALPHA = 2, 3, 32, 24, 2, 5
@@ -76,7 +77,7 @@ def test_merged_tensors_are_sums_of_weights_and_products(base, tmp_path, linear,
     source = base
     if form == "fused":
         source = write_checkpoint(tmp_path / "base", CONFIG, fused(tensors, CONFIG))
-    checkpoint = merge_adapter(tmp_path / "adapter", source, None)
+    checkpoint = merge_adapter(tmp_path / "adapter", open_checkpoint(source), None)
     assert (checkpoint.form, checkpoint.path) == ("adapter", source)
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     for name in EXPERT_NAMES + OTHER_NAMES:
@@ -96,7 +97,7 @@ def test_merged_tensors_are_sums_of_weights_and_products(base, tmp_path, linear,
 def test_the_dtype_that_is_merged_in(base, tmp_path):
     train_adapter(base, tmp_path)
     for dtype, expected in ((torch.bfloat16, torch.bfloat16), (None, torch.float32)):
-        checkpoint = merge_adapter(tmp_path, base, dtype)
+        checkpoint = merge_adapter(tmp_path, open_checkpoint(base), dtype)
         assert {tensor.read().dtype for tensor in checkpoint.tensors.values()} == {expected}
 
 
@@ -107,8 +108,8 @@ def test_a_merge_that_loses_the_adapter_is_refused(base, tmp_path):
     weights = {name: 1e-4 * tensor if "lora_B" in name else tensor for name, tensor in weights.items()}
     save_file(weights, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ConversionError, match=rf"{tmp_path}: the merge is refused: rounding .* loses"):
-        merge_adapter(tmp_path, base, torch.bfloat16)
-    merge_adapter(tmp_path, base, None)
+        merge_adapter(tmp_path, open_checkpoint(base), torch.bfloat16)
+    merge_adapter(tmp_path, open_checkpoint(base), None)
 
 
 def test_a_head_that_was_trained_in_full(tmp_path):
@@ -121,7 +122,7 @@ def test_a_head_that_was_trained_in_full(tmp_path):
     head = torch.randn(3, HIDDEN)
     model.base_model.model.score.modules_to_save["default"].weight.data.copy_(head)
     model.save_pretrained(tmp_path / "adapter")
-    merged = merge_adapter(tmp_path / "adapter", base, None)
+    merged = merge_adapter(tmp_path / "adapter", open_checkpoint(base), None)
     assert torch.equal(merged.tensors["score.weight"].read(), head)
 
 
@@ -152,7 +153,7 @@ def test_an_adapter_that_fits_in_part_is_refused(base, tmp_path, change, message
     change(weights)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ConversionError, match=rf"(?s){tmp_path} .*{message}"):
-        merge_adapter(tmp_path, base, None)
+        merge_adapter(tmp_path, open_checkpoint(base), None)
 
 
 def test_other_files_of_adapters(base, tmp_path, monkeypatch):
@@ -164,12 +165,12 @@ def test_other_files_of_adapters(base, tmp_path, monkeypatch):
         find_base(tmp_path / "adapter", None)
     edit(tmp_path / "adapter", target_modules=["nothing"], target_parameters=None)
     with pytest.raises(ConversionError, match=f"{tmp_path}/adapter does not fit {base}: Target modules"):
-        merge_adapter(tmp_path / "adapter", base, None)
+        merge_adapter(tmp_path / "adapter", open_checkpoint(base), None)
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     torch.save(weights, tmp_path / "adapter" / "adapter_model.bin")
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(ConversionError, match=r"has no adapter_model\.safetensors"):
-        merge_adapter(tmp_path / "adapter", base, None)
+        merge_adapter(tmp_path / "adapter", open_checkpoint(base), None)
 
 
 def test_a_config_that_names_code_is_refused(base, tmp_path, monkeypatch):
@@ -178,7 +179,7 @@ def test_a_config_that_names_code_is_refused(base, tmp_path, monkeypatch):
     train_adapter(base, tmp_path / "adapter")
     edit(tmp_path / "adapter", megatron_config={"a": 1}, megatron_core="named_by_adapter")
     with pytest.raises(ConversionError, match=r"(?s)does not fit .*named_by_adapter.* security risk"):
-        merge_adapter(tmp_path / "adapter", base, None)
+        merge_adapter(tmp_path / "adapter", open_checkpoint(base), None)
     assert not (tmp_path / "it_ran").exists()
 
 
@@ -215,7 +216,7 @@ def test_export_to_single_experts(base, tmp_path, settings):
     torch.testing.assert_close(logits(exported), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     with model.disable_adapter():
         assert (logits(model) - expected).norm() > 0.05 * expected.norm()
-    merged = [merge_adapter(tmp_path / kind, base, None).tensors for kind in ("fused", "linear")]
+    merged = [merge_adapter(tmp_path / kind, open_checkpoint(base), None).tensors for kind in ("fused", "linear")]
     for name, tensor in merged[0].items():
         torch.testing.assert_close(merged[1][name].read(), tensor.read(), rtol=1e-6, atol=1e-6)
 
@@ -291,3 +292,32 @@ def test_exports_of_nothing(base, tmp_path):
     with pytest.raises(ConversionError, match=r"other has no adapter_model\.safetensors"):
         adapters.export_adapter(other, base, tmp_path / "result")
     assert not (tmp_path / "result").exists()
+
+
+def test_a_base_of_mixed_dtypes_needs_one(tmp_path):
+    """Merging computes in one dtype; which, is the user's to say."""
+    config = released_config(torch_dtype="float32")
+    tensors = released_tensors(config)
+    base = write_checkpoint(tmp_path / "base", config, tensors)
+    add_lora(GrinMoeForCausalLM.from_pretrained(base), r=2).save_pretrained(tmp_path / "lora")
+    tensors = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    mixed = write_checkpoint(tmp_path / "mixed", config, tensors)
+    with pytest.raises(ConversionError, match=r"torch.bfloat16, torch.float32: choose one with --dtype"):
+        convert(tmp_path / "lora", tmp_path / "merged", to="hub", base=mixed)
+
+
+def test_the_adapters_tokenizer_is_the_one(tmp_path, trained_tokenizer):
+    """Training may have changed the base's chat template."""
+    config = released_config(torch_dtype="float32", vocab_size=1024)
+    base = write_checkpoint(tmp_path / "base", {**config, "torch_dtype": "bfloat16"}, released_tensors(config))
+    trained_tokenizer.save_pretrained(base)
+    adapted = add_lora(GrinMoeForCausalLM.from_pretrained(base, dtype="float32"), r=2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "lora")
+    (tmp_path / "lora" / "chat_template.jinja").write_text("{{ messages }}")
+    report = convert(tmp_path / "lora", tmp_path / "merged", to="hub", base=base)
+    assert "tokenizer.json" in report.carried and "adapter_config.json" in report.left
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float32}

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from checkpoints import fused, released_config, released_tensors, write_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PhimoeForCausalLM, PhimoeForSequenceClassification, PhimoeModel
 
 from conversion import ConversionError, convert, open_checkpoint
@@ -236,12 +236,95 @@ def test_wrappers_prefixes(tmp_path):
     config = released_config()
     tensors = released_tensors(config)
     wrapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
-    convert(write_checkpoint(tmp_path / "wrapped", config, wrapped), tmp_path / "result", to="hub", check=False)
+    convert(write_checkpoint(tmp_path / "wrapped", config, wrapped), tmp_path / "result", to="hub")
     assert_same(read_all(tmp_path / "result"), tensors)
     wrapped["model.norm.bias"] = tensors["model.norm.bias"].clone()
     source = write_checkpoint(tmp_path / "twice", config, wrapped)
     with pytest.raises(ConversionError, match=r"twice: as model\.norm\.bias and as module\.model\.norm\.bias"):
         convert(source, tmp_path / "other", to="hub")
+
+
+def test_files_that_transformers_does_not_read(tmp_path):
+    """A config that lies elsewhere, a file of another name: converted and checked all the same."""
+    config = released_config()
+    tensors = released_tensors(config)
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    (tmp_path / "configs").mkdir()
+    (source / "config.json").rename(tmp_path / "configs" / "config.json")
+    (source / "model.safetensors").rename(source / "weights.safetensors")
+    report = convert(source, tmp_path / "result", to="fused", config=tmp_path / "configs")
+    assert report.difference == 0
+    assert_same(read_all(tmp_path / "result"), fused(tensors, config))
+
+
+def test_dtypes_are_those_of_the_files(tmp_path):
+    """Not the config's: float32 tensors under `torch_dtype: bfloat16` are compared, and written, as float32."""
+    config = released_config(torch_dtype="float32")
+    tensors = released_tensors(config)
+    source = write_checkpoint(tmp_path / "source", {**config, "torch_dtype": "bfloat16"}, tensors)
+    for to in ("fused", "phimoe"):
+        assert convert(source, tmp_path / to, to=to).difference < 1e-6
+        assert json.loads((tmp_path / to / "config.json").read_text())["dtype"] == "float32"
+    assert_same(read_all(tmp_path / "phimoe"), tensors)
+
+
+def test_a_model_whose_head_is_zero(tmp_path):
+    config = released_config(lm_head_bias=False)
+    tensors = released_tensors(config)
+    tensors["lm_head.weight"].zero_()
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    assert convert(source, tmp_path / "result", to="fused").difference == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "notes"),
+    [
+        ({"sliding_window": None}, []),
+        ({}, ["SGLang has no sliding window: right up to 2048 tokens"]),
+        ({"sliding_window": 4095, "router_jitter_noise": 0.05}, ["SGLang computes with router_jitter_noise=0.01"]),
+        ({"sliding_window": None, "lm_head_bias": False}, ["vLLM and SGLang build a bias of the head"]),
+        ({"sliding_window": None, "attention_bias": False}, ["vLLM builds biases of the attention"]),
+        ({"sliding_window": None, "tie_word_embeddings": True}, ["vLLM builds a head of its own"]),
+    ],
+)
+def test_what_the_readers_of_phimoe_compute_otherwise_is_said(tmp_path, changes, notes):
+    config = released_config(**changes)
+    source = write_checkpoint(tmp_path / "source", config, released_tensors(config))
+    found = convert(source, tmp_path / "result", to="phimoe").notes
+    assert len(found) == len(notes) and all(map(str.startswith, found, notes))
+
+
+def test_configs_of_absurd_sizes(tmp_path):
+    """Refused before anything of that size is made."""
+    config = released_config()
+    tensors = released_tensors(config)
+    for field in ("num_hidden_layers", "num_local_experts"):
+        source = write_checkpoint(tmp_path / field, {**config, field: 90_000}, tensors)
+        with pytest.raises(ConversionError, match=f"the config says {field}=90000"):
+            open_checkpoint(source)
+
+
+def test_folds_that_are_wrong_are_refused(tmp_path, source, monkeypatch):
+    """Whatever the file's type, whose rounding would hide them."""
+    from gguf.constants import MODEL_TENSOR
+
+    from conversion import gguf_export
+
+    monkeypatch.delitem(gguf_export.CENTRED, MODEL_TENSOR.FFN_DOWN_EXP)
+    for dtype in ("f32", "q8_0"):
+        with pytest.raises(ConversionError, match=r"differs first in layers\.0"):
+            convert(source, tmp_path / "result.gguf", to="gguf", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    monkeypatch.undo()
+    report = convert(source, tmp_path / "result.gguf", to="gguf", dtype="q8_0")
+    assert 1e-4 < report.difference < 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.gguf", "source"]
+
+
+def test_gshard_needs_no_router_shift(tmp_path):
+    config = released_config(router_estimator="gshard")
+    source = write_checkpoint(tmp_path / "source", config, released_tensors(config))
+    assert convert(source, tmp_path / "result.gguf", to="gguf", dtype="f32").difference < 1e-5
 
 
 def test_a_head_that_is_tied_and_there(tmp_path):
@@ -274,11 +357,25 @@ def source(tmp_path):
         ("result", {"num_experts": 3}, "--calibration"),
         ("result", {"calibration": "nowhere.txt"}, "nowhere.txt"),
         ("result", {"config": "nowhere"}, "nowhere"),
+        ("result", {"to": "gguf"}, "ends with .gguf"),
+        ("folder.gguf", {"to": "gguf"}, "folder.gguf exists"),
+        *(
+            ("result", {"max_shard_size": size}, "max_shard_size=.* is no size")
+            for size in ("0", "-1GB", "5 apples", 0)
+        ),
+        ("x.gguf", {"to": "gguf", "max_shard_size": "1GB"}, "max_shard_size=1GB would have no effect"),
+        ("result", {"top_k": 3}, "top_k=3 would have no effect.*num_experts"),
+        ("result", {"noise": 0.1}, "noise=0.1 would have no effect"),
+        ("result", {"seed": 1}, "seed=1 would have no effect"),
+        ("result", {"base": "."}, "base=. would have no effect: the source is no adapter"),
+        ("result", {"calibration": __file__}, "calibration=.* would have no effect"),
+        ("result", {"calibration": __file__, "num_experts": 3, "top_k": 1}, "top_k=1 would have no effect: of 6"),
     ],
 )
 def test_arguments_that_are_wrong(tmp_path, source, destination, arguments, message):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("kept")
+    (tmp_path / "folder.gguf").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConversionError, match=message):
         convert(source, tmp_path / destination, **{"to": "hub", **arguments})
@@ -297,9 +394,11 @@ def test_what_lies_beside_the_weights(tmp_path, source, trained_tokenizer):
         (source / name).write_text("{}")
     for name in ("modeling_grinmoe.py", "training_args.bin"):
         (source / name).write_text("not carried")
+    (source / "logs").mkdir()
+    save_file({"x": torch.ones(2)}, source / "other.safetensors")
     report = convert(source, tmp_path / "result", to="phimoe")
     assert set(report.carried) >= {"tokenizer.json", "generation_config.json", "README.md", "LICENSE"}
-    assert report.left == ["modeling_grinmoe.py", "training_args.bin"]
+    assert report.left == ["logs", "modeling_grinmoe.py", "other.safetensors", "training_args.bin"]
     for name in report.carried:
         if name != "tokenizer_config.json":
             assert (tmp_path / "result" / name).read_bytes() == (source / name).read_bytes()
@@ -314,6 +413,8 @@ def test_stock_transformers_reads_the_tokenizer(tmp_path, source, request, kind)
         for path in request.getfixturevalue("real_tokenizer_dir").iterdir():
             (source / path.name).write_bytes(path.read_bytes())
     convert(source, tmp_path / "result", to="phimoe")
+    settings = json.loads((tmp_path / "result" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "auto_map" not in settings
     text = "Hello,   world!<|end|>\n<|assistant|>\nfoo\tbar  \u2028é漢🙂"
     code = (
         "import sys; from transformers import AutoTokenizer as auto; "

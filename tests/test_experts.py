@@ -269,3 +269,28 @@ def test_upcycled_through_convert(tmp_path):
     dense, mixture = load(source, torch.float64), load(tmp_path / "hub", torch.float64)
     mixture.config.router_jitter_noise = 0.0
     assert relative_error(run(mixture).logits, run(dense).logits) < 1e-6
+
+
+def test_copies_that_are_not_scaled_are_refused(tmp_path, monkeypatch):
+    """The proof is part of the conversion."""
+    source = write_dense(tmp_path / "dense")
+    monkeypatch.setattr("conversion.experts.DOWN_PROJECTION", "none")
+    with pytest.raises(ConversionError, match=r"differs first in layers\.0"):
+        convert(source, tmp_path / "hub", to="hub", num_experts=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_near_ties_of_copies_are_reported(tmp_path):
+    source = write_dense(tmp_path / "dense", router_jitter_noise=0.3)
+    [_, note] = convert(source, tmp_path / "hub", to="hub", num_experts=4).notes
+    dense, mixture = load(source, torch.float64), load(tmp_path / "hub", torch.float64)
+    ids = torch.randint(131, (4, 64), generator=torch.Generator().manual_seed(0))  # the check's
+    expected, found = run(dense, ids).logits, run(mixture, ids).logits
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    assert difference > 0.01 and f"change them by {difference:.2g} " in note
+
+
+@pytest.mark.parametrize("estimator", ["sparsemixer_v2_paper", "sparsemixer_v2_star"])
+def test_copies_under_the_other_estimators(tmp_path, estimator):
+    source = write_dense(tmp_path / "dense", router_estimator=estimator)
+    assert convert(source, tmp_path / "hub", to="hub", num_experts=3).difference < 1e-6

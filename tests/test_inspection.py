@@ -6,13 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from checkpoints import fused, released_config, released_tensors, write_checkpoint
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from conversion import ConversionError, convert, inspect
+from modeling_grin import GrinMoeForCausalLM
 from modeling_grin.cli import app
+from modeling_grin.training import add_lora
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,6 +104,65 @@ def test_what_differs(tmp_path, folder, tensors):
     write_checkpoint(tmp_path / "smaller", smaller, released_tensors(smaller))
     changed = inspect(tmp_path / "smaller", against=folder).difference
     assert changed["model.layers.1.self_attn.q_proj.bias"] is None
+
+
+def test_configs_that_differ(tmp_path, folder, tensors):
+    """The same weights under another window are another model."""
+    write_checkpoint(tmp_path / "other", released_config(sliding_window=3, rope_theta=5.0), tensors)
+    problems = inspect(tmp_path / "other", against=folder).problems
+    assert [problem.partition(" is ")[0] for problem in problems] == [
+        "config: sliding_window",
+        "config: rope_parameters",
+    ]
+
+
+def test_files_of_pickles(tmp_path, tensors):
+    (tmp_path / "config.json").write_text(json.dumps(released_config()))
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    found = inspect(tmp_path, weights_only=True, verify=True)
+    assert found.form == "pickle"
+    assert found.files == {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").stat().st_size}
+
+
+def test_gguf(tmp_path, folder):
+    convert(folder, tmp_path / "model.gguf", to="gguf", dtype="f32")
+    found = inspect(tmp_path / "model.gguf", verify=True)
+    # Two of the sixths of all experts; what is added to the release are the norms' and biases' zeros, here none.
+    assert (found.form, found.model, found.problems) == ("gguf", "phimoe", [])
+    assert found.parameters == inspect(folder).parameters
+    assert found.active_parameters == inspect(folder).active_parameters
+    assert found.config["phimoe.context_length"] == 2048
+    with pytest.raises(ConversionError, match="not be compared"):
+        inspect(tmp_path / "model.gguf", against=folder)
+    with (tmp_path / "model.gguf").open("r+b") as file:
+        file.seek(-4000, os.SEEK_END)
+        file.write(b"\xff" * 64)
+    assert inspect(tmp_path / "model.gguf").problems == []
+    [problem] = inspect(tmp_path / "model.gguf", verify=True).problems
+    assert "holds NaN or infinite values" in problem
+
+
+@pytest.mark.parametrize("value", ["many", 2.5, -1])
+def test_gguf_counts_that_are_none(tmp_path, value):
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "phimoe")
+    add = {str: writer.add_string, float: writer.add_float32, int: writer.add_int32}[type(value)]
+    add("phimoe.expert_count", value)
+    writer.add_uint32("phimoe.expert_used_count", 1)
+    writer.add_tensor("x", np.zeros(4, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ConversionError, match=r"phimoe.expert_used_count=1 and phimoe.expert_count=.* are no counts"):
+        inspect(tmp_path / "x.gguf")
+
+
+def test_adapter(tmp_path, folder):
+    add_lora(GrinMoeForCausalLM.from_pretrained(folder, dtype="float32"), r=3).save_pretrained(tmp_path / "lora")
+    found = inspect(tmp_path / "lora", verify=True)
+    assert (found.form, found.config["r"], found.problems) == ("adapter", 3, [])
+    assert found.parameters == sum(t.numel() for t in load_file(tmp_path / "lora/adapter_model.safetensors").values())
+    assert "adapter" in grin_moe("inspect", tmp_path / "lora")
 
 
 def test_other_folders_are_refused(tmp_path, folder):

@@ -98,7 +98,7 @@ def test_killed_at_any_moment(context, source, expected, tmp_path):
             continue
         done = {path: path.stat().st_mtime_ns for path in staging.glob("result/*.safetensors")}
         left["files" if done else "begun"] += 1
-        with pytest.raises(ConversionError, match="interrupted, or is still running: go on with it by --resume"):
+        with pytest.raises(ConversionError, match="was interrupted: go on with it by --resume"):
             convert(source, destination, **ARGUMENTS)
         convert(source, destination, **ARGUMENTS, resume=True)
         assert digest(destination) == expected
@@ -146,6 +146,21 @@ def test_resume_without_anything_to_resume(source, tmp_path, expected):
     assert digest(tmp_path / "result") == expected
 
 
+def test_another_calibration_text_is_noticed(tmp_path, trained_tokenizer):
+    """It decides which experts are kept."""
+    config = released_config(**{**SIZES, "vocab_size": 1024})
+    mine = write_checkpoint(tmp_path / "source", config, released_tensors(config))
+    trained_tokenizer.save_pretrained(mine)
+    text = tmp_path / "text"
+    text.write_text("import this")
+    arguments = {"to": "hub", "num_experts": 4, "calibration": text, "check": False}
+    with pytest.raises(KeyboardInterrupt):
+        convert(mine, tmp_path / "result", **arguments, progress=stop_after(1))
+    text.write_text("import that")
+    with pytest.raises(ConversionError, match="begun with another source"):
+        convert(mine, tmp_path / "result", **arguments, resume=True)
+
+
 FULL_DISK = """
 import sys
 from pathlib import Path
@@ -155,8 +170,22 @@ filler = (disk / "filler").open("wb", buffering=0)
 def progress(done, total):  # something else takes the room meanwhile
     if fill:
         filler.write(bytes(fill))
+def stop(done, total):  # Ctrl-C in the middle, to go on where there is room for the rest, but not for all of it
+    global written
+    written += done
+    if written > 9_000_000:
+        raise KeyboardInterrupt
 try:
-    convert(source, disk / "result", to="fused", check=False, progress=progress)
+    if fill < 0:
+        written = 0
+        try:
+            convert(source, disk / "result", to="fused", check=False, max_shard_size="1MB", progress=stop)
+        except KeyboardInterrupt:
+            pass
+        fill = 0
+        convert(source, disk / "result", to="fused", check=False, max_shard_size="1MB", resume=True)
+        print("gone on with")
+    convert(source, disk / "other", to="fused", check=False, progress=progress)
 except ConversionError as error:
     print(error)
 filler.close()
@@ -166,7 +195,11 @@ print(sorted(path.name for path in disk.iterdir()))
 
 @pytest.mark.parametrize(
     ("size", "fill", "message"),
-    [("8m", 0, "the disk is too full: 0.02 GB are needed"), ("24m", 2_000_000, "result: the disk is full; nothing")],
+    [
+        ("8m", 0, "the disk is too full: 0.02 GB are needed"),
+        ("24m", 2_000_000, "other: the disk is full; nothing"),
+        ("24m", -1, "gone on with"),
+    ],
 )
 def test_full_disk(source, tmp_path, size, fill, message):
     """On a file system of its own, too small from the start or filled by another meanwhile."""
@@ -180,7 +213,7 @@ def test_full_disk(source, tmp_path, size, fill, message):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert result.returncode == 0, result.stderr
     assert message in result.stdout
-    assert result.stdout.splitlines()[-1] == "['filler']"
+    assert result.stdout.splitlines()[-1] == ("['filler', 'result']" if fill < 0 else "['filler']")
 
 
 def test_errors_leave_nothing(source, tmp_path):
@@ -202,12 +235,32 @@ def test_two_at_once(source, tmp_path):
     def progress(done: int, total: int) -> None:
         if not seen:
             seen.append(None)
-            with pytest.raises(ConversionError, match="still running"):
-                convert(source, tmp_path / "result", **ARGUMENTS)
+            for resume in (False, True):
+                with pytest.raises(ConversionError, match="is being made by another process"):
+                    convert(source, tmp_path / "result", **ARGUMENTS, resume=resume)
             seen.append("refused")
 
     convert(source, tmp_path / "result", **ARGUMENTS, progress=progress)
     assert seen == [None, "refused"]
+    convert(source, tmp_path / "again", **ARGUMENTS)
+    assert digest(tmp_path / "result") == digest(tmp_path / "again")
+
+
+@pytest.mark.parametrize("to", ["fused", "gguf"])
+def test_a_destination_that_appears_meanwhile_is_kept(source, tmp_path, to):
+    destination = tmp_path / ("result.gguf" if to == "gguf" else "result")
+
+    def appear(done: int, total: int) -> None:
+        if to == "gguf":
+            destination.write_text("mine")
+        else:
+            destination.mkdir(exist_ok=True)
+            (destination / "file").write_text("mine")
+
+    with pytest.raises(ConversionError, match=r"has appeared meanwhile: move it away, and give .*result, which is"):
+        convert(source, destination, to=to, check=False, progress=appear)
+    assert (destination if to == "gguf" else destination / "file").read_text() == "mine"
+    assert (incomplete(destination) / "result").exists()
 
 
 def test_the_plan_is_json(source, tmp_path):

@@ -73,13 +73,13 @@ def test_tested_versions_satisfy_the_declared_ranges(metadata):
     for pin in pins:
         (version,) = [specifier.version for specifier in pin.specifier if specifier.operator == "=="]
         assert version in declared[canonicalize_name(pin.name)], f"{pin} is outside setup.py's range"
-    untested = {"flash-attn", "gguf"}  # extras that need a GPU, or are optional readers
+    untested = {"flash-attn"}  # needs a GPU
     assert set(declared) - untested == {canonicalize_name(pin.name) for pin in pins}
     assert pins[0].name == "torch", "torch is installed first"
 
 
 def test_extras(metadata):
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "quantized", "flash", "gguf", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "quantized", "flash", "gguf", "llama", "dev"}
 
 
 OUTSIDE = """

@@ -322,25 +322,115 @@ def test_crossing_with_a_cache_keeps_the_keys(longrope):
     assert relative_error(last, longrope_logits(config, tensors, ids[0].tolist())[-1]) > 1e-2
 
 
-@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
-def test_generation_across_the_boundary(settings, longrope):
-    """`generate` computes the cache anew at the boundary, as the releases do: as without a cache."""
+GENERATION = [{}, {"cache_implementation": "static"}, {"num_beams": 2}]
+REAL_LENGTH = ORIGINAL_LENGTH - 2  # of the longest prompt in a batch
+
+
+def left_padded(config, padding):
+    """Prompts, the longest one of REAL_LENGTH tokens, after so many columns of padding per row; and their mask."""
+    prompt = random_ids(config, REAL_LENGTH + min(padding), rows=len(padding), seed=4)
+    return prompt, (torch.arange(prompt.shape[1]) >= torch.tensor(padding)[:, None]).long()
+
+
+def with_positions(mask, length):
+    """The mask of `length` columns, those after the prompt are tokens, and its positions, as `generate` makes them."""
+    mask = torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=1)
+    return {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+@pytest.mark.parametrize("window", [WINDOW + 3, None])
+@pytest.mark.parametrize("padding", [(0, 0), (0, 5), (3, 1), (6, 11)], ids=str)
+@pytest.mark.parametrize("settings", GENERATION, ids=str)
+def test_generation_across_the_boundary(settings, padding, window, longrope):
+    """`generate` computes the cache anew at the boundary, as the releases do: as without a cache. By the positions of
+    the longest row: padding moves the boundary to a later column, even from within the prompt (6, 11)."""
+    folder, config, _ = longrope
+    model = GrinMoeForCausalLM.from_pretrained(folder, sliding_window=window)
+    prompt, mask = left_padded(config, padding)
+    width = prompt.shape[1]
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **settings}
+    settings.update(return_dict_in_generate=True, output_logits=True)
+    lengths = []
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    outputs = model.generate(prompt, attention_mask=mask, **settings)
+    hook.remove()
+    assert lengths == [width, 1, 1, width + 3, 1, 1, 1, 1], "anew once, for the first position beyond"
+    assert len(outputs.sequences[:, width:].unique()) > 5
+
+    if "num_beams" in settings:  # their logits are of all running beams, the returned sequences only of the best
+        expected = model.generate(prompt, attention_mask=mask, **settings, use_cache=False)
+        assert torch.equal(outputs.sequences, expected.sequences)
+        assert relative_error(torch.stack(outputs.logits), torch.stack(expected.logits)) < LIMIT
+        return
+    for step, step_logits in enumerate(outputs.logits):
+        length = width + step
+        expected = logits(model, outputs.sequences[:, :length], **with_positions(mask, length), use_cache=False)
+        assert relative_error(step_logits, expected[:, -1]) < LIMIT, f"step {step}"
+
+
+@pytest.mark.parametrize("helper", ["assistant", "prompt lookup"])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_speculative_generation_across_the_boundary(padding, helper, longrope):
+    """Beyond the boundary every token is the greedy one; just before it, drafts can bring in the long factors."""
     folder, config, _ = longrope
     model = GrinMoeForCausalLM.from_pretrained(folder, sliding_window=None)
-    prompt, mask = random_ids(config, 10, rows=2, seed=4), torch.ones(2, 10, dtype=torch.int64)
-    mask[1, :3] = 0
-    common = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "num_beams": settings.get("num_beams", 1)}
-    short = {"attention_mask": mask, "max_new_tokens": 14, **common}
-    expected = model.generate(prompt, **short, use_cache=False)
-    assert len(expected[:, 10:].unique()) > 5
-    assert torch.equal(model.generate(prompt, **{**short, **settings}), expected)
-    # A prompt that is long from the start.
+    helpers = {"assistant": {"assistant_model": model}, "prompt lookup": {"prompt_lookup_num_tokens": 3}}
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **helpers[helper]}
+    for seed in range(4):
+        real = random_ids(config, 4, seed=seed).repeat(1, 3)
+        prompt = torch.nn.functional.pad(real, (padding, 0))
+        mask = (torch.arange(prompt.shape[1]) >= padding).long()[None]
+        sequences = model.generate(prompt, attention_mask=mask, **settings)
+        for length in range(padding + ORIGINAL_LENGTH + 1, sequences.shape[1]):
+            expected = logits(model, sequences[:, :length], **with_positions(mask, length), use_cache=False)
+            assert sequences[0, length] == expected[0, -1].argmax(), f"token {length}, seed {seed}"
+
+
+@pytest.mark.parametrize("settings", GENERATION, ids=str)
+def test_generation_from_a_long_prompt(settings, longrope):
+    folder, config, _ = longrope
+    model = GrinMoeForCausalLM.from_pretrained(folder, sliding_window=None)
     prompt = random_ids(config, LONG_LENGTH)
-    long = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 4, **common}
-    expected = model.generate(prompt, **long, use_cache=False)
-    outputs = model.generate(prompt, **{**long, **settings}, return_dict_in_generate=True)
+    common = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    common.update(eos_token_id=None, num_beams=settings.get("num_beams", 1))
+    expected = model.generate(prompt, **common, use_cache=False)
+    outputs = model.generate(prompt, **{**common, **settings}, return_dict_in_generate=True)
     assert torch.equal(outputs.sequences, expected)
     assert isinstance(outputs.past_key_values, StaticCache if "cache_implementation" in settings else DynamicCache)
+
+
+@pytest.mark.parametrize("restart", ["all tokens", "new tokens", "chunks"])
+def test_crossing_the_boundary_within_a_prompt(restart, longrope):
+    """A prompt after a cache: its keys are computed anew if the tokens are all there, and otherwise kept, not lost."""
+    folder, config, _ = longrope
+    model = GrinMoeForCausalLM.from_pretrained(folder, sliding_window=None).eval()
+    new = 2 * ORIGINAL_LENGTH  # more columns than the boundary by themselves
+    prompt, mask = left_padded(config, (2, 6))
+    width = prompt.shape[1]
+    ids = torch.cat([prompt, random_ids(config, new, rows=2, seed=5)], dim=1)
+    whole = with_positions(mask, width + new)
+
+    def pieces(sizes):
+        cache, end = DynamicCache(config=model.config), 0
+        for size in sizes:
+            start, end = end, end + size
+            positions = {"attention_mask": whole["attention_mask"][:, :end]}
+            positions["position_ids"] = whole["position_ids"][:, start:end]
+            outputs = logits(model, ids[:, start:end], **positions, past_key_values=cache)
+        return outputs[:, -1], cache
+
+    settings = {"attention_mask": whole["attention_mask"], "max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    settings.update(eos_token_id=None, return_dict_in_generate=True, output_logits=True)
+    if restart == "chunks":
+        settings["prefill_chunk_size"] = width
+        expected, _ = pieces([width, width, width])
+    else:
+        settings["past_key_values"] = pieces([width])[1]
+        expected, _ = pieces([width + new] if restart == "all tokens" else [width, new])
+    outputs = model.generate(ids[:, width:] if restart == "new tokens" else ids, **settings)
+    assert relative_error(outputs.logits[0], expected) < LIMIT
+    anew = logits(model, ids, **whole)[:, -1]
+    assert (relative_error(expected, anew) < LIMIT) == (restart == "all tokens")
 
 
 def test_longrope_of_a_batch_and_of_packed_rows(longrope):
