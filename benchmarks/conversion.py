@@ -6,7 +6,7 @@ Source files are in the page cache. A run ends when the call returns, and again 
 (`sync`); imports are not counted. Memory is the process's own pages (RssAnon, every 2 ms) over what it had before
 `convert` was called. Linux only; needs twice the checkpoint's size in free disk, four times for F32.
 
-    python benchmarks/conversion.py
+    python -m benchmarks.conversion
 """
 
 import math
@@ -102,7 +102,8 @@ def run_conversion(source: str, destination: str, options: dict[str, Any]) -> tu
     """`timed`, and the most memory over what was there before."""
     before, pages = memory("RssAnon"), OwnPagesPeak()
     pages.start()
-    seconds = timed(lambda: convert(source, destination, **options, max_shard_size="500MB", check=False))
+    shards = {} if options["to"] == "gguf" else {"max_shard_size": "500MB"}
+    seconds = timed(lambda: convert(source, destination, **options, **shards, check=False))
     return *seconds, pages.stop() - before
 
 
@@ -170,7 +171,7 @@ def main(
 ) -> None:
     """Speed of conversion next to `cp`, and peak memory.
 
-    Example: python benchmarks/conversion.py --layers 2 --repeats 3
+    Example: python -m benchmarks.conversion --layers 2 --repeats 3
     """
     sizes = PHI_TINY | {"num_hidden_layers": layers, "vocab_size": vocab_size, "hidden_size": hidden_size}
     heads = {"num_attention_heads": hidden_size // PHI_TINY["head_dim"], "num_hidden_layers": gguf_layers}

@@ -103,7 +103,9 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], reco
         return
     packages = ", ".join(f"{name} {version(name)}" for name in ("grin-moe", "torch", "transformers"))
     machine = f"Python {platform.python_version()}; CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    module = sys.modules["__main__"].__spec__  # of `python -m`
+    program = ["-m", module.name] if module else [f"benchmarks/{Path(sys.argv[0]).name}"]
+    command = shlex.join(["python", *program, *sys.argv[1:]])
     lines = [f"\n## {title}\n", f"{datetime.date.today()}. {packages}, {machine}.\n", f"`{command}`\n"]
     lines += ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
     with RESULTS.open("a", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ import typer
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from benchmarks import accumulation, callback_cost, estimators, lora_cost, quantized_memory, routing_cost
+from benchmarks import accumulation, callback_cost, conversion, estimators, lora_cost, quantized_memory, routing_cost
 from modeling_grin.tokenization_grinmoe import GrinMoeTokenizer
 
 
@@ -142,3 +142,15 @@ def test_lora_cost_compares_what_is_trained(results):
     rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == list(lora_cost.VARIANTS)
     assert rows[0][2] == "1.00 (1.00 to 1.00)" and all(float(row[2].split()[0]) > 0 for row in rows)
+
+
+def test_conversion_measures_every_form_beside_cp(results, monkeypatch):
+    monkeypatch.setattr(conversion, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    app = typer.Typer()
+    app.command()(conversion.main)
+    sizes = ["--layers", 1, "--gguf-layers", 1, "--vocab-size", 300, "--hidden-size", 512]
+    invoke(app, *sizes, "--repeats", 1, "--record")
+    rows = [line for line in results.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+    assert [row[0] for row in cells] == [*conversion.CONVERSIONS, *conversion.GGUF]
+    assert all(float(cell) >= 0 for row in cells for cell in row[1:])
