@@ -179,6 +179,13 @@ def compare_gguf(checkpoint: Checkpoint, path: Path, input_ids: torch.Tensor, *,
     return compare(before, after, GGUF_TOLERANCE if is_exact else torch.inf)
 
 
+def near_tie_rate(checkpoint: Checkpoint) -> float:
+    """The share of (token, layer) of `probe` at which MaskedSoftmax keeps more than one expert in a choice."""
+    from .gguf_export import calibrate
+
+    return calibrate(load_model(checkpoint), list(probe(checkpoint))).near_tie_rate
+
+
 def compare(before: Layers, after: Layers, tolerance: float = TOLERANCE) -> float:
     """The relative difference of the logits, in the maximum norm.
 

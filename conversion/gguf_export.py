@@ -111,7 +111,11 @@ class GgufReport:
 
     def lines(self) -> list[str]:
         """The report as text."""
-        near_ties = "not measured" if self.near_tie_rate is None else f"{self.near_tie_rate:.2%} of (token, layer)"
+        near_ties = (
+            "not measured (--calibration FILE does)"
+            if self.near_tie_rate is None
+            else f"{self.near_tie_rate:.2%} of (token, layer)"
+        )
         errors = ", ".join(f"{kind} {error:.2g}" for kind, error in self.quantization_error.items() if error > 0)
         return [
             f"type {self.file_type}; relative quantisation error: {errors or 'none'}",

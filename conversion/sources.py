@@ -5,11 +5,9 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .forms import released_tensors
-from .headers import INDEX_FILE, WEIGHTS_FILE, find_tensors, read_config, read_json
+from .headers import ADAPTER_CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, find_tensors, read_config, read_json
 from .pickles import find_dcp_folder, find_pickles, read_dcp, read_pickles
 from .tensors import ConversionError, StoredTensor
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def open_checkpoint(path: Path, *, config: Path | None = None, weights_only: bool = False) -> Checkpoint:
@@ -28,7 +26,7 @@ def open_checkpoint(path: Path, *, config: Path | None = None, weights_only: boo
     if not path.is_dir():
         hint = "give the folder of a checkpoint; `hf download OWNER/NAME --local-dir FOLDER` fetches one from the Hub"
         raise ConversionError(f"{path} is not a folder: {hint}")
-    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+    if (path / ADAPTER_CONFIG_FILE).is_file() and not (path / "config.json").is_file():
         raise ConversionError(f"{path} holds an adapter, which needs its base model: give it with --base FOLDER")
     found: Mapping[str, StoredTensor]
     dcp_folder, pickles = find_dcp_folder(path), find_pickles(path)

@@ -244,14 +244,15 @@ def test_wrappers_prefixes(tmp_path):
         convert(source, tmp_path / "other", to="hub")
 
 
-def test_files_that_transformers_does_not_read(tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "weights.safetensors"])
+def test_files_that_transformers_does_not_read(tmp_path, name):
     """A config that lies elsewhere, a file of another name: converted and checked all the same."""
     config = released_config()
     tensors = released_tensors(config)
     source = write_checkpoint(tmp_path / "source", config, tensors)
     (tmp_path / "configs").mkdir()
     (source / "config.json").rename(tmp_path / "configs" / "config.json")
-    (source / "model.safetensors").rename(source / "weights.safetensors")
+    (source / "model.safetensors").rename(source / name)
     report = convert(source, tmp_path / "result", to="fused", config=tmp_path / "configs")
     assert report.difference == 0
     assert_same(read_all(tmp_path / "result"), fused(tensors, config))
@@ -319,6 +320,23 @@ def test_folds_that_are_wrong_are_refused(tmp_path, source, monkeypatch):
     report = convert(source, tmp_path / "result.gguf", to="gguf", dtype="q8_0")
     assert 1e-4 < report.difference < 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.gguf", "source"]
+
+
+@torch.no_grad()
+def test_near_ties_are_in_the_report(tmp_path):
+    """Counted from the routers' logits by the definition of the keep set, in the released code's form."""
+    config = released_config(torch_dtype="float32", router_jitter_noise=0.05)
+    source = write_checkpoint(tmp_path / "source", config, released_tensors(config))
+    report = convert(source, tmp_path / "result.gguf", to="gguf", dtype="f32")
+    ids = torch.randint(131, (4, 64), generator=torch.Generator().manual_seed(0))  # the check's
+    tied = []
+    for z in GrinMoeForCausalLM.from_pretrained(source).eval()(ids, output_router_logits=True).router_logits:
+        best, second, third = z.topk(3).values.unbind(-1)
+        near = [(a - b) / torch.maximum(b.abs(), a) <= 0.1 for a, b in ((best, second), (second, third))]
+        tied.append(near[0] | near[1])
+    assert 0.05 < torch.stack(tied).float().mean() < 0.95
+    expected = f"{torch.stack(tied).float().mean():.2%}"
+    assert report.notes[-1] == f"near-ties on random tokens, for want of a text: {expected} of (token, layer)"
 
 
 def test_gshard_needs_no_router_shift(tmp_path):
