@@ -43,7 +43,9 @@ from .checkpoint_grinmoe import (
     released_names,
 )
 from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
+from .experts_grinmoe import GRIN_EXPERTS, computes_here, matrix_vector_kernels
 from .linear_experts_grinmoe import GrinMoeLinearExperts, check_quantized, keep_trainable, leave_router_out
+from .loss_grinmoe import can_chunk, chunked_causal_lm_loss
 from .noise_grinmoe import fold, random_key, step_key, token_keys
 from .routing_grinmoe import Mixture, jitter_input, mix_outputs, route
 
@@ -80,9 +82,11 @@ class GrinMoeSequenceClassifierOutput(SequenceClassifierOutputWithPast):
 class GrinMoeAttention(LlamaAttention):
     """Grouped-query attention with RoPE, optional biases and the released sliding window."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
         # The masks carry the window for every implementation but FlashAttention's, which takes it as an argument.
-        return super().forward(*args, sliding_window=VisibleWindowConfig(self.config).sliding_window, **kwargs)
+        with matrix_vector_kernels(hidden_states):
+            window = VisibleWindowConfig(self.config).sliding_window
+            return super().forward(hidden_states, *args, sliding_window=window, **kwargs)
 
 
 class GrinMoeRotaryEmbedding(LlamaRotaryEmbedding):
@@ -128,9 +132,15 @@ class GrinMoeExperts(nn.Module):
         self.down_proj = nn.Parameter(  # [E, H, F]: w2
             torch.empty(self.num_experts, config.hidden_size, config.intermediate_size)
         )
+        self.hidden_act = config.hidden_act
         self.act_fn = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.expert_dropout)
         self.register_load_state_dict_pre_hook(fuse_expert_weights)
+
+    @property
+    def is_swiglu(self) -> bool:
+        """Whether `_apply_gate` is silu(gate) * up, and no more."""
+        return self.hidden_act == "silu" and not (self.training and self.dropout.p > 0)
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`[tokens, 2F] -> [tokens, F]`, for every experts implementation that is not one fused kernel."""
@@ -177,7 +187,8 @@ class GrinMoeSparseMoeBlock(nn.Module):
         """
         device_type = tokens.device.type
         is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-        if not (is_on and isinstance(self.experts, GrinMoeExperts)):
+        knows = self.config._experts_implementation == GRIN_EXPERTS and computes_here(self.experts, tokens)
+        if knows or not (is_on and isinstance(self.experts, GrinMoeExperts)):
             return self.experts(tokens, experts, weights)
         dtype = torch.get_autocast_dtype(device_type)
         parameters = dict(self.experts.named_parameters())
@@ -332,7 +343,7 @@ class GrinMoePreTrainedModel(PreTrainedModel):
                 )
         if linear:
             return LINEAR_EXPERTS
-        implementation = super().get_correct_experts_implementation(requested_experts)
+        implementation = super().get_correct_experts_implementation(requested_experts or GRIN_EXPERTS)
         if implementation in FUSED_EXPERTS and self.config.expert_dropout > 0:
             raise ValueError(f"experts_implementation={implementation!r} has no dropout; set expert_dropout=0")
         return implementation
@@ -675,6 +686,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         output_selected_experts: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> GrinMoeCausalLMOutput:
         """
@@ -683,12 +695,15 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             output_router_logits: return `router_logits` and `aux_loss`.
             output_selected_experts: return `selected_experts`, too.
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of these positions.
+            skip_logits: return a loss and no logits, which are then never in memory as a whole (`loss_grinmoe.py`).
+                By default in training with `labels`; where the head or the loss is not the plain one
+                (`loss_grinmoe.can_chunk`), logits are computed nevertheless.
             Others as in `GrinMoeModel.forward`.
 
         Returns:
-            `logits` `[batch, sequence, vocab_size]`; with labels, `loss`, the cross-entropy. The load-balance loss
-            acts by itself in every backward pass (`begin_step`); `aux_loss` reports its value for this forward pass
-            (1.0: balanced), without the coefficient and without a gradient.
+            `logits` `[batch, sequence, vocab_size]` or None; with labels, `loss`, the cross-entropy. The load-balance
+            loss acts by itself in every backward pass (`begin_step`); `aux_loss` reports its value for this forward
+            pass (1.0: balanced), without the coefficient and without a gradient.
         """
         config = self.config
         if output_router_logits is None:
@@ -708,12 +723,19 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             loss_share=loss_share,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-
-        loss = aux_loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, config.vocab_size, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        logits = loss = aux_loss = None
+        if skip_logits is None:
+            skip_logits = self.training and torch.is_grad_enabled()
+        if labels is not None and skip_logits and can_chunk(self):
+            loss = chunked_causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden_states = hidden_states[:, kept]
+            with matrix_vector_kernels(hidden_states):
+                logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits, labels, config.vocab_size, **kwargs)
         if output_router_logits:
             with torch.no_grad():
                 aux_loss = load_balancing_loss(outputs.router_logits, outputs.selected_experts, attention_mask)

@@ -339,5 +339,26 @@ def jitter_input(hidden_states: torch.Tensor, input_jitter_noise: float, keys: t
     Args:
         keys: int64 `[T]`, which decide the numbers.
     """
-    noise = uniform(keys, hidden_states.shape[-1]).mul_(2 * input_jitter_noise).add_(1 - input_jitter_noise)
-    return (hidden_states * noise).to(hidden_states.dtype)
+    return _JitterInput.apply(hidden_states, input_jitter_noise, keys)
+
+
+JITTER_CHUNK_TOKENS = 256  # the noise of so many tokens stays in a CPU's cache while it is made
+
+
+class _JitterInput(torch.autograd.Function):
+    """Keeps the keys for the backward pass, and not the noise, which is as large as the input, or twice as large."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, input_jitter_noise, keys):
+        ctx.save_for_backward(keys)
+        ctx.input_jitter_noise = input_jitter_noise
+        output = torch.empty_like(hidden_states)
+        chunks = (tensor.split(JITTER_CHUNK_TOKENS) for tensor in (hidden_states, keys, output))
+        for inputs, own_keys, out in zip(*chunks, strict=True):
+            noise = uniform(own_keys, inputs.shape[-1]).mul_(2 * input_jitter_noise).add_(1 - input_jitter_noise)
+            out.copy_(inputs * noise)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return _JitterInput.apply(grad_output, ctx.input_jitter_noise, *ctx.saved_tensors), None, None

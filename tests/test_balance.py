@@ -139,7 +139,7 @@ def test_no_way_of_building_the_loss_loses_or_scales_it(model, loss, checkpointi
     found = []
     for coefficient in (0.5, 0.0):
         model.config.router_aux_loss_coef = coefficient
-        output = model(**batch, use_cache=False, output_hidden_states=True)
+        output = model(**batch, use_cache=False, output_hidden_states=True, skip_logits=False)
         value = {
             "returned": output.loss,
             "returned / 7": output.loss / 7,
@@ -174,7 +174,7 @@ def test_fractions_of_a_step_grow_with_its_micro_batches(model):
     def train(**known):
         model.begin_step(0, num_tokens=sum(sizes), **known)
         for batch in batches:
-            (0 * model(**batch).logits.sum()).backward()
+            (0 * model(**batch).loss).backward()
         found = gradients(model)
         return {name: found[name] for name in expected}
 
@@ -220,7 +220,7 @@ def test_micro_batches_of_equal_routing_add_up_to_the_whole_step(model, num_micr
     expected = gradients_of_the_balance_loss(model, batch)
     model.begin_step(3, seed=1, num_tokens=num_micro_batches * batch["attention_mask"].sum().item())
     for _ in range(num_micro_batches):
-        (0 * model(**batch).logits.sum()).backward()
+        (0 * model(**batch).loss).backward()
     found = gradients(model)
     assert_gradients_close({name: found[name] for name in expected}, expected)
 
@@ -247,7 +247,7 @@ def test_forward_passes_without_a_gradient_are_not_counted(model):
     with torch.no_grad():
         model(**random_batch(1))
     model.eval()(**random_batch(1))
-    (0 * model.train()(**batch).logits.sum()).backward()
+    (0 * model.train()(**batch).loss).backward()
     found = gradients(model)
     model.begin_step(None)
     expected = gradients_of_the_balance_loss(model, batch)
@@ -257,7 +257,7 @@ def test_forward_passes_without_a_gradient_are_not_counted(model):
 def test_gradient_reaches_the_router_through_the_softmax_alone(model):
     batch = random_batch(0)
     model.config.router_aux_loss_coef = 0.5
-    (0 * model(**batch).logits.sum()).backward()
+    (0 * model(**batch).loss).backward()
     last = model.model.layers[-1].block_sparse_moe
     assert last.gate.weight.grad.abs().max() > 0
     assert last.experts.down_proj.grad.abs().max() == 0
@@ -288,7 +288,7 @@ def test_under_autocast_its_gradient_stays_in_float32(model, estimator):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             output = model(**batch, output_router_logits=True)
         assert output.aux_loss.dtype == torch.float32
-        (0 * output.logits.sum()).backward()
+        (0 * output.loss).backward()
         found.append(gradients(model)["model.layers.1.block_sparse_moe.gate.weight"])
     cosine = torch.nn.functional.cosine_similarity(found[0].flatten(), found[1].flatten(), dim=0)
     assert cosine > 0.99 and found[1].norm().item() == pytest.approx(found[0].norm().item(), rel=0.1)
@@ -304,7 +304,7 @@ def test_float16_needs_the_loss_scale(model):
     model.begin_step(0, gradient_scale=scaler.get_scale())
     with torch.autocast("cpu", dtype=torch.float16):
         output = model(**batch)
-    scaler.scale(0 * output.logits.float().sum()).backward()
+    scaler.scale(0 * output.loss).backward()
     scaler.unscale_(optimizer)
     found = gradients(model)
     model.begin_step(None)

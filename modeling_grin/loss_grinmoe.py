@@ -1,0 +1,116 @@
+"""Cross-entropy of a language model's head in chunks of tokens, so that nobody holds the logits of a whole batch.
+
+The gradients are made in the forward pass, chunk by chunk, while the logits are there, and only scaled in the backward
+pass, as Liger Kernel does on GPUs (arXiv 2410.10989). torch 2.13 has such a `nn.functional.linear_cross_entropy`; for
+bfloat16 it returns a bfloat16 loss (2 to 3 digits), and on CPUs multiplies in float32, at a quarter of the speed.
+
+Shapes: T tokens, V vocab_size, H hidden_size.
+"""
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+# The weight's gradient is summed over chunks in the computation's dtype: larger ones round it less often.
+CHUNK_TOKENS = 1024
+IGNORED = -100  # the label of a token that has no loss
+
+
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The dtype of what a linear layer returns: autocast's, or else its weight's."""
+    device_type = weight.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
+def can_chunk(model: PreTrainedModel) -> bool:
+    """Whether the loss of a causal language model is the plain cross-entropy of a plain `lm_head`.
+
+    It is not with a `loss_function` of one's own, nor are heads with adapters, hooks, quantised or sharded weights;
+    float16 may not hold the gradients without the scale that comes in the backward pass; `torch.compile` fuses by
+    itself.
+    """
+    head = model.lm_head
+    return (
+        model.loss_function is ForCausalLMLoss
+        and type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter
+        and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+        and compute_dtype(head.weight) != torch.float16
+        and not torch.compiler.is_compiling()
+    )
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum over tokens of the cross-entropy of `hidden_states @ weight.T + bias`, over `num_items`."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, labels, num_items):
+        dtype = hidden_states.dtype
+        matrix = weight.to(dtype)
+        tokens = (labels != IGNORED).nonzero().squeeze(-1)
+        logits_buffer = hidden_states.new_empty(min(len(tokens), CHUNK_TOKENS), len(weight))
+        # Softmax in float32; for float32 logits in their place.
+        probs_buffer = logits_buffer.to(torch.promote_types(dtype, torch.float32))
+        loss = probs_buffer.new_zeros(())
+        grad_hidden_states = torch.zeros_like(hidden_states)
+        grad_weight = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
+        grad_bias = None if bias is None else loss.new_zeros(len(weight))
+        for index in tokens.split(CHUNK_TOKENS):
+            inputs, targets = hidden_states[index], labels[index, None]
+            logits, probs = logits_buffer[: len(index)], probs_buffer[: len(index)]
+            if bias is None:
+                torch.mm(inputs, matrix.t(), out=logits)
+            else:
+                torch.addmm(bias.to(dtype), inputs, matrix.t(), out=logits)
+            torch.log_softmax(probs.copy_(logits), dim=-1, out=probs)
+            loss -= probs.gather(-1, targets).sum()
+            # d loss / d logits = softmax(logits) - onehot(target)
+            probs.exp_().scatter_add_(-1, targets, probs.new_full(targets.shape, -1.0))
+            grad_logits = logits.copy_(probs.div_(num_items))
+            grad_hidden_states[index] = grad_logits @ matrix
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.t(), inputs)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0, dtype=grad_bias.dtype)
+        ctx.gradients = grad_hidden_states, grad_weight, grad_bias
+        return loss / num_items
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss has one backward pass; for another one, do the forward pass again")
+        gradients, ctx.gradients = ctx.gradients, None  # in place, and so that they become .grad without a copy
+        grad_hidden_states, grad_weight, grad_bias = (g if g is None else g.mul_(grad_loss) for g in gradients)
+        return grad_hidden_states, grad_weight, grad_bias, None, None
+
+
+def chunked_causal_lm_loss(
+    hidden_states: torch.Tensor,
+    head: nn.Linear,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """transformers' `ForCausalLMLoss` of `head(hidden_states)`, a float32 scalar (float64 for float64).
+
+    Args:
+        hidden_states: `[batch, sequence, H]`.
+        labels: int64 `[batch, sequence]`, -100 where there is none; shifted here.
+        num_items_in_batch: what the sum of the losses is divided by; by default the number of labels.
+        shift_labels: instead of `labels`, shifted already.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+    targets = shift_labels.reshape(-1).to(hidden_states.device)
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != IGNORED).sum()
+    elif isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(targets.device)
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).to(compute_dtype(head.weight))
+    return LinearCrossEntropy.apply(tokens, head.weight, head.bias, targets, num_items_in_batch)
