@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.routing_cost import show
+from benchmarks.measure import show
 from modeling_grin import route
 from modeling_grin.balance_grinmoe import BalanceLoss, BalanceWindow, count_experts
 

@@ -22,7 +22,7 @@ import torch
 import typer
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from benchmarks.routing_cost import interleave, show
+from benchmarks.measure import interleave, show
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 from modeling_grin.balance_grinmoe import BalanceLoss, BalanceWindow
 from modeling_grin.training.callback import RoutingCallback

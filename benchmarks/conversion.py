@@ -27,8 +27,8 @@ import torch
 import typer
 from rich.progress import track
 
+from benchmarks.measure import show
 from benchmarks.quantized_memory import OwnPagesPeak, memory
-from benchmarks.routing_cost import show
 from conversion import Checkpoint, convert
 from conversion.conversion import Report, write_folder
 from conversion.forms import HUB

@@ -24,7 +24,8 @@ import typer
 from matplotlib.figure import Figure
 from transformers.utils import logging
 
-from benchmarks.routing_cost import VARIANTS, console, show
+from benchmarks.measure import console, show
+from benchmarks.routing_cost import VARIANTS
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeTokenizer
 from modeling_grin.analysis import expert_load
 from modeling_grin.routing_grinmoe import keep_set

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.routing_cost import interleave, peak_memory, show
+from benchmarks.measure import interleave, peak_memory, show
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 from modeling_grin.training import add_lora
 

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from transformers import BitsAndBytesConfig
 from transformers.utils import logging
 
-from benchmarks.routing_cost import show
+from benchmarks.measure import show
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 
 MODES: dict[str, dict[str, Any]] = {

@@ -7,32 +7,18 @@ itself is timed apart, logits in, logits' gradient out: its part of a step is to
     python benchmarks/routing_cost.py --dtype bfloat16
 """
 
-import datetime
-import os
-import platform
-import shlex
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import track
-from rich.table import Column, Table
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure import interleave, peak_memory, show
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 from modeling_grin.routing_grinmoe import ROUTER_ESTIMATORS, TOP_1_ESTIMATORS, route
 
-console = Console()
-
-RESULTS = Path(__file__).parent / "RESULTS.md"
 # The first variant with a top-k is the control of those with the same.
 VARIANTS: dict[str, dict[str, Any]] = {
     "gshard": {"router_estimator": "gshard"},
@@ -54,30 +40,6 @@ def use(model: GrinMoeForCausalLM, changes: dict[str, Any]) -> None:
             parameter.requires_grad_(not model.config.freeze_router)
 
 
-def interleave(tasks: Mapping[str, Callable[[], Any]], rounds: int, what: str) -> dict[str, list[float]]:
-    """The seconds of every task in every round, after one round to warm up; each round begins with another task."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    names = list(tasks)
-    for turn in track(range(rounds + 1), what, transient=True):
-        first = 2 * turn % len(names)
-        for name in names[first:] + names[:first]:
-            start = time.perf_counter()
-            tasks[name]()
-            if turn > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def peak_memory(task: Callable[[], Any]) -> int:
-    """The most bytes of tensors that `task` held at a time, over what was there before it."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own chatter
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        task()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return int(held.cumsum(0).max())
-
-
 def training_step(model: GrinMoeForCausalLM, rows: torch.Tensor, changes: dict[str, Any]) -> None:
     use(model, changes)
     model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
@@ -91,26 +53,6 @@ def routing_alone(logits: torch.Tensor, jitter: float, changes: dict[str, Any]) 
     weights = routing.weights if routing.mixture is None else routing.mixture.weights
     if not changes.get("freeze_router", False):
         torch.autograd.grad(weights, logits, torch.ones_like(weights))
-
-
-def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], record: bool, notes: str = "") -> None:
-    """Print a table; with `record`, append it to RESULTS.md with date, versions, machine and command."""
-    table = Table(Column(columns[0], no_wrap=True), *columns[1:], title=title)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    if not record:
-        return
-    packages = ", ".join(f"{name} {version(name)}" for name in ("grin-moe", "torch", "transformers"))
-    machine = f"Python {platform.python_version()}; CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    module = sys.modules["__main__"].__spec__  # of `python -m`
-    program = ["-m", module.name] if module else [f"benchmarks/{Path(sys.argv[0]).name}"]
-    command = shlex.join(["python", *program, *sys.argv[1:]])
-    lines = [f"\n## {title}\n", f"{datetime.date.today()}. {packages}, {machine}.\n", f"`{command}`\n"]
-    lines += ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write("\n".join([*lines, *([f"\n{notes}"] if notes else [])]) + "\n")
-    console.print(f"appended to {RESULTS.name}")
 
 
 def measure(

@@ -27,8 +27,8 @@ from transformers import modeling_utils
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
+from benchmarks.measure import show
 from benchmarks.quantized_memory import OwnPagesPeak, in_fresh_process, memory, write_checkpoint
-from benchmarks.routing_cost import show
 from modeling_grin import GrinMoeForCausalLM
 from modeling_grin.training import sharded
 

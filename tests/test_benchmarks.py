@@ -1,23 +1,38 @@
 """The benchmarks in small: each runs from end to end, and reports what it measured."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
 import torch
 import typer
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from benchmarks import accumulation, callback_cost, conversion, estimators, lora_cost, quantized_memory, routing_cost
+from benchmarks import (
+    accumulation,
+    callback_cost,
+    conversion,
+    estimators,
+    expert_scaling,
+    lora_cost,
+    measure,
+    peers,
+    quantized_memory,
+    routing_cost,
+    step_shares,
+    training_step,
+)
 from modeling_grin.tokenization_grinmoe import GrinMoeTokenizer
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """RESULTS.md in a temporary folder."""
-    monkeypatch.setattr(routing_cost, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "RESULTS.md")
     return tmp_path / "RESULTS.md"
 
 
@@ -120,7 +135,8 @@ def test_peak_memory_counts_what_is_held_at_a_time():
         del first
         return torch.zeros(2**17), second  # 0.5 MiB
 
-    assert routing_cost.peak_memory(task) == 3 * 2**20
+    assert measure.peak_memory(task) == 3 * 2**20
+    assert measure.allocations(task).clamp(min=0).sum() == 3.5 * 2**20
 
 
 def test_accumulation_is_exact_with_the_whole_steps_counts(results):
@@ -154,3 +170,205 @@ def test_conversion_measures_every_form_beside_cp(results, monkeypatch):
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
     assert [row[0] for row in cells] == [*conversion.CONVERSIONS, *conversion.GGUF]
     assert all(float(cell) >= 0 for row in cells for cell in row[1:])
+
+
+SMALL = ["--hidden-size", 64, "--intermediate-size", 16, "--experts", 4]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    for benchmark in (training_step, expert_scaling, step_shares):
+        monkeypatch.setattr(benchmark, "run_with", lambda environment, function, *arguments: function(*arguments))
+
+
+def a_second_each(tasks, rounds, what):
+    """`measure.interleave` with a clock of its own."""
+    return {name: [1.0] for name in tasks}
+
+
+def test_a_fresh_process_has_its_own_environment():
+    assert measure.run_with({"MALLOC_TOP_PAD_": "1"}, os.getenv, "MALLOC_TOP_PAD_") == "1"
+    assert "MALLOC_TOP_PAD_" not in os.environ
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_peers_have_equal_active_parameters(top_k):
+    config = peers.grin_config(64, 16, experts=5, layers=2, vocab_size=96, top_k=top_k)
+    ours, dense = peers.build_ours(config, torch.float32), peers.build_dense(config, torch.bfloat16)
+    active = 0.0
+    for name, parameter in ours.named_parameters():
+        if ".gate." not in name:  # the router, which a dense model has no use for
+            active += parameter.numel() * (top_k / 5 if ".experts." in name else 1)
+    assert sum(parameter.numel() for parameter in dense.parameters()) == round(active)
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.bfloat16}
+    experts, mlp = ours.model.layers[1].block_sparse_moe.experts, dense.model.layers[1].mlp
+    assert mlp.gate_proj.weight.shape == (top_k * experts.down_proj.shape[2], 64)
+
+
+def test_peers_compute_the_same_function():
+    """Ours and stock Phimoe, with the same weights."""
+    torch.manual_seed(0)
+    config = peers.grin_config(64, 16, experts=4, layers=2, vocab_size=96)
+    ours, rows = peers.build_ours(config, torch.float32).eval(), peers.random_rows(config, 1024)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    stock = peers.build_stock(ours).eval()
+    assert {id(parameter) for parameter in stock.parameters()} == {id(parameter) for parameter in ours.parameters()}
+    assert stock.config._experts_implementation == "grouped_mm"
+    assert stock.config.input_jitter_noise == ours.config.input_jitter_noise == 0.01
+    assert {model.config._attn_implementation for model in (ours, stock)} == {"sdpa"}
+    with torch.no_grad():
+        expected, actual = ours(rows, use_cache=False).logits, stock(rows, use_cache=False).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_dense_peer_is_ours_with_one_expert():
+    torch.manual_seed(0)
+    config = peers.grin_config(64, 32, experts=1, layers=2, vocab_size=96, top_k=1)
+    ours, dense = peers.build_ours(config, torch.float32).eval(), peers.build_dense(config, torch.float32).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    weights = {name: tensor for name, tensor in ours.state_dict().items() if ".block_sparse_moe." not in name}
+    for index, layer in enumerate(ours.model.layers):
+        gate_up, down = layer.block_sparse_moe.experts.gate_up_proj, layer.block_sparse_moe.experts.down_proj
+        names = (f"model.layers.{index}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
+        weights |= zip(names, (*gate_up[0].chunk(2), down[0]), strict=True)
+    dense.load_state_dict(weights)
+    rows = peers.random_rows(config, 1024)
+    with torch.no_grad():
+        expected = ours(rows, labels=rows, use_cache=False)
+        actual = dense(rows, labels=rows, use_cache=False)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual.loss, expected.loss)
+
+
+def test_training_step_times_three_models(results, in_this_process):
+    app = typer.Typer()
+    app.command()(training_step.main)
+    sizes = [*SMALL, "--layers", 1, "--layers", 2, "--vocab-size", 96, "--tokens", 64]
+    invoke(app, *sizes, "--repeats", 2, "--record")
+    rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == [
+        f"{layers}, 96, 64, {dtype}" for layers in (1, 2) for dtype in ("float32", "bfloat16")
+    ]
+    assert all(float(cell.split()[0]) > 0 for row in rows for cell in row[4:6] + row[7:])
+
+
+def test_training_step_reports_speeds_relative_to_the_others():
+    seconds = {"ours": [2.0, 2.0], "dense": [1.0, 1.0], "stock": [5.0, 5.0]}
+    seconds |= {"ours, AdamW": [4.0, 4.0], "dense, AdamW": [2.0, 2.0], "stock, AdamW": [8.0, 8.0]}
+    cells = training_step.time_row(seconds)
+    assert cells[:3] == ["2000 ms", "1000 ms", "5000 ms"] and cells[5] == "4000 ms"
+    assert [float(cells[index].split()[0]) for index in (3, 4, 6, 7)] == [0.5, 2.5, 0.5, 2.0]
+
+
+def test_training_step_adds_the_optimizers_time(monkeypatch):
+    monkeypatch.setattr(training_step, "interleave", a_second_each)
+    values = {"hidden_size": 64, "intermediate_size": 16, "experts": 4, "layers": 1, "vocab_size": 96}
+    found = training_step.time_steps(values, 64, peers.Dtype.float32, "grouped_mm", 1)
+    assert found == {"ours": [1.0], "dense": [1.0], "stock": [1.0]} | {
+        f"{name}, AdamW": [2.0] for name in ("ours", "dense", "stock")
+    }
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.sum().backward()
+    training_step.update(torch.optim.AdamW([parameter]))
+    assert (parameter < 1).all() and parameter.grad is None
+
+
+def test_training_step_counts_memory(results, in_this_process):
+    app = typer.Typer()
+    app.command()(training_step.main)
+    sizes = [*SMALL, "--layers", 3, "--vocab-size", 96, "--tokens", 512, "--dtype", "float32"]
+    invoke(app, *sizes, "--memory", "--record")
+    (row,) = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
+    values = {"hidden_size": 64, "intermediate_size": 16, "experts": 4, "layers": 3, "vocab_size": 96}
+    found = training_step.count_memory(values, 512, peers.Dtype.float32, "grouped_mm")
+    stock, ckpt = found["stock"], found["ours, checkpointed"]
+    assert ckpt < 0.8 * found["ours"] and found["stock, checkpointed"] < 0.8 * stock
+    assert ckpt > found["weights"], "all gradients are held at the end"
+    ratios = [found["ours"] / stock, ckpt / stock, ckpt / found["stock, checkpointed"]]
+    assert [float(row[index]) for index in (4, 7, 8)] == pytest.approx(ratios, abs=0.011)
+
+
+def test_expert_scaling_counts_operations():
+    """As torch does while stock's step runs; the attention's, which torch does not count here, by hand."""
+    config = peers.grin_config(64, 16, experts=4, layers=2, vocab_size=96)
+    model, rows = peers.build_ours(config, torch.float32), peers.random_rows(config, 1024)
+    with FlopCounterMode(display=False) as counter:
+        peers.step(peers.build_stock(model, "eager"), rows)
+    counts = counter.get_flop_counts()["Global"]
+    counted = sum(number for operator, number in counts.items() if "attention" not in str(operator))
+    pairs = 1024 * 512 / 2  # of positions, of which one sees the other
+    assert expert_scaling.operations(model, rows) == counted + 2 * 7 * 2 * pairs * 64
+
+
+@pytest.mark.parametrize(("allocator", "fresh"), [("keep", False), ("default", True)])
+def test_expert_scaling_predicts_from_rates(allocator, fresh, monkeypatch):
+    """Where three products of 64 rows, and each pass over 4096 bytes, take a second."""
+    tasks: dict = {}
+    monkeypatch.setattr(expert_scaling, "PRODUCT_ROWS", 64)
+    monkeypatch.setattr(expert_scaling, "BUFFER_BYTES", 4096)
+    monkeypatch.setattr(expert_scaling, "interleave", lambda *given: tasks.update(given[0]) or a_second_each(*given))
+    values = {"hidden_size": 64, "intermediate_size": 16, "experts": 4, "layers": 1, "vocab_size": 96}
+    point = expert_scaling.measure(values, 128, peers.Dtype.bfloat16, allocator, 1)
+    model = peers.build_ours(peers.grin_config(**values), torch.bfloat16)
+    rows = peers.random_rows(model.config, 128)
+    weight = model.model.layers[0].block_sparse_moe.experts.gate_up_proj[0]
+    assert point.products == pytest.approx(expert_scaling.operations(model, rows) / (3 * 2 * 64 * weight.numel()))
+    assert point.weights == pytest.approx(3 * 2 * sum(parameter.numel() for parameter in model.parameters()) / 4096)
+    tensors = measure.allocations(tasks["step"]).clamp(min=0).sum().item()
+    gradients = sum(parameter.nbytes for parameter in model.parameters())
+    assert point.activations == pytest.approx(2 * (tensors - gradients) / 4096, rel=0.01)
+    assert (tasks["write"] is expert_scaling.write_fresh) == fresh
+    for task in tasks.values():
+        task()
+
+
+def test_expert_scaling_measures_predicts_and_draws(results, in_this_process, tmp_path, monkeypatch):
+    monkeypatch.setattr(expert_scaling, "PRODUCT_ROWS", 64)
+    monkeypatch.setattr(expert_scaling, "BUFFER_BYTES", 2**20)
+    app = typer.Typer()
+    app.command()(expert_scaling.main)
+    sizes = ["--hidden-size", 64, "--intermediate-size", 16, "--layers", 1, "--dtype", "float32", "--repeats", 2]
+    sweeps = ["--experts", 2, "--experts", 4, "--tokens", 64, "--tokens", 128]
+    fixed = ["--fixed-experts", 4, "--fixed-tokens", 128, "--allocator", "default"]
+    invoke(app, *sizes, *sweeps, *fixed, "--image", tmp_path / "plot.png", "--record")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row[:2] for row in rows] == [
+        ["float32, 2, 128", "128"],
+        ["float32, 4, 128", "64"],
+        ["float32, 4, 64", "32"],
+    ]
+    assert all(float(cell) >= 0 for row in rows for cell in row[3:])
+
+
+def test_expert_scaling_reports_microseconds_per_token():
+    point = expert_scaling.Point(
+        peers.Dtype.float32, 8, 1000, measured=0.9, products=0.4, weights=0.15, activations=0.05
+    )
+    cells = ["float32, 8, 1000", "250", "900 ms", "900.0", "600.0", "400.0", "150.0", "50.0", "1.50"]
+    assert expert_scaling.row(point) == cells
+
+
+def test_step_shares_time_every_part(results, in_this_process):
+    app = typer.Typer()
+    app.command()(step_shares.main)
+    sizes = [*SMALL, "--layers", 2, "--vocab-size", 96, "--tokens", 64, "--tokens", 512]
+    invoke(app, *sizes, "--repeats", 2, "--record")
+    rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
+    for column in (1, 3):
+        times = {row[0]: float(row[column].removesuffix(" ms")) for row in rows}
+        assert list(times) == list(step_shares.PARTS)
+        assert min(times[name] for name in (*step_shares.IN_DECODER, step_shares.OF_CALLBACK)) > 0
+        assert times[step_shares.OF_BALANCE] < times["balance loss"]
+
+
+def test_step_shares_count_a_layers_parts_once_per_layer(monkeypatch):
+    monkeypatch.setattr(step_shares, "interleave", a_second_each)
+    values = {"hidden_size": 64, "intermediate_size": 16, "experts": 4, "layers": 3, "vocab_size": 96}
+    found = step_shares.time_parts(values, 64, peers.Dtype.float32, 1)
+    of_step = {"whole", "noise keys", "balance loss", step_shares.OF_CALLBACK}
+    differences = {"head and loss": 0, "norms, residuals, embedding": 1 - 5 * 3 - 2}
+    assert found == {name: 1 if name in of_step else 3 for name in step_shares.PARTS} | differences

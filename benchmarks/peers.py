@@ -1,0 +1,116 @@
+"""The models that ours is compared with: transformers' Phimoe, and a dense one with as many active parameters.
+
+All have the same sizes, attention (sdpa) and dtype, biases in attention and head, and LayerNorms; ours and Phimoe the
+same noise, too, and one set of weights between them.
+"""
+
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PhimoeConfig, PhimoeForCausalLM
+
+from conversion.configs import phimoe_config
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+
+ROW = 512  # tokens in a row of a batch
+STOCK_EXPERTS = "grouped_mm"  # the fastest of transformers' implementations here
+# Of the load-balance loss, as in the recipes for training from scratch; the release has 0, which leaves the loss out.
+COEFFICIENT = 0.01
+
+
+class Dtype(StrEnum):
+    """Of the models. (Typer takes no lists of literals.)"""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+    @property
+    def of_torch(self) -> torch.dtype:
+        return getattr(torch, self)
+
+
+def grin_config(
+    hidden_size: int = 1024,
+    intermediate_size: int = 1600,
+    experts: int = 16,
+    layers: int = 2,
+    vocab_size: int = 4096,
+    top_k: int = 2,
+) -> GrinMoeConfig:
+    """The release's config at other sizes, with the load-balance loss."""
+    return GrinMoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=max(1, hidden_size // 256),
+        num_local_experts=experts,
+        num_experts_per_tok=top_k,
+        router_aux_loss_coef=COEFFICIENT,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def build_ours(config: GrinMoeConfig, dtype: torch.dtype) -> GrinMoeForCausalLM:
+    """With the experts implementation that is the default, and told of a step, as a trainer does."""
+    ours = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    ours.begin_step(0)
+    return ours
+
+
+def build_stock(ours: GrinMoeForCausalLM, experts_implementation: str = STOCK_EXPERTS) -> PhimoeForCausalLM:
+    """transformers' Phimoe, whose parameters are those of `ours`; its own load-balance loss, the same coefficient."""
+    config = PhimoeConfig.from_dict({**phimoe_config(ours.config), "output_router_logits": True})
+    choice = {"dtype": ours.dtype, "experts_implementation": experts_implementation}
+    stock = AutoModelForCausalLM.from_config(config, **choice)
+    weights = {}
+    for name, parameter in ours.named_parameters():
+        name = name.replace("block_sparse_moe.gate", "mlp.router").replace("block_sparse_moe.experts", "mlp.experts")
+        weights[name] = parameter
+    stock.load_state_dict(weights, assign=True)
+    return stock.train()
+
+
+def build_dense(config: GrinMoeConfig, dtype: torch.dtype) -> LlamaForCausalLM:
+    """transformers' Llama with GRIN's norms and head: one SwiGLU network as wide as the top-k experts of `config`."""
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "head_dim", "hidden_act", "max_position_embeddings", "attention_bias", "rope_parameters",
+             "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
+    width = config.num_experts_per_tok * config.intermediate_size
+    llama = LlamaConfig(intermediate_size=width, **{name: getattr(config, name) for name in names})
+    dense = AutoModelForCausalLM.from_config(llama, dtype=dtype)
+    norm = partial(nn.LayerNorm, config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+    for layer in dense.model.layers:
+        layer.input_layernorm, layer.post_attention_layernorm = norm(), norm()
+    dense.model.norm = norm()
+    dense.lm_head.bias = nn.Parameter(torch.zeros(config.vocab_size, dtype=dtype))
+    return dense.train()
+
+
+def random_rows(config: GrinMoeConfig, tokens: int) -> torch.Tensor:
+    """int64 `[rows, positions]` of `tokens` in all, in rows of at most `ROW`.
+
+    Raises:
+        ValueError: more tokens than a row, and no multiple of it.
+    """
+    length = min(tokens, ROW)
+    if tokens % length:
+        raise ValueError(f"{tokens} tokens: must be a multiple of {length}")
+    return torch.randint(config.vocab_size, (tokens // length, length))
+
+
+def forward_backward(model: Any, rows: torch.Tensor) -> None:
+    """A training step up to the gradients."""
+    model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+
+
+def step(model: Any, rows: torch.Tensor) -> None:
+    """A training step without its optimizer, which leaves nothing behind."""
+    forward_backward(model, rows)
+    model.zero_grad(set_to_none=True)
