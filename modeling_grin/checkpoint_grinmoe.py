@@ -18,13 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    apply_renamings,
-)
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, apply_renamings
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.hub import cached_file
 
@@ -67,6 +61,56 @@ def refuse_left_out(model: PreTrainedModel, args: tuple) -> None:
         )
 
 
+class FuseExperts(ConversionOps):
+    """The released matrices of all experts `[rows, columns]`, in their files' pages or on a device, as one parameter.
+
+    transformers' own operations stack w1, stack w3 and concatenate the two, into new pages each time; getting pages
+    from the system costs more than copying. Here each matrix is copied once, into its place.
+    """
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """`[E, parts * rows, columns]`; the experts are all, or those that this rank has, and so are rows and columns.
+
+        Raises:
+            ValueError: an expert lacks one of its matrices.
+        """
+        parts = [input_dict.pop(pattern) for pattern in source_patterns]
+        matrices = [matrix for expert in zip(*parts, strict=True) for matrix in expert]
+        return {target_patterns[0]: torch.cat(matrices).unflatten(0, (len(parts[0]), -1))}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitExperts()
+
+
+class SplitExperts(ConversionOps):
+    """A fused parameter as the released matrices: views of it, for files that are about to be written."""
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """Names with the expert's number in the place of `*`, and `[rows, columns]` each."""
+        (fused,) = input_dict[source_patterns[0]]
+        parts = zip(target_patterns, fused.chunk(len(target_patterns), dim=1), strict=True)
+        return {name.replace("*", str(expert)): matrix for name, part in parts for expert, matrix in enumerate(part)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return FuseExperts()
+
+
 class ExpertConverter(WeightConverter):
     """Between the released experts and the fused ones; adapters of single experts (`w1.lora_A`) stay what they are.
 
@@ -83,7 +127,7 @@ def register_expert_layout(model_type: str) -> None:
         ExpertConverter(
             source_patterns=[f".experts.*.{part}.weight" for part in parts],
             target_patterns=f".experts.{name}",
-            operations=[MergeModulelist(dim=0)] + [Concatenate(dim=1)] * (len(parts) > 1),
+            operations=[FuseExperts()],
         )
         for name, parts in EXPERT_WEIGHTS.items()
     ]

@@ -22,7 +22,7 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-GRIN_EXPERTS = "grin_moe"  # the experts_implementation
+GRIN_EXPERTS = "grinmoe"  # the experts_implementation
 
 # oneDNN compiles a kernel for each new shape, 0.7 ms, a third of what a matrix of 256 rows takes: the experts' numbers
 # of slots are rounded up to multiples, so that shapes come again.
@@ -175,7 +175,7 @@ class ExpertsFunction(torch.autograd.Function):
 
 
 def computes_here(experts: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether `grin_moe` computes by itself: SwiGLU experts without dropout, on a CPU, not in `torch.compile`."""
+    """Whether `grinmoe` computes by itself: SwiGLU experts without dropout, on a CPU, not in `torch.compile`."""
     return (
         hidden_states.device.type == "cpu"
         and getattr(experts, "is_swiglu", False)
@@ -183,10 +183,10 @@ def computes_here(experts: nn.Module, hidden_states: torch.Tensor) -> bool:
     )
 
 
-def grin_moe_experts_forward(
+def grinmoe_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """`experts_implementation="grin_moe"`: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`, the best way for the device.
+    """`experts_implementation="grinmoe"`: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`, the best way for the device.
 
     On CPUs `ExpertsFunction`, in the dtype of the weights or autocast's; elsewhere transformers' `grouped_mm`, and for
     a few slots of inference `batched_mm`, as in its `generate`.
@@ -202,4 +202,4 @@ def grin_moe_experts_forward(
     return forward(self, hidden_states, top_k_index, top_k_weights)
 
 
-ALL_EXPERTS_FUNCTIONS.register(GRIN_EXPERTS, grin_moe_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(GRIN_EXPERTS, grinmoe_experts_forward)

@@ -16,8 +16,10 @@ from benchmarks import (
     accumulation,
     callback_cost,
     conversion,
+    decoding,
     estimators,
     expert_scaling,
+    loading,
     lora_cost,
     measure,
     peers,
@@ -26,6 +28,7 @@ from benchmarks import (
     step_shares,
     training_step,
 )
+from modeling_grin import GrinMoeForCausalLM
 from modeling_grin.tokenization_grinmoe import GrinMoeTokenizer
 
 
@@ -372,3 +375,53 @@ def test_step_shares_count_a_layers_parts_once_per_layer(monkeypatch):
     of_step = {"whole", "noise keys", "balance loss", step_shares.OF_CALLBACK}
     differences = {"head and loss": 0, "norms, residuals, embedding": 1 - 5 * 3 - 2}
     assert found == {name: 1 if name in of_step else 3 for name in step_shares.PARTS} | differences
+
+
+def test_loading_compares_with_stock_and_with_the_files(results, monkeypatch):
+    monkeypatch.setattr(loading, "run_with", lambda environment, function, *arguments: function(*arguments))
+    app = typer.Typer()
+    app.command()(loading.main)
+    arguments = ["--layers", 2, "--vocab-size", 300, "--hidden-size", 512, "--repeats", 2]
+    invoke(app, *arguments, "--record")
+    rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == [*loading.MODELS, loading.READING]
+    assert rows[1][3] == rows[2][2] == "1.00 (1.00 to 1.00)"
+    assert all(float(row[1]) > 0 and 0 < float(row[5]) < float(row[7]) for row in rows[:2])
+
+    class Wrong:
+        @staticmethod
+        def from_pretrained(folder):
+            model = GrinMoeForCausalLM.from_pretrained(folder)
+            with torch.no_grad():
+                model.model.layers[1].block_sparse_moe.experts.down_proj.neg_()
+            return model
+
+    monkeypatch.setitem(loading.MODELS, "ours", Wrong)
+    with pytest.raises(ValueError, match=r"layer 1, expert \d+: \['down_proj'\] differ"):
+        CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def test_decoding_compares_tokens_per_second_with_what_a_step_reads(results, monkeypatch):
+    monkeypatch.setattr(decoding, "run_with", lambda environment, function, *arguments: function(*arguments))
+    monkeypatch.setattr(decoding, "READ_BYTES", 2**20)
+    app = typer.Typer()
+    app.command()(decoding.main)
+    sizes = ["--layers", 1, "--vocab-size", 300, "--hidden-size", 512, "--prompt-length", 8]
+    invoke(app, *sizes, "--repeats", 2, "--record")
+    rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row[0].split(":")[0] for row in rows] == ["decoding, batch 1", "decoding, batch 8", "prefill, 8 tokens"]
+    assert all(float(cell) > 0 for row in rows for cell in row[1:4])
+
+
+@torch.inference_mode()
+def test_a_decoding_step_reads_the_experts_that_were_chosen():
+    config = peers.grin_config(hidden_size=64, intermediate_size=16, experts=4, layers=2, vocab_size=96)
+    model = peers.build_ours(config, torch.bfloat16).eval()
+    decoder = decoding.Decoder(model, torch.randint(96, (1, 8)))
+    shared = sum(p.nbytes for name, p in model.named_parameters() if ".experts." not in name and "embed" not in name)
+    of_experts = 2 * (2 * 3 * 64 * 16 * 2)  # 2 layers of 2 experts, 3 matrices in 2 bytes
+    cache = 2 * 2 * 8 * config.num_key_value_heads * config.head_dim * 2
+    assert decoder.bytes_per_step() == shared + of_experts + cache
+    before = decoder.next_token.clone()
+    decoder.decode()
+    assert decoder.cache.get_seq_length() == 8 and torch.equal(decoder.next_token, before)

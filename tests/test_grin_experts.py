@@ -1,4 +1,4 @@
-"""`experts_implementation="grin_moe"`: the same function and gradients as transformers' loop over experts."""
+"""`experts_implementation="grinmoe"`: the same function and gradients as transformers' loop over experts."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def assert_close(actual, expected, tolerance):
 @pytest.mark.parametrize("num_tokens", [1, 5, 40, 700])
 def test_equals_stock_phimoe_in_float64(num_tokens, top_k, num_used):
     inputs = make_inputs(num_tokens, top_k, num_used)
-    actual = run(make_experts("grin_moe"), *inputs)
+    actual = run(make_experts("grinmoe"), *inputs)
     assert_close(actual, run(make_experts("eager", kind=PhimoeExperts), *inputs), 1e-13)
     assert (actual[3][: E - num_used] == 0).all(), "an expert without tokens has a gradient of zero"
 
@@ -67,11 +67,11 @@ def test_lower_precision_is_as_near_to_float64_as_stock_phimoe(dtype, tolerance)
     inputs = make_inputs(300, 2)
     expected = run(make_experts("eager", kind=PhimoeExperts), *inputs)
     inputs = tuple(t if t.dtype == torch.int64 else t.to(dtype) for t in inputs)
-    assert_close(run(make_experts("grin_moe", dtype), *inputs), expected, tolerance)
+    assert_close(run(make_experts("grinmoe", dtype), *inputs), expected, tolerance)
 
 
 def test_gradients_are_finite_differences():
-    experts = make_experts("grin_moe")
+    experts = make_experts("grinmoe")
     tokens, index, weights, _ = make_inputs(4, 2)
     inputs = tokens.requires_grad_(), index, weights.requires_grad_(), *experts.parameters(), True
     torch.autograd.gradcheck(ExpertsFunction.apply, inputs, fast_mode=True)
@@ -82,11 +82,11 @@ def test_an_expert_with_all_tokens_a_weight_of_zero_and_one_chosen_twice():
     weights[3] = 0
     index = torch.full((50, 2), 5)
     expected = run(make_experts("eager", kind=PhimoeExperts), tokens, index, weights, grad_output)
-    assert_close(run(make_experts("grin_moe"), tokens, index, weights, grad_output), expected, 1e-13)
+    assert_close(run(make_experts("grinmoe"), tokens, index, weights, grad_output), expected, 1e-13)
 
 
 def test_no_tokens():
-    output, grad, *_, grad_down = run(make_experts("grin_moe"), *make_inputs(0, 2))
+    output, grad, *_, grad_down = run(make_experts("grinmoe"), *make_inputs(0, 2))
     assert output.shape == grad.shape == (0, H) and (grad_down == 0).all()
 
 
@@ -94,7 +94,7 @@ def test_no_tokens():
 def test_frozen_weights_get_no_gradient(frozen):
     inputs = make_inputs(40, 2)
     found = []
-    for implementation in ("grin_moe", "eager"):
+    for implementation in ("grinmoe", "eager"):
         experts = make_experts(implementation)
         for name in frozen:
             getattr(experts, name).requires_grad_(False)
@@ -103,7 +103,7 @@ def test_frozen_weights_get_no_gradient(frozen):
 
 
 def test_inference_equals_training():
-    experts, (tokens, index, weights, _) = make_experts("grin_moe"), make_inputs(90, 2)
+    experts, (tokens, index, weights, _) = make_experts("grinmoe"), make_inputs(90, 2)
     expected = experts(tokens, index, weights)
     with torch.no_grad():
         assert torch.equal(experts(tokens, index, weights), expected)
@@ -114,7 +114,7 @@ def test_under_autocast_weights_and_their_gradients_stay_in_float32():
     expected = run(make_experts("eager", kind=PhimoeExperts), *inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = run(
-            make_experts("grin_moe", torch.float32), *(t if t.dtype == torch.int64 else t.float() for t in inputs)
+            make_experts("grinmoe", torch.float32), *(t if t.dtype == torch.int64 else t.float() for t in inputs)
         )
     assert all(tensor.dtype == torch.float32 for tensor in actual)
     assert_close(actual, expected, 1e-2)
@@ -125,16 +125,16 @@ def test_under_autocast_weights_and_their_gradients_stay_in_float32():
 def test_what_it_does_not_cover_is_left_to_transformers(settings):
     inputs = make_inputs(40, 2, dtype=torch.float32)
     found = []
-    for implementation in ("grin_moe", "grouped_mm"):
+    for implementation in ("grinmoe", "grouped_mm"):
         torch.manual_seed(0)
         found.append(run(make_experts(implementation, torch.float32, **settings).train(), *inputs))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    swiglu = run(make_experts("grin_moe", torch.float32), *inputs)
+    swiglu = run(make_experts("grinmoe", torch.float32), *inputs)
     assert not torch.allclose(found[0][0], swiglu[0])
 
 
 def test_it_has_one_derivative():
-    experts, (tokens, index, weights, _) = make_experts("grin_moe"), make_inputs(5, 2)
+    experts, (tokens, index, weights, _) = make_experts("grinmoe"), make_inputs(5, 2)
     tokens.requires_grad_()
     (grad,) = torch.autograd.grad(experts(tokens, index, weights).square().sum(), tokens, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -161,7 +161,7 @@ def test_keeps_gate_and_up_alone():
         return sum(nbytes for nbytes, _ in kept.values())
 
     rows = 300 * 2 + E * ROW_MULTIPLE
-    assert saved_bytes("grin_moe") <= 4 * (rows * 2 * F + 300 * (H + 2)) < 0.6 * saved_bytes("grouped_mm")
+    assert saved_bytes("grinmoe") <= 4 * (rows * 2 * F + 300 * (H + 2)) < 0.6 * saved_bytes("grouped_mm")
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -181,11 +181,11 @@ def test_is_the_default_and_stock_models_may_name_it():
              "num_key_value_heads": 2, "num_hidden_layers": 1, "vocab_size": 50}  # fmt: skip
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     model = GrinMoeForCausalLM(GrinMoeConfig(**sizes, **special))
-    assert model.config._experts_implementation == "grin_moe"
+    assert model.config._experts_implementation == "grinmoe"
     stock = PhimoeForCausalLM(PhimoeConfig(**sizes, **special)).eval()
     ids = torch.randint(50, (2, 9))
     expected = stock(ids).logits
-    stock.set_experts_implementation("grin_moe")
+    stock.set_experts_implementation("grinmoe")
     torch.testing.assert_close(stock(ids).logits, expected)
 
 

@@ -19,6 +19,7 @@ from transformers.testing_utils import CaptureLogger
 from transformers.trainer_utils import load_sharded_checkpoint
 from transformers.utils import logging
 
+from benchmarks.measure import allocations
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
 from modeling_grin.checkpoint_grinmoe import check_tensors
 
@@ -169,6 +170,7 @@ def test_dtypes(stored, asked, tmp_path):
         {"attention_bias": False},
         {"head_dim": 6},
         {"num_local_experts": 2},
+        {"num_local_experts": 11},  # "10" sorts before "2"
     ],
     ids=str,
 )
@@ -222,7 +224,27 @@ def test_device_maps(layout, device_map, max_memory, on_disk, in_memory, tmp_pat
         assert_same_tensors(read_files(tmp_path / max_shard_size), TENSORS)
 
 
+def test_experts_are_copied_once(tmp_path):
+    """Out of the mapped files into the fused parameters; a stack of `w1` on the way is as large as `down_proj`."""
+    config = released_config()
+    folder = write_checkpoint(tmp_path, config, released_tensors(config), num_shards=3)
+    sizes = allocations(lambda: AutoModelForCausalLM.from_pretrained(folder)).tolist()
+    matrix = 24 * 32 * 2  # bytes
+    assert [sizes.count(matrices * matrix) for matrices in (1, 6, 12)] == [0, 2, 2]
+
+
 # Saving
+
+
+def test_experts_are_saved_without_a_copy(in_memory):
+    fused_experts = {
+        tensor.untyped_storage().data_ptr() for name, tensor in in_memory.state_dict().items() if ".experts." in name
+    }
+    saved = revert_weight_conversion(in_memory, in_memory.state_dict())
+    assert_same_tensors(saved, TENSORS)
+    experts = [tensor for name, tensor in saved.items() if ".experts." in name]
+    assert {tensor.untyped_storage().data_ptr() for tensor in experts} == fused_experts
+    assert all(tensor.is_contiguous() for tensor in experts), "which writing would copy"
 
 
 @pytest.mark.parametrize("origin", ["released", "fused", "config"])
