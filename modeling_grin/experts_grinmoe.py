@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, silu
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
     batched_mm_experts_forward,
@@ -26,7 +26,7 @@ GRIN_EXPERTS = "grinmoe"  # the experts_implementation
 
 # oneDNN compiles a kernel for each new shape, 0.7 ms, a third of what a matrix of 256 rows takes: the experts' numbers
 # of slots are rounded up to multiples, so that shapes come again.
-ROW_MULTIPLE = 16
+ROW_MULTIPLE = 8
 
 
 @contextmanager
@@ -174,6 +174,22 @@ class ExpertsFunction(torch.autograd.Function):
         return grad_hidden_states, None, grad_weights[ctx.position, 0], grad_gate_up_proj, grad_down_proj, None
 
 
+def compute_token(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+) -> torch.Tensor:
+    """The same of a single token, `[1, H]`, without gradients: there is nothing to put in order."""
+    outputs = []
+    with matrix_vector_kernels(hidden_states):
+        for expert in top_k_index[0].tolist():
+            gate, up = torch.mm(hidden_states, gate_up_proj[expert].to(hidden_states.dtype).t()).chunk(2, dim=-1)
+            outputs.append(torch.mm(silu(gate).mul_(up), down_proj[expert].to(hidden_states.dtype).t()))
+    return torch.mm(top_k_weights, torch.cat(outputs))
+
+
 def computes_here(experts: nn.Module, hidden_states: torch.Tensor) -> bool:
     """Whether `grinmoe` computes by itself: SwiGLU experts without dropout, on a CPU, not in `torch.compile`."""
     return (
@@ -193,8 +209,10 @@ def grinmoe_experts_forward(
     """
     if computes_here(self, hidden_states):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.gate_up_proj.dtype
-        inputs = hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype)
-        output = ExpertsFunction.apply(*inputs, self.gate_up_proj, self.down_proj, torch.is_grad_enabled())
+        inputs = hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype), self.gate_up_proj, self.down_proj
+        learning = torch.is_grad_enabled()
+        single = len(hidden_states) == 1 and not learning
+        output = compute_token(*inputs) if single else ExpertsFunction.apply(*inputs, learning)
         return output.to(hidden_states.dtype)
     few = not torch.is_grad_enabled() and top_k_index.numel() <= self.num_experts
     batched = few and hidden_states.device.type != "cpu"

@@ -82,11 +82,9 @@ class GrinMoeSequenceClassifierOutput(SequenceClassifierOutputWithPast):
 class GrinMoeAttention(LlamaAttention):
     """Grouped-query attention with RoPE, optional biases and the released sliding window."""
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         # The masks carry the window for every implementation but FlashAttention's, which takes it as an argument.
-        with matrix_vector_kernels(hidden_states):
-            window = VisibleWindowConfig(self.config).sliding_window
-            return super().forward(hidden_states, *args, sliding_window=window, **kwargs)
+        return super().forward(*args, sliding_window=VisibleWindowConfig(self.config).sliding_window, **kwargs)
 
 
 class GrinMoeRotaryEmbedding(LlamaRotaryEmbedding):
@@ -273,12 +271,13 @@ class GrinMoeDecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Arguments and results as those of `GrinMoeSparseMoeBlock`; other arguments are the attention's."""
-        attention_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attention_output
-        moe_output, router_logits, selected_experts = self.block_sparse_moe(
-            self.post_attention_layernorm(hidden_states), token_keys, balance
-        )
-        return hidden_states + moe_output, router_logits, selected_experts
+        with matrix_vector_kernels(hidden_states):
+            attention_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+            hidden_states = hidden_states + attention_output
+            moe_output, router_logits, selected_experts = self.block_sparse_moe(
+                self.post_attention_layernorm(hidden_states), token_keys, balance
+            )
+            return hidden_states + moe_output, router_logits, selected_experts
 
 
 class OptimizerStep(NamedTuple):
