@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, silu
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
     batched_mm_experts_forward,
@@ -208,8 +209,11 @@ def grinmoe_experts_forward(
     a few slots of inference `batched_mm`, as in its `generate`.
     """
     if computes_here(self, hidden_states):
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.gate_up_proj.dtype
-        inputs = hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype), self.gate_up_proj, self.down_proj
+        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj  # once: with adapters each access computes W + BA
+        dtype = gate_up_proj.dtype
+        if torch.is_autocast_enabled("cpu") and not is_parametrized(self):  # of a rounded W + BA, BA is mostly lost
+            dtype = torch.get_autocast_dtype("cpu")
+        inputs = hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype), gate_up_proj, down_proj
         learning = torch.is_grad_enabled()
         single = len(hidden_states) == 1 and not learning
         output = compute_token(*inputs) if single else ExpertsFunction.apply(*inputs, learning)

@@ -86,7 +86,7 @@ PHI_TINY = {**PHI_MINI, "num_attention_heads": 4, "num_key_value_heads": 1, "hea
 CASES = [
     Case("the released config at small sizes"),
     *(Case(f"{attention} attention", SMALL_WINDOW, attention=attention) for attention in ("eager", "flex_attention")),
-    *(Case(f"{experts} experts", experts=experts) for experts in ("eager", "batched_mm")),
+    *(Case(f"{experts} experts", experts=experts) for experts in ("eager", "grouped_mm", "batched_mm")),
     Case("head_dim x heads != hidden_size", {"head_dim": 10}),
     Case("tied head", {"tie_word_embeddings": True}),
     Case("no attention biases", {"attention_bias": False}),

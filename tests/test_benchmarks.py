@@ -3,6 +3,7 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from benchmarks import (
     accumulation,
     callback_cost,
+    compiled_step,
     conversion,
     decoding,
     estimators,
@@ -425,3 +427,15 @@ def test_a_decoding_step_reads_the_experts_that_were_chosen():
     before = decoder.next_token.clone()
     decoder.decode()
     assert decoder.cache.get_seq_length() == 8 and torch.equal(decoder.next_token, before)
+
+
+def test_compiled_step_compares_with_eager(results, monkeypatch):
+    monkeypatch.setattr(compiled_step, "run_with", lambda environment, function, *arguments: function(*arguments))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    app = typer.Typer()
+    app.command()(compiled_step.main)
+    sizes = [*SMALL, "--layers", 1, "--vocab-size", 96, "--tokens", 64, "--dtype", "float32"]
+    invoke(app, *sizes, "--repeats", 2, "--record")
+    rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["float32, 64"]
+    assert all(float(cell.split()[0]) > 0 for cell in rows[0][1:-1])

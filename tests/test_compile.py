@@ -53,7 +53,7 @@ def assert_compiled_equals_eager(model, backend, **inputs):
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("experts", ["grinmoe", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_fullgraph_equals_eager(attention, experts, use_cache):
     model = build(attention, experts)

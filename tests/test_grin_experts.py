@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 from transformers import PhimoeConfig, PhimoeForCausalLM
 from transformers.models.phimoe.modeling_phimoe import PhimoeExperts
 
@@ -120,6 +122,19 @@ def test_under_autocast_weights_and_their_gradients_stay_in_float32():
     assert all(tensor.dtype == torch.float32 for tensor in actual)
     assert_close(actual, expected, 1e-2)
     assert (actual[0].double() - expected[0]).norm() > 1e-4 * expected[0].norm(), "computed in bfloat16"
+
+
+def test_adapted_weights_are_not_rounded_under_autocast():
+    class Adapter(nn.Module):
+        def forward(self, weight):
+            return weight * (1 + 2**-12)  # an adapter's small change, which bfloat16 does not hold
+
+    inputs = tuple(t if t.dtype == torch.int64 else t.float() for t in make_inputs(40, 2))
+    experts = make_experts("grinmoe", torch.float32)
+    parametrize.register_parametrization(experts, "gate_up_proj", Adapter())
+    expected = run(experts, *inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(run(experts, *inputs), expected, 1e-7)
 
 
 @pytest.mark.parametrize("settings", [{"hidden_act": "gelu"}, {"expert_dropout": 0.5}], ids=str)

@@ -16,7 +16,7 @@ from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, route
 
 ATTENTION = ["eager", "sdpa", "flex_attention"]
 COMPILED_FLEX = "compiled flex_attention"
-EXPERTS = ["eager", "grouped_mm", "batched_mm"]
+EXPERTS = ["grinmoe", "eager", "grouped_mm", "batched_mm"]
 LENGTH = 24
 
 

@@ -77,6 +77,7 @@ def measure_peak(config: GrinMoeConfig, training: Training) -> dict[str, int]:
     """Bytes at the worst moment of a step's last micro-batch, and of the optimizer, when all state is there."""
     torch.manual_seed(0)
     mixed = training.precision == "mixed"
+    config._experts_implementation = "grouped_mm"  # of accelerators
     model = GrinMoeForCausalLM(config).to(torch.float32 if mixed else getattr(torch, training.precision)).train()
     if training.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
+from ..loss_grinmoe import CHUNK_TOKENS
 from ..modeling_grinmoe import check_parallel_sizes
 
 GB = 1e9
@@ -334,14 +335,15 @@ def saved_by_layer(config: PreTrainedConfig, layout: Layout, training: Training)
 
     Per token, in compute precision: what q, k, v read (under autocast each its own copy), the jittered tokens (H
     each), the K copies sorted by expert and the K outputs to weigh (K H each); q and the attention's output, k and v;
-    gate and up, act(gate), and its product with up (K 4F). As hidden states are: the inputs of both norms (H each).
-    In float32: the jitter noise (H), the softmax's sum (a head), and per draw of the router the probabilities (E).
-    Masks, indices and statistics of the norms are the rest.
+    gate and up, act(gate), and its product with up (K 4F): transformers' `grouped_mm`, which accelerators run. As
+    hidden states are: the inputs of both norms (H each). In float32: the softmax's sum (a head), and per draw of the
+    router the probabilities (E). Masks, indices, keys of the noise and statistics of the norms are the rest.
     """
     precision, top_k, experts = precision_of(layout, training), config.num_experts_per_tok, config.num_local_experts
     size, read_by_qkv = precision.compute, 3 if precision.autocast else 1
     per_channel = (read_by_qkv + 1 + 2 * top_k) * size + 2 * precision.residual
-    hidden = config.hidden_size * (per_channel + (FLOAT32 if config.input_jitter_noise > 0 else 0))
+    noise = config.hidden_size * FLOAT32 if precision.master else INT64  # other engines keep it, this model its keys
+    hidden = config.hidden_size * per_channel + (noise if config.input_jitter_noise > 0 else 0)
     routing = top_k * (experts * (FLOAT32 + 1) + 1 + 4 * INT64 + precision.residual)
     routing += experts * size + 4 * precision.residual
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim * size
@@ -358,8 +360,10 @@ def saved_by_checkpoint(config: PreTrainedConfig, layout: Layout, training: Trai
 def activations(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
     """Bytes of activations at the worst moment.
 
-    - In the head, backward: inputs of norm and head, log-softmax and two gradients of it in float32 (T V each, the
-      head's output is gathered on every tensor-parallel rank), of which one makes way for the weight's gradient.
+    - In the head, forward, a chunk of tokens at a time: logits, in float32, too, and the gradients of weight and
+      input. With tensor parallelism and pipelines logits are whole; the worst is then their backward pass: inputs of
+      norm and head, log-softmax and two gradients of it in float32 (T V each, the head's output is gathered on every
+      tensor-parallel rank), of which one makes way for the weight's gradient.
     - In a layer, backward: gradients of the experts' down projection, its input and its output (T K F, T K H); or that
       of gate and up, twice as large, when what they made of the tokens (T K F twice) is gone. They come beside those
       of other micro-batches, and are added to them later.
@@ -376,16 +380,20 @@ def activations(config: PreTrainedConfig, layout: Layout, training: Training, st
     weight = head_tensors(config)[2].local(layout) * precision.compute
     head = hidden * (precision.residual + precision.compute) + 2 * tokens * INT64 + weight * precision.autocast
     logits = tokens * config.vocab_size * FLOAT32
-    of_head = 2 * logits + max(logits, weight)
+    if chunked := layout.tp == layout.pp == 1:
+        chunk, copies = min(tokens, CHUNK_TOKENS), precision.compute * (precision.compute != FLOAT32)
+        of_head = chunk * (config.vocab_size * (FLOAT32 + copies) + 2 * config.hidden_size * precision.compute)
+        of_head += hidden * precision.compute + weight
+    else:
+        of_head = 2 * logits + max(logits, weight)
     gate_up, down = (tensor.local(layout) * precision.compute for tensor in layer_tensors(config)[-2:])
     inside, outputs = slots * config.intermediate_size * precision.compute / layout.tp, slots * config.hidden_size
     of_layer = max(down + inside + outputs * precision.compute, gate_up - 2 * inside)
     if precision.autocast:
-        of_head = max(of_head, logits / 2 + 2 * weight)
-        forward = 2 * logits + logits / 2 + hidden * FLOAT32
+        forward = of_head if chunked else 2 * logits + logits / 2 + hidden * FLOAT32
         if layout.pp == 1:
             forward += dense_copies * stage.layers * training.checkpointing
-        of_head = max(of_head, forward)
+        of_head = max(forward, 0 if chunked else max(of_head, logits / 2 + 2 * weight))
         weighing = 2 * FLOAT32 * (outputs + hidden)
         cast = 2 * gate_up - down - 4 * inside - 2 * outputs * precision.compute
         of_layer = max(of_layer, weighing * training.checkpointing, cast)

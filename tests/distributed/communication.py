@@ -80,7 +80,7 @@ def make_model(
     else:
         layout = DistributedConfig(**sizes, fsdp_mixed_precision=mixed)
         native = {"distributed_config": layout} if kind == "native" else {}
-        model = GrinMoeForCausalLM.from_pretrained(path, **native)
+        model = GrinMoeForCausalLM.from_pretrained(path, experts_implementation="grouped_mm", **native)
         begin_step = model.begin_step
     model.train()
     if checkpointing:
