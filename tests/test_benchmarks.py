@@ -27,6 +27,7 @@ from benchmarks import (
     peers,
     quantized_memory,
     routing_cost,
+    step_profile,
     step_shares,
     training_step,
 )
@@ -439,3 +440,16 @@ def test_compiled_step_compares_with_eager(results, monkeypatch):
     rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == ["float32, 64"]
     assert all(float(cell.split()[0]) > 0 for cell in rows[0][1:-1])
+
+
+def test_step_profile_compares_operators(results, monkeypatch):
+    monkeypatch.setattr(step_profile, "run_with", lambda environment, function, *arguments: function(*arguments))
+    app = typer.Typer()
+    app.command()(step_profile.main)
+    sizes = [*SMALL, "--layers", 1, "--vocab-size", 96, "--tokens", 64, "--dtype", "float32"]
+    invoke(app, *sizes, "--repeats", 1, "--operators", 100, "--record")
+    rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")][2:]
+    calls = {row[0]: (int(row[2]), int(row[4])) for row in rows}
+    assert rows[0][0] == "the whole step"
+    assert calls["_grouped_mm"][0] > 0 == calls["_grouped_mm"][1]
+    assert calls["ExpertsFunction"] == (0, 1)
