@@ -146,20 +146,20 @@ class ExpertsFunction(torch.autograd.Function):
         for segment in ctx.segments:
             expert, _, rows = segment
             gate, up = gate_up[rows].chunk(2, dim=-1)
-            silu = torch.ops.aten.silu.out(gate, out=silus[: segment.num_rows])
-            activation = torch.mul(silu, up, out=activations[: segment.num_rows])
+            silu_gate = torch.ops.aten.silu.out(gate, out=silus[: segment.num_rows])
+            activation = torch.mul(silu_gate, up, out=activations[: segment.num_rows])
             # The output is weight * down(activation).
             grad = segment.gather(grad_output, rows_of_hidden)
             grad_activation = grad_activations[: segment.num_rows]
             torch.mm(grad, down_proj[expert].to(dtype), out=grad_activation)
-            grad_weights[rows, 0] = torch.linalg.vecdot(grad_activation, activation)
+            grad_weights[rows, 0] = torch.mul(grad_activation, activation).sum(dim=-1)
             if grad_down_proj is not None:
                 matmul_into(grad_down_proj[expert], grad.mul_(weights[rows]).t(), activation)
             grad_activation.mul_(weights[rows])
             # activation = silu(gate) * up
             grad_gate_up = grad_gate_ups[: segment.num_rows]
             grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-            torch.mul(grad_activation, silu, out=grad_up)
+            torch.mul(grad_activation, silu_gate, out=grad_up)
             torch.ops.aten.silu_backward.grad_input(grad_activation.mul_(up), gate, grad_input=grad_gate)
             # gate and up are gate_up_proj(input)
             torch.mm(grad_gate_up, gate_up_proj[expert].to(dtype), out=grad_inputs[rows])

@@ -48,7 +48,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """The sum over tokens of the cross-entropy of `hidden_states @ weight.T + bias`, over `num_items`."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, labels, num_items):
+    def forward(ctx, hidden_states, weight, bias, labels, num_items, learning: bool):
         dtype = hidden_states.dtype
         matrix = weight.to(dtype)
         tokens = (labels != IGNORED).nonzero().squeeze(-1)
@@ -56,9 +56,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         # Softmax in float32; for float32 logits in their place.
         probs_buffer = logits_buffer.to(torch.promote_types(dtype, torch.float32))
         loss = probs_buffer.new_zeros(())
-        grad_hidden_states = torch.zeros_like(hidden_states)
-        grad_weight = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
-        grad_bias = None if bias is None else loss.new_zeros(len(weight))
+        grad_hidden_states = torch.zeros_like(hidden_states) if learning else None
+        grad_weight = torch.zeros_like(matrix) if learning and ctx.needs_input_grad[1] else None
+        grad_bias = loss.new_zeros(len(weight)) if learning and bias is not None else None
         for index in tokens.split(CHUNK_TOKENS):
             inputs, targets = hidden_states[index], labels[index, None]
             logits, probs = logits_buffer[: len(index)], probs_buffer[: len(index)]
@@ -68,6 +68,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 torch.addmm(bias.to(dtype), inputs, matrix.t(), out=logits)
             torch.log_softmax(probs.copy_(logits), dim=-1, out=probs)
             loss -= probs.gather(-1, targets).sum()
+            if grad_hidden_states is None:
+                continue
             # d loss / d logits = softmax(logits) - onehot(target)
             probs.exp_().scatter_add_(-1, targets, probs.new_full(targets.shape, -1.0))
             grad_logits = logits.copy_(probs.div_(num_items))
@@ -86,7 +88,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the chunked loss has one backward pass; for another one, do the forward pass again")
         gradients, ctx.gradients = ctx.gradients, None  # in place, and so that they become .grad without a copy
         grad_hidden_states, grad_weight, grad_bias = (g if g is None else g.mul_(grad_loss) for g in gradients)
-        return grad_hidden_states, grad_weight, grad_bias, None, None
+        return grad_hidden_states, grad_weight, grad_bias, None, None, None
 
 
 def chunked_causal_lm_loss(
@@ -113,4 +115,5 @@ def chunked_causal_lm_loss(
     elif isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(targets.device)
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).to(compute_dtype(head.weight))
-    return LinearCrossEntropy.apply(tokens, head.weight, head.bias, targets, num_items_in_batch)
+    learning = torch.is_grad_enabled()
+    return LinearCrossEntropy.apply(tokens, head.weight, head.bias, targets, num_items_in_batch, learning)

@@ -109,6 +109,7 @@ def test_evaluation_has_logits_unless_they_are_skipped():
     skipped = model(**batch, skip_logits=True)
     assert skipped.logits is None and skipped.loss.item() == pytest.approx(outputs.loss.item(), rel=1e-6)
     with torch.no_grad():
+        assert model(**batch, skip_logits=True).loss == skipped.loss
         assert model.train()(**batch).logits is not None, "no gradients are made of a loss that has no backward pass"
 
 
