@@ -9,6 +9,7 @@ from transformers.models.phimoe.modeling_phimoe import sparsemixer as stock_spar
 from modeling_grin import GrinMoeConfig, RoutingNoise, draw_noise, route
 from modeling_grin.modeling_grinmoe import GrinMoeSparseMoeBlock
 from modeling_grin.noise_grinmoe import fold
+from modeling_grin.routing_grinmoe import jitter_input
 
 EPS = 0.15  # wide enough for several kept experts on random logits
 
@@ -246,7 +247,6 @@ def test_input_jitter_is_applied_once_out_of_place_and_in_training_only(block):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_input_jitter_is_unbiased_in_low_precision(block, dtype):
-    from modeling_grin.routing_grinmoe import jitter_input
 
     torch.manual_seed(0)
     keys = torch.empty(1000, dtype=torch.int64).random_()
@@ -258,3 +258,18 @@ def test_input_jitter_is_unbiased_in_low_precision(block, dtype):
 def test_unknown_estimator_is_named():
     with pytest.raises(ValueError, match="no_such_estimator"):
         route(random_logits(), 2, 0.01, estimator="no_such_estimator", training=True)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 700])
+def test_input_jitter_scales_gradients_as_it_scales_inputs(num_tokens):
+    tokens = torch.randn(num_tokens, 8, dtype=torch.float64, requires_grad=True)
+    keys = torch.randint(2**60, (num_tokens,))
+    output = jitter_input(tokens, 0.1, keys)
+    (gradient,) = torch.autograd.grad(output, tokens, upstream := torch.randn_like(output))
+    noise = (output / tokens).detach()
+    torch.testing.assert_close(gradient, upstream * noise)
+    assert (noise - 1).abs().max() < 0.1 and noise.unique().numel() > 7 * num_tokens
+    one_by_one = torch.cat(
+        [jitter_input(token[None], 0.1, key[None]) for token, key in zip(tokens, keys, strict=True)]
+    )
+    assert torch.equal(output, one_by_one), "chunks do not show"
