@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, silu
-from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import (
     ALL_EXPERTS_FUNCTIONS,
     batched_mm_experts_forward,
@@ -205,19 +204,15 @@ def grinmoe_experts_forward(
 ) -> torch.Tensor:
     """`experts_implementation="grinmoe"`: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`, the best way for the device.
 
-    On CPUs `ExpertsFunction`, in the dtype of the weights or autocast's; elsewhere transformers' `grouped_mm`, and for
-    a few slots of inference `batched_mm`, as in its `generate`.
+    On CPUs `ExpertsFunction`, in the dtype of `hidden_states`; elsewhere transformers' `grouped_mm`, and for a few
+    slots of inference `batched_mm`, as in its `generate`.
     """
     if computes_here(self, hidden_states):
-        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj  # once: with adapters each access computes W + BA
-        dtype = gate_up_proj.dtype
-        if torch.is_autocast_enabled("cpu") and not is_parametrized(self):  # of a rounded W + BA, BA is mostly lost
-            dtype = torch.get_autocast_dtype("cpu")
-        inputs = hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype), gate_up_proj, down_proj
         learning = torch.is_grad_enabled()
+        top_k_weights = top_k_weights.to(hidden_states.dtype)
+        inputs = hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj
         single = len(hidden_states) == 1 and not learning
-        output = compute_token(*inputs) if single else ExpertsFunction.apply(*inputs, learning)
-        return output.to(hidden_states.dtype)
+        return compute_token(*inputs) if single else ExpertsFunction.apply(*inputs, learning)
     few = not torch.is_grad_enabled() and top_k_index.numel() <= self.num_experts
     batched = few and hidden_states.device.type != "cpu"
     forward = batched_mm_experts_forward if batched else grouped_mm_experts_forward

@@ -181,14 +181,16 @@ class GrinMoeSparseMoeBlock(nn.Module):
         """The experts' sum, `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`.
 
         transformers' implementations compute in the dtype of the weights, which autocast does not know of: float32
-        weights would have float32 experts. Their copies are autocast's, as those of any linear layer.
+        weights would have float32 experts. Their copies are autocast's, as those of any linear layer. Experts with
+        adapters (a wrapper's) stay in float32: of a rounded W + BA, most of BA is lost.
         """
         device_type = tokens.device.type
         is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-        knows = self.config._experts_implementation == GRIN_EXPERTS and computes_here(self.experts, tokens)
-        if knows or not (is_on and isinstance(self.experts, GrinMoeExperts)):
+        if not (is_on and isinstance(self.experts, GrinMoeExperts)):
             return self.experts(tokens, experts, weights)
         dtype = torch.get_autocast_dtype(device_type)
+        if self.config._experts_implementation == GRIN_EXPERTS and computes_here(self.experts, tokens):
+            return self.experts(tokens.to(dtype), experts, weights).to(tokens.dtype)  # casts one expert at a time
         parameters = dict(self.experts.named_parameters())
         local = [p.to_local() if hasattr(p, "to_local") else p for p in parameters.values()]
         if any(p.shape[-1] * dtype.itemsize % 16 for p in local):  # grouped_mm wants rows of 16 bytes

@@ -75,7 +75,7 @@ def make_model(
     """The model, and its `begin_step`. Mixed precision as in the recipes."""
     path = folder / "model"
     if kind == "pipeline":
-        model = pipeline_model(path, dtype=torch.float32, **sizes)
+        model = pipeline_model(path, dtype=torch.float32, experts_implementation="grouped_mm", **sizes)
         begin_step = model.begin_step
     else:
         layout = DistributedConfig(**sizes, fsdp_mixed_precision=mixed)
