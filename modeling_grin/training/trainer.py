@@ -213,6 +213,7 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             resume_from_checkpoint, incomplete = last_complete_checkpoint(self.args.output_dir)
             for path, problems in incomplete.items():
                 logger.warning(f"{path} is not a complete checkpoint and is passed over: {', '.join(problems)}")
+                os.utime(path, (0, 0))  # half deleted by a killed run, it would be the newest, which rotation keeps
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} has no complete checkpoint to resume from")
         elif resume_from_checkpoint and (problems := find_problems(resume_from_checkpoint)):
