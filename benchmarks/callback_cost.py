@@ -22,7 +22,7 @@ import torch
 import typer
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from benchmarks.measure import interleave, show
+from benchmarks.measure import grin_config, interleave, random_rows, show
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 from modeling_grin.balance_grinmoe import BalanceLoss, BalanceWindow
 from modeling_grin.training.callback import RoutingCallback
@@ -145,24 +145,11 @@ def main(
 
     Example: python benchmarks/callback_cost.py --dtype float32 --rounds 5
     """
-    length = min(tokens, 512)
-    if tokens % length:
-        raise typer.BadParameter(f"--tokens {tokens}: must be a multiple of {length}")
     torch.manual_seed(0)
-    config = GrinMoeConfig(
-        vocab_size=4096,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 64,
-        num_key_value_heads=max(1, hidden_size // 256),
-        num_local_experts=experts,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    sizes = hidden_size, intermediate_size, experts, layers
+    config = grin_config(*sizes, router_aux_loss_coef=0.0)
     model = GrinMoeForCausalLM(config).to(getattr(torch, dtype)).train()
-    rows = torch.randint(config.vocab_size, (tokens // length, length))
+    rows = random_rows(config, tokens)
     with tempfile.TemporaryDirectory() as folder:
         table = measure(Training(model, rows, Path(folder)), rounds)
     title = f"Cost of watching and balancing: hidden {hidden_size}, FFN {intermediate_size} x {experts}, "

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.measure import interleave, run_with, show, spread
-from benchmarks.peers import Dtype, build_ours, grin_config, random_rows
+from benchmarks.measure import grin_config, interleave, random_rows, run_with, show, spread
+from benchmarks.peers import Dtype, build_ours
 
 MODELS = ("eager", "compiled", "eager, grouped_mm and whole logits")
 COLUMNS = ["dtype, tokens", *MODELS, "speed of eager / compiled", "/ eager, grouped_mm", "compilation"]

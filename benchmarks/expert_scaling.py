@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from rich.progress import track
 
-from benchmarks.measure import ALLOCATORS, allocations, interleave, run_with, show
-from benchmarks.peers import Dtype, build_ours, grin_config, random_rows, step
+from benchmarks.measure import ALLOCATORS, allocations, grin_config, interleave, random_rows, run_with, show
+from benchmarks.peers import Dtype, build_ours, step
 from modeling_grin import GrinMoeForCausalLM
 
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "expert_scaling.png"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns, counting memory, fresh processes, tables in RESULTS.md."""
+"""What the benchmarks share: sizes and data, taking turns, counting memory, fresh processes, tables in RESULTS.md."""
 
 import datetime
 import multiprocessing
@@ -21,6 +21,8 @@ from rich.progress import track
 from rich.table import Column, Table
 from torch.profiler import ProfilerActivity, profile
 
+from modeling_grin import GrinMoeConfig
+
 console = Console()
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -34,6 +36,48 @@ ALLOCATORS: dict[str, dict[str, str]] = {
     },
     "default": {},
 }
+
+ROW = 512  # tokens in a row of a batch
+# Of the load-balance loss, as in the recipes for training from scratch; the release has 0, which leaves the loss out.
+COEFFICIENT = 0.01
+
+
+def grin_config(
+    hidden_size: int = 1024,
+    intermediate_size: int = 1600,
+    experts: int = 16,
+    layers: int = 2,
+    vocab_size: int = 4096,
+    top_k: int = 2,
+    **settings: Any,
+) -> GrinMoeConfig:
+    """The release's config at other sizes, with the load-balance loss; `settings` are other fields."""
+    return GrinMoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=max(1, hidden_size // 256),
+        num_local_experts=experts,
+        num_experts_per_tok=top_k,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **{"router_aux_loss_coef": COEFFICIENT, **settings},
+    )
+
+
+def random_rows(config: GrinMoeConfig, tokens: int) -> torch.Tensor:
+    """int64 `[rows, positions]` of `tokens` in all, in rows of at most `ROW`.
+
+    Raises:
+        ValueError: more tokens than a row, and no multiple of it.
+    """
+    length = min(tokens, ROW)
+    if tokens % length:
+        raise ValueError(f"{tokens} tokens: must be a multiple of {length}")
+    return torch.randint(config.vocab_size, (tokens // length, length))
 
 
 def interleave(tasks: Mapping[str, Callable[[], Any]], rounds: int, what: str) -> dict[str, list[float]]:

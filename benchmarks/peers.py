@@ -15,10 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ph
 from conversion.configs import phimoe_config
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 
-ROW = 512  # tokens in a row of a batch
 STOCK_EXPERTS = "grouped_mm"  # the fastest of transformers' implementations here
-# Of the load-balance loss, as in the recipes for training from scratch; the release has 0, which leaves the loss out.
-COEFFICIENT = 0.01
 
 
 class Dtype(StrEnum):
@@ -30,31 +27,6 @@ class Dtype(StrEnum):
     @property
     def of_torch(self) -> torch.dtype:
         return getattr(torch, self)
-
-
-def grin_config(
-    hidden_size: int = 1024,
-    intermediate_size: int = 1600,
-    experts: int = 16,
-    layers: int = 2,
-    vocab_size: int = 4096,
-    top_k: int = 2,
-) -> GrinMoeConfig:
-    """The release's config at other sizes, with the load-balance loss."""
-    return GrinMoeConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 64,
-        num_key_value_heads=max(1, hidden_size // 256),
-        num_local_experts=experts,
-        num_experts_per_tok=top_k,
-        router_aux_loss_coef=COEFFICIENT,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
 
 
 def build_ours(config: GrinMoeConfig, dtype: torch.dtype) -> GrinMoeForCausalLM:
@@ -91,18 +63,6 @@ def build_dense(config: GrinMoeConfig, dtype: torch.dtype) -> LlamaForCausalLM:
     dense.model.norm = norm()
     dense.lm_head.bias = nn.Parameter(torch.zeros(config.vocab_size, dtype=dtype))
     return dense.train()
-
-
-def random_rows(config: GrinMoeConfig, tokens: int) -> torch.Tensor:
-    """int64 `[rows, positions]` of `tokens` in all, in rows of at most `ROW`.
-
-    Raises:
-        ValueError: more tokens than a row, and no multiple of it.
-    """
-    length = min(tokens, ROW)
-    if tokens % length:
-        raise ValueError(f"{tokens} tokens: must be a multiple of {length}")
-    return torch.randint(config.vocab_size, (tokens // length, length))
 
 
 def forward_backward(model: Any, rows: torch.Tensor) -> None:

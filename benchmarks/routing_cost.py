@@ -15,8 +15,8 @@ import torch
 import typer
 from rich.progress import track
 
-from benchmarks.measure import interleave, peak_memory, show
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from benchmarks.measure import grin_config, interleave, peak_memory, random_rows, show
+from modeling_grin import GrinMoeForCausalLM
 from modeling_grin.routing_grinmoe import ROUTER_ESTIMATORS, TOP_1_ESTIMATORS, route
 
 # The first variant with a top-k is the control of those with the same.
@@ -107,25 +107,11 @@ def main(
     """
     if unknown := set(skip or []) - (set(VARIANTS) - {"gshard", "gshard top-1"}):
         raise typer.BadParameter(f"--skip {', '.join(unknown)}: not an estimator, or a control that others need")
-    length = min(tokens, 512)
-    if tokens % length:
-        raise typer.BadParameter(f"--tokens {tokens}: must be a multiple of {length}")
     torch.manual_seed(0)
-    config = GrinMoeConfig(
-        vocab_size=4096,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 64,
-        num_key_value_heads=max(1, hidden_size // 256),
-        num_local_experts=experts,
-        router_jitter_noise=jitter,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    sizes = hidden_size, intermediate_size, experts, layers
+    config = grin_config(*sizes, router_jitter_noise=jitter, router_aux_loss_coef=0.0)
     model = GrinMoeForCausalLM(config).to(getattr(torch, dtype)).train()
-    rows = torch.randint(config.vocab_size, (tokens // length, length))
+    rows = random_rows(config, tokens)
     variants = {name: changes for name, changes in VARIANTS.items() if name not in (skip or [])}
     title = f"Cost per estimator: hidden {hidden_size}, FFN {intermediate_size} x {experts}, {tokens} tokens, {dtype}"
     notes = (

@@ -12,8 +12,8 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import ALLOCATORS, run_with, show
-from benchmarks.peers import Dtype, build_ours, grin_config, random_rows
+from benchmarks.measure import ALLOCATORS, grin_config, random_rows, run_with, show
+from benchmarks.peers import Dtype, build_ours
 
 COLUMNS = ["operator", "before", "calls", "after", "calls"]
 

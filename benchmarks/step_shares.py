@@ -20,8 +20,8 @@ from rich.progress import track
 from torch import nn
 
 from benchmarks.callback_cost import balance_alone
-from benchmarks.measure import ALLOCATORS, interleave, run_with, show
-from benchmarks.peers import Dtype, build_ours, grin_config, random_rows, step
+from benchmarks.measure import ALLOCATORS, grin_config, interleave, random_rows, run_with, show
+from benchmarks.peers import Dtype, build_ours, step
 from modeling_grin import GrinMoeForCausalLM
 from modeling_grin.balance_grinmoe import count_experts
 from modeling_grin.noise_grinmoe import fold, random_key, token_keys

@@ -18,7 +18,7 @@ import torch
 import typer
 from rich.progress import track
 
-from benchmarks.measure import ALLOCATORS, interleave, peak_memory, run_with, show, spread
+from benchmarks.measure import ALLOCATORS, grin_config, interleave, peak_memory, random_rows, run_with, show, spread
 from benchmarks.peers import (
     STOCK_EXPERTS,
     Dtype,
@@ -26,8 +26,6 @@ from benchmarks.peers import (
     build_ours,
     build_stock,
     forward_backward,
-    grin_config,
-    random_rows,
     step,
 )
 

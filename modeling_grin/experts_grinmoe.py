@@ -100,7 +100,12 @@ def matmul_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 class ExpertsFunction(torch.autograd.Function):
-    """The weighted sum of each token's experts, `[T, H]`, in the dtype of `hidden_states`."""
+    """The weighted sum of each token's experts, `[T, H]`, in the dtype of `hidden_states`.
+
+    Arguments: `hidden_states` `[T, H]`, `top_k_index` `[T, K]`, `top_k_weights` `[T, K]` of the same dtype as
+    `hidden_states`, `gate_up_proj` `[E, 2F, H]` and `down_proj` `[E, H, F]` of any dtype, which their gradients have,
+    too, and whether a backward pass may follow.
+    """
 
     @staticmethod
     def forward(ctx, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, learning: bool):

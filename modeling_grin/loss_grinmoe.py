@@ -45,7 +45,11 @@ def can_chunk(model: PreTrainedModel) -> bool:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The sum over tokens of the cross-entropy of `hidden_states @ weight.T + bias`, over `num_items`."""
+    """The sum over tokens of the cross-entropy of `hidden_states @ weight.T + bias`, over `num_items`.
+
+    Arguments: `hidden_states` `[T, H]`, `weight` `[V, H]`, `bias` `[V]` or None, `labels` int64 `[T]`, `num_items`, a
+    number or scalar, and whether a backward pass may follow. One is allowed.
+    """
 
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, labels, num_items, learning: bool):

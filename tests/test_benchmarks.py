@@ -199,7 +199,7 @@ def test_a_fresh_process_has_its_own_environment():
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_peers_have_equal_active_parameters(top_k):
-    config = peers.grin_config(64, 16, experts=5, layers=2, vocab_size=96, top_k=top_k)
+    config = measure.grin_config(64, 16, experts=5, layers=2, vocab_size=96, top_k=top_k)
     ours, dense = peers.build_ours(config, torch.float32), peers.build_dense(config, torch.bfloat16)
     active = 0.0
     for name, parameter in ours.named_parameters():
@@ -214,8 +214,8 @@ def test_peers_have_equal_active_parameters(top_k):
 def test_peers_compute_the_same_function():
     """Ours and stock Phimoe, with the same weights."""
     torch.manual_seed(0)
-    config = peers.grin_config(64, 16, experts=4, layers=2, vocab_size=96)
-    ours, rows = peers.build_ours(config, torch.float32).eval(), peers.random_rows(config, 1024)
+    config = measure.grin_config(64, 16, experts=4, layers=2, vocab_size=96)
+    ours, rows = peers.build_ours(config, torch.float32).eval(), measure.random_rows(config, 1024)
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     stock = peers.build_stock(ours).eval()
@@ -231,7 +231,7 @@ def test_peers_compute_the_same_function():
 
 def test_the_dense_peer_is_ours_with_one_expert():
     torch.manual_seed(0)
-    config = peers.grin_config(64, 32, experts=1, layers=2, vocab_size=96, top_k=1)
+    config = measure.grin_config(64, 32, experts=1, layers=2, vocab_size=96, top_k=1)
     ours, dense = peers.build_ours(config, torch.float32).eval(), peers.build_dense(config, torch.float32).eval()
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -241,7 +241,7 @@ def test_the_dense_peer_is_ours_with_one_expert():
         names = (f"model.layers.{index}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
         weights |= zip(names, (*gate_up[0].chunk(2), down[0]), strict=True)
     dense.load_state_dict(weights)
-    rows = peers.random_rows(config, 1024)
+    rows = measure.random_rows(config, 1024)
     with torch.no_grad():
         expected = ours(rows, labels=rows, use_cache=False)
         actual = dense(rows, labels=rows, use_cache=False)
@@ -299,8 +299,8 @@ def test_training_step_counts_memory(results, in_this_process):
 
 def test_expert_scaling_counts_operations():
     """As torch does while stock's step runs; the attention's, which torch does not count here, by hand."""
-    config = peers.grin_config(64, 16, experts=4, layers=2, vocab_size=96)
-    model, rows = peers.build_ours(config, torch.float32), peers.random_rows(config, 1024)
+    config = measure.grin_config(64, 16, experts=4, layers=2, vocab_size=96)
+    model, rows = peers.build_ours(config, torch.float32), measure.random_rows(config, 1024)
     with FlopCounterMode(display=False) as counter:
         peers.step(peers.build_stock(model, "eager"), rows)
     counts = counter.get_flop_counts()["Global"]
@@ -318,8 +318,8 @@ def test_expert_scaling_predicts_from_rates(allocator, fresh, monkeypatch):
     monkeypatch.setattr(expert_scaling, "interleave", lambda *given: tasks.update(given[0]) or a_second_each(*given))
     values = {"hidden_size": 64, "intermediate_size": 16, "experts": 4, "layers": 1, "vocab_size": 96}
     point = expert_scaling.measure(values, 128, peers.Dtype.bfloat16, allocator, 1)
-    model = peers.build_ours(peers.grin_config(**values), torch.bfloat16)
-    rows = peers.random_rows(model.config, 128)
+    model = peers.build_ours(measure.grin_config(**values), torch.bfloat16)
+    rows = measure.random_rows(model.config, 128)
     weight = model.model.layers[0].block_sparse_moe.experts.gate_up_proj[0]
     assert point.products == pytest.approx(expert_scaling.operations(model, rows) / (3 * 2 * 64 * weight.numel()))
     assert point.weights == pytest.approx(3 * 2 * sum(parameter.numel() for parameter in model.parameters()) / 4096)
@@ -418,7 +418,7 @@ def test_decoding_compares_tokens_per_second_with_what_a_step_reads(results, mon
 
 @torch.inference_mode()
 def test_a_decoding_step_reads_the_experts_that_were_chosen():
-    config = peers.grin_config(hidden_size=64, intermediate_size=16, experts=4, layers=2, vocab_size=96)
+    config = measure.grin_config(hidden_size=64, intermediate_size=16, experts=4, layers=2, vocab_size=96)
     model = peers.build_ours(config, torch.bfloat16).eval()
     decoder = decoding.Decoder(model, torch.randint(96, (1, 8)))
     shared = sum(p.nbytes for name, p in model.named_parameters() if ".experts." not in name and "embed" not in name)

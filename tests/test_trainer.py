@@ -346,6 +346,14 @@ def test_killed_run_resumes_from_the_newest_complete_checkpoint(
     assert kill_and_check(processes, tmp_path / "run", trainer_class, finished[1], kill_at) == interrupted
 
 
+def test_a_half_deleted_checkpoint_is_the_first_to_go(tmp_path):
+    """Rotation goes by date, and a deletion that a kill interrupted has made the oldest checkpoint the newest."""
+    runs.make_killed_trainer(tmp_path, max_steps=5).train()
+    (tmp_path / "checkpoint-3" / "model.safetensors").unlink()
+    runs.make_killed_trainer(tmp_path, max_steps=6).train(resume_from_checkpoint=True)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (4, 5, 6)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer_class", [GrinMoeTrainer, Trainer])
 def test_killed_at_any_moment(processes, finished, tmp_path, trainer_class):

@@ -380,25 +380,25 @@ def activations(config: PreTrainedConfig, layout: Layout, training: Training, st
     weight = head_tensors(config)[2].local(layout) * precision.compute
     head = hidden * (precision.residual + precision.compute) + 2 * tokens * INT64 + weight * precision.autocast
     logits = tokens * config.vocab_size * FLOAT32
-    if chunked := layout.tp == layout.pp == 1:
+    if layout.tp == layout.pp == 1:
         chunk, copies = min(tokens, CHUNK_TOKENS), precision.compute * (precision.compute != FLOAT32)
-        of_head = chunk * (config.vocab_size * (FLOAT32 + copies) + 2 * config.hidden_size * precision.compute)
-        of_head += hidden * precision.compute + weight
+        forward = chunk * (config.vocab_size * (FLOAT32 + copies) + 2 * config.hidden_size * precision.compute)
+        forward += hidden * precision.compute + weight
+        backward = 0
     else:
-        of_head = 2 * logits + max(logits, weight)
+        forward = (2 * logits + logits / 2 + hidden * FLOAT32) * precision.autocast
+        backward = max(2 * logits + max(logits, weight), (logits / 2 + 2 * weight) * precision.autocast)
     gate_up, down = (tensor.local(layout) * precision.compute for tensor in layer_tensors(config)[-2:])
     inside, outputs = slots * config.intermediate_size * precision.compute / layout.tp, slots * config.hidden_size
     of_layer = max(down + inside + outputs * precision.compute, gate_up - 2 * inside)
     if precision.autocast:
-        forward = of_head if chunked else 2 * logits + logits / 2 + hidden * FLOAT32
         if layout.pp == 1:
             forward += dense_copies * stage.layers * training.checkpointing
-        of_head = max(forward, 0 if chunked else max(of_head, logits / 2 + 2 * weight))
         weighing = 2 * FLOAT32 * (outputs + hidden)
         cast = 2 * gate_up - down - 4 * inside - 2 * outputs * precision.compute
         of_layer = max(of_layer, weighing * training.checkpointing, cast)
     of_layer += layer * training.checkpointing
-    moments = (of_head * stage.head, of_layer * (stage.layers > 0))
+    moments = (max(forward, backward) * stage.head, of_layer * (stage.layers > 0))
     return stage.in_flight * stage.layers * kept + head * stage.head + max(moments)
 
 
