@@ -349,6 +349,8 @@ def test_killed_run_resumes_from_the_newest_complete_checkpoint(
 def test_a_half_deleted_checkpoint_is_the_first_to_go(tmp_path):
     """Rotation goes by date, and a deletion that a kill interrupted has made the oldest checkpoint the newest."""
     runs.make_killed_trainer(tmp_path, max_steps=5).train()
+    for step in (4, 5):  # transformers goes by the number where dates are within a second
+        os.utime(tmp_path / f"checkpoint-{step}", (step, step))
     (tmp_path / "checkpoint-3" / "model.safetensors").unlink()
     runs.make_killed_trainer(tmp_path, max_steps=6).train(resume_from_checkpoint=True)
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (4, 5, 6)}
