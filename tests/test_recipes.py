@@ -27,7 +27,8 @@ from trl import SFTConfig
 from typer.testing import CliRunner
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
-from modeling_grin import cli as cli_module
+from modeling_grin.cli import app
+from modeling_grin.cli import recipes as recipes_commands
 from modeling_grin.training import checks, merge_lora, recipes
 from modeling_grin.training.recipes import load_data
 from modeling_grin.training.trl_trainers import GrinMoeSFTTrainer
@@ -653,11 +654,11 @@ def test_a_layout_that_cannot_be_is_an_error(recipe, environment, arguments, mes
 
 
 def cli(*arguments):
-    return CliRunner().invoke(cli_module.app, ["recipes", *map(str, arguments)])
+    return CliRunner().invoke(app, ["recipes", *map(str, arguments)])
 
 
 def test_recipes_ls_names_every_recipe_and_config_with_what_it_does(monkeypatch):
-    monkeypatch.setattr(cli_module, "console", Console(width=400))
+    monkeypatch.setattr(recipes_commands, "console", Console(width=400))
     shown = {}
     for line in cli("ls").stdout.splitlines()[1:]:
         name, what = line.split(None, 1)

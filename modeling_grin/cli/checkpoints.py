@@ -1,0 +1,167 @@
+"""Commands on checkpoints: `convert`, `inspect`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .terminal import console, hint_of_resuming, transfer
+
+FORM, MODEL_CHANGE, SAFETY = "The result", "Another number of experts", "Safety"
+"""Panels of `convert`'s options."""
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="folder of a checkpoint, of a sharded one, or of a LoRA adapter")],
+    destination: Annotated[Path, typer.Argument(help="folder to make; for gguf, the file")],
+    to: Annotated[str, typer.Option(help="hub, fused, phimoe, gguf, or adapter", rich_help_panel=FORM)],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16; each tensor's own by default. For gguf: f32, f16, bf16, q8_0, q4_0",
+            rich_help_panel=FORM,
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="of one file of weights; 5GB by default", rich_help_panel=FORM)
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="of an adapter: the base model's folder, instead of what its config names")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="folder with the config.json of a source that has none: sharded checkpoints")
+    ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="so many per layer: copies of a model's one expert, or the most loaded ones on --calibration",
+            rich_help_panel=MODEL_CHANGE,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="of copies: experts per token, by default 2", rich_help_panel=MODEL_CHANGE),
+    ] = None,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="on copies, relative to a matrix's standard deviation; 0", rich_help_panel=MODEL_CHANGE
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="of the noise and the new routers; 0", rich_help_panel=MODEL_CHANGE)
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="text file to measure routing on: expert load; for gguf, near-ties")
+    ] = None,
+    check: Annotated[
+        bool | None,
+        typer.Option(help="compare the logits of source and result; small models by default", rich_help_panel=SAFETY),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with an interrupted conversion", rich_help_panel=SAFETY)
+    ] = False,
+    weights_only: Annotated[
+        bool,
+        typer.Option(
+            "--weights-only",
+            help="read pickles (pytorch_model.bin, DCP) through torch's restricted unpickler",
+            rich_help_panel=SAFETY,
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="the report as JSON")] = False,
+) -> None:
+    """Convert a checkpoint; its form is found out. Streamed, exact, and there only when it is complete.
+
+    Example: grin-moe convert GRIN-MoE GRIN-MoE-phimoe --to phimoe
+    """
+    import conversion
+
+    with hint_of_resuming(), transfer("converting", as_json) as progress:
+        report = conversion.convert(
+            source,
+            destination,
+            to=to,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            base=base,
+            config=config,
+            weights_only=weights_only,
+            num_experts=experts,
+            top_k=top_k,
+            noise=noise,
+            seed=seed,
+            calibration=calibration,
+            check=check,
+            resume=resume,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps(vars(report), indent=2))
+        return
+    table = Table(box=None, show_header=False)
+    table.add_row("from", f"{escape(report.source)} ({report.form})")
+    table.add_row("to", f"{escape(report.destination)} ({report.target})")
+    if report.parameters:
+        speed = report.nbytes / report.seconds / 1e9
+        written = f"{report.parameters:,} parameters, {report.nbytes / 1e9:.3f} GB"
+        table.add_row("written", f"{written} in {report.seconds:.1f} s ({speed:.2f} GB/s)")
+        unchecked = "not compared (--check does)"
+        same = unchecked if report.difference is None else f"differ by {report.difference:.2g} of the largest"
+        table.add_row("logits", same)
+    if report.carried:
+        table.add_row("carried", escape(", ".join(report.carried)))
+    if report.left:
+        table.add_row("left", escape(", ".join(report.left)))
+    for note in report.notes:
+        table.add_row("note", escape(note))
+    console.print(table)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="folder of a checkpoint in any form, or a GGUF file")],
+    verify: Annotated[bool, typer.Option("--verify", help="read every tensor; find NaN and infinite values")] = False,
+    against: Annotated[Path | None, typer.Option(help="another checkpoint, to compare with bit by bit")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="folder with the config.json of a checkpoint that has none")
+    ] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="read pickles through torch's restricted unpickler")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON")] = False,
+) -> None:
+    """Say what a checkpoint is: form, config, parameters, files, checks. Exit code 1 if something is wrong with it.
+
+    Example: grin-moe inspect GRIN-MoE-fused --against GRIN-MoE
+    """
+    import conversion
+
+    with transfer("reading", as_json or not (verify or against)) as progress:
+        found = conversion.inspect(
+            path, verify=verify, against=against, config=config, weights_only=weights_only, progress=progress
+        )
+    if as_json:
+        print(json.dumps(vars(found), indent=2))
+    else:
+        table = Table(box=None, show_header=False)
+        table.add_row("checkpoint", f"{escape(found.path)} ({found.form}, {escape(found.model)})")
+        table.add_row("parameters", f"{found.parameters:,}; a token uses {found.active_parameters:,}")
+        table.add_row("dtypes", ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items()))
+        size = f"{len(found.files)}, {sum(found.files.values()) / 1e9:.3f} GB"
+        table.add_row("files", escape(f"{size}: {', '.join(list(found.files)[:3])}{' ...' * (len(found.files) > 3)}"))
+        shown = {key: value for key, value in found.config.items() if len(str(value)) < 200}  # no LongRoPE's factors
+        table.add_row("config", escape(", ".join(f"{key}={value}" for key, value in shown.items())))
+        for check in found.checks:
+            table.add_row("[green]right[/green]", escape(check))
+        for problem in found.problems:
+            table.add_row("[red]wrong[/red]", escape(problem))
+        for name, difference in list((found.difference or {}).items())[:10]:
+            how = "missing, or of another shape" if difference is None else f"by up to {difference:g}"
+            table.add_row("differs", escape(f"{name}: {how}"))
+        console.print(table)
+    if found.problems:
+        raise typer.Exit(1)

@@ -1,0 +1,180 @@
+"""Commands that measure and plan: `gradients`, `plan`."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .terminal import console
+
+
+def gradients(
+    output_dir: Annotated[Path, typer.Option(help="where gradients.csv and the plots go")] = Path("gradients"),
+    over: Annotated[list[str] | None, typer.Option(help="what to sweep over; may be repeated; all by default")] = None,
+    layers: Annotated[int, typer.Option(min=1, help="random layers per point, of which the median is taken")] = 20,
+    batch: Annotated[int, typer.Option(min=1, help="tokens averaged in the signal-to-noise ratio (SNR)")] = 1024,
+) -> None:
+    """Measure the router-gradient estimators: exact bias, cosine, variance and signal to noise, by enumeration.
+
+    Example: grin-moe gradients --over num_experts --over curvature --layers 5
+    """
+    from ..analysis.gradients import SWEEPS, Setting, objective, plot_sweep, sweep
+
+    variables = over or list(SWEEPS)
+    points = sweep(variables, layers, batch)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[dict]] = {variable: [] for variable in variables}
+    with Progress(console=console) as progress:
+        task = progress.add_task("measuring", total=sum(len(SWEEPS.get(variable, ())) for variable in variables))
+        for variable, measured in points:
+            rows[variable] += measured
+            progress.advance(task)
+
+    everything = [{"sweep": variable, **row} for variable in variables for row in rows[variable]]
+    with (output_dir / "gradients.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(everything[0]))
+        writer.writeheader()
+        writer.writerows(everything)
+    for variable in variables:
+        plot_sweep(rows[variable], variable, output_dir / f"gradients_{variable}.png")
+
+    console.print("Router logits, each estimator against the objective it is made for:")
+    for variable in variables:
+        table = Table(title=f"over {variable}, default {getattr(Setting(), variable)}", title_justify="left")
+        for column in (variable, "estimator", "Eq.", "bias", "cosine", "variance", "SNR"):
+            table.add_column(column, justify="left" if column == "estimator" else "right", no_wrap=True)
+        for row in rows[variable]:
+            if row["quantity"] == "router_logits" and objective(row["estimator"]) == row["equation"]:
+                figures = (row[key] for key in ("bias", "cosine", "variance", "snr"))
+                table.add_row(
+                    f"{row[variable]:g}", row["estimator"], str(row["equation"]), *(f"{x:.2g}" for x in figures)
+                )
+        console.print(table)
+    console.print(f"{output_dir / 'gradients.csv'} has every quantity and both equations; plots are beside it")
+
+
+MODEL, DEVICES, STEP, OUTPUT = "The model", "The devices", "A training step", "What is printed"
+"""Panels of `plan`'s options."""
+
+
+def plan(
+    config: Annotated[
+        Path | None, typer.Option(help="folder or config.json; the released sizes by default", rich_help_panel=MODEL)
+    ] = None,
+    num_local_experts: Annotated[
+        int | None, typer.Option(help="instead of the config's, as the other sizes", rich_help_panel=MODEL)
+    ] = None,
+    num_experts_per_tok: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
+    hidden_size: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
+    intermediate_size: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
+    num_hidden_layers: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
+    num_attention_heads: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
+    num_key_value_heads: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
+    devices: Annotated[int, typer.Option(help="how many", rich_help_panel=DEVICES)] = 64,
+    devices_per_machine: Annotated[int, typer.Option(help="that are connected fast", rich_help_panel=DEVICES)] = 8,
+    memory: Annotated[float, typer.Option(help="of a device, GB", rich_help_panel=DEVICES)] = 80,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE, another assumption; may be repeated", rich_help_panel=DEVICES),
+    ] = None,
+    micro_batch: Annotated[int, typer.Option(help="sequences of a forward pass", rich_help_panel=STEP)] = 1,
+    global_batch: Annotated[
+        int, typer.Option(help="sequences of an optimizer step, over all devices", rich_help_panel=STEP)
+    ] = 1024,
+    sequence: Annotated[int, typer.Option(help="tokens of a sequence", rich_help_panel=STEP)] = 4096,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="mixed (the recipes' bf16: float32 weights, computed in bfloat16), float32, bfloat16, megatron or "
+            "deepspeed",
+            rich_help_panel=STEP,
+        ),
+    ] = "mixed",
+    optimizer: Annotated[str, typer.Option(help="adamw, sgd_momentum or sgd", rich_help_panel=STEP)] = "adamw",
+    checkpointing: Annotated[
+        bool, typer.Option(help="compute layers again in the backward pass", rich_help_panel=STEP)
+    ] = True,
+    shard_optimizer: Annotated[
+        bool, typer.Option(help="optimizer state of replicas sharded, ZeRO-1", rich_help_panel=STEP)
+    ] = False,
+    balance_loss: Annotated[
+        bool | None,
+        typer.Option(
+            help="train with the load-balance loss; by default where the config's router_aux_loss_coef is above 0",
+            rich_help_panel=STEP,
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="layouts to show", rich_help_panel=OUTPUT)] = 12,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON: every layout with all its figures", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Which layouts of many devices fit, what they hold and send, and how fast they should be. Nothing is run.
+
+    Example: grin-moe plan --devices 64 --num-local-experts 32 --assume peak_flops=312e12
+    """
+    from ..analysis import planner
+    from ..configuration_grinmoe import GrinMoeConfig
+
+    fields = ("num_local_experts", "num_experts_per_tok", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads", "num_key_value_heads")  # fmt: skip
+    given = locals()
+    sizes = {field: given[field] for field in fields if given[field] is not None}
+    if config is None:
+        model = GrinMoeConfig(**sizes)
+    else:
+        path = config / "config.json" if config.is_dir() else config
+        if not path.is_file():
+            raise ValueError(f"config={path} does not exist: give a folder with a config.json, or the file")
+        model = GrinMoeConfig.from_pretrained(path, **sizes)
+    if balance_loss is not None:  # what it costs does not depend on the coefficient
+        model.router_aux_loss_coef = (model.router_aux_loss_coef or 1.0) if balance_loss else 0.0
+    training = planner.Training(
+        micro_batch, global_batch, sequence, precision, optimizer, checkpointing, shard_optimizer
+    )
+    hardware = {"memory": memory * planner.GB, "devices_per_machine": devices_per_machine}
+    assumptions = planner.assume(assume or [], **hardware)
+    estimates, left_out = planner.plan(model, devices, training, assumptions)
+    if as_json:
+        stated = {"training": vars(training), "assumptions": vars(assumptions)}
+        layouts = [estimate.to_dict() for estimate in estimates]
+        print(
+            json.dumps({"config": model.to_diff_dict(), **stated, "layouts": layouts, "left_out": left_out}, indent=2)
+        )
+        return
+
+    title = f"{devices} devices, GB per device and seconds per step"
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("layout", no_wrap=True)
+    for column in ("weights", "grads", "optim.", "activ.", "comm.", "total", "step", "bubble", "wait", "tokens/s",
+                   "/device", "balance"):  # fmt: skip
+        table.add_column(column, justify="right", no_wrap=True)
+    available = (assumptions.memory - assumptions.reserve) / planner.GB
+    for estimate in estimates[:rows]:
+        needs = estimate.memory
+        parts = needs.weights, needs.gradients, needs.optimizer, needs.activations, needs.communication, needs.total()
+        cells = [f"{part / planner.GB:.1f}" for part in parts]
+        if estimate.fits:
+            seconds, total = estimate.seconds, estimate.step_time
+            waiting = total - sum(seconds[cause] for cause in ("compute", "bubble", "optimizer"))
+            cells += [f"{total:.2f}", f"{seconds['bubble']:.2f}", f"{waiting:.2f}"]
+            cells += [f"{estimate.tokens_per_second:,.0f}", f"{estimate.tokens_per_second / devices:,.0f}"]
+            cells.append(f"{seconds['balance loss'] / total:.2%}")
+        else:
+            cells += [f"over {available:.1f} GB"]
+        table.add_row(str(estimate.layout), *cells)
+    wide = Console(width=max(console.width, 124))  # the columns are of no use cut off
+    wide.print(table)
+    fitting = sum(estimate.fits for estimate in estimates)
+    console.print(f"{fitting} of {len(estimates)} layouts fit. EP is for comparison: GRIN-MoE is trained without.")
+    if left_out:
+        name, reason = next(iter(left_out.items()))
+        console.print(f"{len(left_out)} others cannot be trained (all in --json), such as {name}: {reason}")
+    balance = {"router_aux_loss_coef": model.router_aux_loss_coef}  # 0: no load-balance loss
+    for name, values in (("training", vars(training) | balance), ("assumptions", vars(assumptions))):
+        console.print(f"{name}: " + ", ".join(f"{key}={value}" for key, value in values.items()), highlight=False)
