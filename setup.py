@@ -13,6 +13,7 @@ REQUIRES = [
     "jinja2>=3.1",  # chat templates
     "matplotlib>=3.10",
     "rich>=14",
+    "scipy>=1.16",  # clusters experts by what they are given
     "typer>=0.20",
 ]
 
@@ -28,11 +29,16 @@ QUANTIZED = ["bitsandbytes>=0.50"]
 
 GGUF = ["gguf>=0.19"]
 
+EVAL = ["accelerate>=1.15", "lm-eval>=0.4.13"]
+
+DOCS = ["mkdocs-material>=9.7", "mkdocstrings-python>=2.0"]
+
 DEV = [
     "hypothesis>=6.150",
     "mypy>=2.0",
     "pre-commit>=4.0",
     "pytest>=9.0",
+    "pytest-timeout>=2.4",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
     "setuptools>=77.0.3",  # builds the wheel
@@ -54,7 +60,9 @@ setup(
         "flash": ["flash-attn>=2.7"],
         "gguf": GGUF,
         "llama": [*GGUF, "llama-cpp-python>=0.3.36"],  # runs what was converted; compiled when it is installed
-        "dev": TRAIN + QUANTIZED + GGUF + DEV,
+        "eval": EVAL,
+        "docs": DOCS,
+        "dev": TRAIN + QUANTIZED + GGUF + EVAL + DOCS + DEV,
     },
     # The explicit root makes an editable install follow the checkout, new top-level packages included.
     package_dir={"": "."},

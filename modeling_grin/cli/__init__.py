@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from .checkpoints import convert, inspect
-from .recipes import recipes
+from .recipes import recipes_app
 from .study import gradients, plan
 from .terminal import errors
 
@@ -16,7 +16,7 @@ app = typer.Typer(
 )
 for command in (convert, inspect, gradients, plan):
     app.command()(command)
-app.add_typer(recipes, name="recipes")
+app.add_typer(recipes_app, name="recipes")
 
 
 @app.callback()

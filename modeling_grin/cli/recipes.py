@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .terminal import console
 
-recipes = typer.Typer(help="Training scripts and their configs, to copy and edit.", no_args_is_help=True)
+recipes_app = typer.Typer(help="Training scripts and their configs, to copy and edit.", no_args_is_help=True)
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # beside the package, in the checkout as in the wheel
 WHAT = "# What:"  # the line of a config's header that `recipes ls` shows
 
@@ -31,7 +31,7 @@ def describe(path: Path) -> str:
     return next((line[len(WHAT) :].strip() for line in text.splitlines() if line.startswith(WHAT)), "")
 
 
-@recipes.command("ls")
+@recipes_app.command("ls")
 def list_recipes() -> None:
     """List the training scripts and their configs.
 
@@ -43,7 +43,7 @@ def list_recipes() -> None:
     console.print(table)
 
 
-@recipes.command("cp")
+@recipes_app.command("cp")
 def copy_recipe(
     name: Annotated[str, typer.Argument(help="a name that `grin-moe recipes ls` lists")],
     destination: Annotated[str, typer.Argument(help="file or folder; a new folder's name ends with /")] = ".",
