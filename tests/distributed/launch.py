@@ -1,12 +1,16 @@
 """Run scripts on several gloo processes; `launch.py PROCESSES SCRIPT [ARGUMENTS]` runs the `main` of one."""
 
+import contextlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 ROOT = Path(__file__).parents[2]
@@ -18,17 +22,28 @@ def run(command: Sequence[str | Path], timeout: float) -> str:
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONFAULTHANDLER": "1",
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "distributed"))),
     }
     shown = " ".join(Path(part).name for part in map(str, command))
     command = [sys.executable, *map(str, command)]
-    try:
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired as error:
-        output = (error.stdout or b"").decode() + (error.stderr or b"").decode()
-        raise AssertionError(f"no end after {timeout} s: {shown}\n{output[-50_000:]}") from error
-    output = result.stdout + result.stderr
-    assert result.returncode == 0, f"failed: {shown}\n{output[-50_000:]}"
+    with tempfile.TemporaryFile("w+") as file:  # a pipe would be held open by ranks that hang
+        process = psutil.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, text=True)
+        try:
+            process.wait(timeout)
+        except psutil.TimeoutExpired:
+            shown = f"no end after {timeout} s: {shown}"
+            stuck = [*process.children(recursive=True), process]
+            for member in stuck:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.send_signal(signal.SIGABRT)  # it says where it is, see PYTHONFAULTHANDLER
+            _, alive = psutil.wait_procs(stuck, timeout=5)
+            for member in alive:
+                member.kill()
+            process.wait()
+        file.seek(0)
+        output = file.read()
+    assert process.returncode == 0, f"failed: {shown}\n{output[-50_000:]}"
     return output
 
 
