@@ -690,7 +690,8 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         **kwargs,
     ) -> GrinMoeCausalLMOutput:
-        """
+        """The hidden states of `GrinMoeModel.forward`, whose other arguments it takes, as logits and losses.
+
         Args:
             labels: `[batch, sequence]`, -100 where no prediction is asked; shifted inside.
             output_router_logits: return `router_logits` and `aux_loss`.
@@ -699,7 +700,6 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             skip_logits: return a loss and no logits, which are then never in memory as a whole (`loss_grinmoe.py`).
                 By default in training with `labels`; where the head or the loss is not the plain one
                 (`loss_grinmoe.can_chunk`), logits are computed nevertheless.
-            Others as in `GrinMoeModel.forward`.
 
         Returns:
             `logits` `[batch, sequence, vocab_size]` or None; with labels, `loss`, the cross-entropy. The load-balance
@@ -823,13 +823,13 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
         output_router_logits: bool | None = None,
         **kwargs,
     ) -> GrinMoeSequenceClassifierOutput:
-        """
+        """Classes or numbers of whole sequences; the other arguments are those of `GrinMoeModel.forward`.
+
         Args:
             attention_mask: `[batch, sequence]`, 0 for padding on either side. Without one, the last token that is not
                 `config.pad_token_id` is taken.
             labels: `[batch]`; classes, or numbers with `config.problem_type="regression"`.
             output_router_logits: return `aux_loss` and `router_logits`, too.
-            Others as in `GrinMoeModel.forward`.
 
         Returns:
             `logits` `[batch, num_labels]`; with labels, `loss`. The load-balance loss as in `GrinMoeForCausalLM`.

@@ -8,6 +8,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
+from checkpoints import released_config, released_tensors, write_checkpoint
 
 from modeling_grin.tokenization_grinmoe import GrinMoeTokenizer
 
@@ -27,3 +28,13 @@ def trained_tokenizer() -> GrinMoeTokenizer:
     """A tokenizer trained on the spot, with a vocabulary of 1024."""
     texts = [inspect.getsource(module) for module in (inspect, json.decoder, textwrap, tokenize)]
     return GrinMoeTokenizer.train_from_iterator(texts, vocab_size=1024)
+
+
+@pytest.fixture(scope="session")
+def tiny_release(trained_tokenizer, tmp_path_factory) -> Path:
+    """The folder of a tiny model in the release's layout, two shards and a tokenizer. Not to be written to."""
+    special = {f"{kind}_token_id": getattr(trained_tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    config = released_config(vocab_size=len(trained_tokenizer), **special)
+    folder = write_checkpoint(tmp_path_factory.mktemp("release"), config, released_tensors(config), num_shards=2)
+    trained_tokenizer.save_pretrained(folder)
+    return folder

@@ -23,14 +23,6 @@ SNIPPETS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tiny_release(trained_tokenizer, tmp_path_factory):
-    config = released_config(vocab_size=len(trained_tokenizer))
-    folder = write_checkpoint(tmp_path_factory.mktemp("release"), config, released_tensors(config), num_shards=2)
-    trained_tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippet_runs(snippet, tiny_release, tmp_path):
     snippet = snippet.replace("microsoft/GRIN-MoE", str(tiny_release))

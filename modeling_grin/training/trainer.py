@@ -46,13 +46,14 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
       by all of them, in the released layout, and so is the optimizer: any other layout resumes from it (`sharded.py`).
     - Batches without labels and sequences beyond the model's context are errors.
 
+    It takes the trainer's own arguments, and these:
+
     Args:
         exact_balance: count the experts of all micro-batches before the first backward pass, so that gradient
             accumulation gives the load-balance loss of the whole batch exactly; otherwise each micro-batch knows those
             up to itself. Costs one more forward pass for each micro-batch; for language models.
         distributed_checkpoint: save the optimizer so that a run on any other layout can resume, too; by default where
             the model is spread over ranks, and otherwise as `Trainer` does.
-        Others as in the trainer.
 
     Raises:
         ValueError: an empty dataset; from `train`, a step without labels, a sequence that is too long, context or

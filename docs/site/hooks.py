@@ -1,0 +1,84 @@
+"""Pages of the site that are not files of docs/: the README as its front page, and the reference, from docstrings.
+
+Links between the documents are relative to their places in the repository, where people read them, too. Here they lead
+to the site's pages, or to a module's reference.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = {  # files of the repository outside docs/, and their pages
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/RESULTS.md": "results.md",
+}
+REFERENCE = {  # page: what it says, and the modules it shows
+    "modeling": ("Model", "The config, the model and its heads.", [
+        "modeling_grin.configuration_grinmoe", "modeling_grin.modeling_grinmoe",
+    ]),
+    "routing": ("Routing", "Which experts, with what weight, and the router's gradient.", [
+        "modeling_grin.routing_grinmoe", "modeling_grin.noise_grinmoe",
+    ]),
+    "balance": ("Load balance", "The load-balance loss.", ["modeling_grin.balance_grinmoe"]),
+    "tokenization": ("Tokenizer", "Text to ids, and the chat format.", ["modeling_grin.tokenization_grinmoe"]),
+    "experts": ("Experts and loss", "What computes the experts, and the loss of the language model.", [
+        "modeling_grin.experts_grinmoe", "modeling_grin.linear_experts_grinmoe", "modeling_grin.loss_grinmoe",
+    ]),
+    "checkpoints": ("Checkpoints", "Released tensors and the model's parameters.", [
+        "modeling_grin.checkpoint_grinmoe",
+    ]),
+    "training": ("Training", "The trainers, their checkpoints, the routing callback, LoRA and pipelines.", [
+        "modeling_grin.training.trainer", "modeling_grin.training.trl_trainers", "modeling_grin.training.callback",
+        "modeling_grin.training.checkpoints", "modeling_grin.training.sharded", "modeling_grin.training.lora",
+        "modeling_grin.training.layouts", "modeling_grin.training.pipeline", "modeling_grin.training.recipes",
+    ]),
+    "analysis": ("Analysis", "Studies of routing and of router gradients, and the planner of many devices.", [
+        "modeling_grin.analysis.routing", "modeling_grin.analysis.gradients", "modeling_grin.analysis.planner",
+    ]),
+    "conversion": ("Conversion", "Checkpoints of every form, read and written.", [
+        "conversion.conversion", "conversion.inspection", "conversion.checkpoint", "conversion.sources",
+        "conversion.forms", "conversion.gguf_export", "conversion.adapters", "conversion.experts",
+    ]),
+    "publishing": ("Publishing", "Model cards, and the way to the Hub.", [
+        "modeling_grin.publishing.card", "modeling_grin.publishing.push",
+    ]),
+}  # fmt: skip
+PAGE_OF = DOCUMENTS | {
+    f"{module.replace('.', '/')}.py": f"reference/{page}.md"
+    for page, (_, _, modules) in REFERENCE.items()
+    for module in modules
+}
+LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages."""
+    for document, page in DOCUMENTS.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / document)))
+    for page, (title, about, modules) in REFERENCE.items():
+        shown = "\n".join(f"::: {module}\n" for module in modules)
+        files.append(File.generated(config, f"reference/{page}.md", content=f"# {title}\n\n{about}\n\n{shown}"))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn links to places in the repository into links to pages of the site; code without one stays as plain text."""
+    place = next((document for document, name in DOCUMENTS.items() if name == page.file.src_uri), None)
+    folder = posixpath.dirname(place) if place else "docs"
+
+    def lead(match: re.Match) -> str:
+        target = posixpath.normpath(posixpath.join(folder, match.group(1)))
+        if target in PAGE_OF:
+            target = PAGE_OF[target]
+        elif target.startswith("docs/"):
+            target = target.removeprefix("docs/")
+        return posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
+
+    return LINK.sub(lead, markdown)

@@ -1,0 +1,120 @@
+"""The documentation: its site builds, and the commands on its task pages run, on tiny files."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from modeling_grin.cli import app
+from recipes import data, dpo, pretrain, sft
+
+ROOT = Path(__file__).parent.parent
+RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
+# Pages whose commands have tests of their own (test_readme, test_launch), or take minutes.
+ELSEWHERE = {"conversion", "parallelism", "performance", "router_gradients", "scaling"}
+TASKS = sorted(path.stem for path in (ROOT / "docs").glob("*.md") if "```bash" in path.read_text("utf-8"))
+START = {"sft": "pretrain_tiny", "dpo": "sft_tiny"}  # where a tiny config begins: an earlier page's result
+QUICK = {  # what is cut short, and what has nothing to do with the command
+    "data": ["--max-rows", "48", "--max-characters", "400"],
+    "train": [
+        "--use_cpu", "true", "--disable_tqdm", "true", "--max_steps", "2", "--per_device_train_batch_size", "2",
+        "--gradient_accumulation_steps", "1", "--save_strategy", "no", "--eval_strategy", "no",
+        "--load_best_model_at_end", "false",
+    ],
+}  # fmt: skip
+
+
+def commands(page: str) -> list[str]:
+    """Those of a page's bash blocks, a line each, without comments."""
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in (re.sub(r"(^|  +)#.*", "", line).strip() for line in lines) if line]
+
+
+@pytest.fixture
+def folder(tiny_release, tmp_path, monkeypatch):
+    """What the pages speak of: a downloaded model, `chats.jsonl`, a text file, and the checkout's folders."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    Path("GRIN-MoE").symlink_to(tiny_release)
+    for name in ("recipes", "examples", "constraints.txt", "setup.py"):
+        if (ROOT / name).exists():
+            Path(name).symlink_to(ROOT / name)
+    chat = [{"role": "user", "content": "Name a router."}, {"role": "assistant", "content": "SparseMixer."}]
+    Path("chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 120)
+    data.main(Path("data"), max_rows=48, max_characters=400, seed=0)
+    Path("text.txt").write_text("import this\n" * 50)
+    return tmp_path
+
+
+def run(command: str, release: Path) -> None:
+    """Run a command as the page has it, in this process where that saves the imports."""
+    words = shlex.split(command)
+    if words[0] == "pip":  # test_package installs; the files must be there
+        for name in words[2:]:
+            assert name == "install" or name.startswith(("-", "torch", ".")) or Path(name).exists(), command
+    elif words[0] == "grin-moe":
+        result = CliRunner().invoke(app, words[1:])
+        assert result.exit_code == 0, (command, result.output, result.exception)
+        for path in Path().glob("*.yaml"):  # a copied config names the release
+            path.write_text(path.read_text("utf-8").replace("microsoft/GRIN-MoE", str(release)))
+    elif words[:2] == ["python", "recipes/data.py"]:
+        typer.main.get_command(_typer(data.main)).main([*words[2:], *QUICK["data"]], standalone_mode=False)
+    elif words[:2] == ["accelerate", "launch"]:  # test_launch launches with every file
+        script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        recipe = Path(words[script]).stem
+        if recipe in START:
+            start = Path("output", START[recipe])
+            start.parent.mkdir(exist_ok=True)
+            if not start.exists():
+                start.symlink_to(release)
+            words += ["--max_length", "64"]
+        RECIPES[recipe].main([*words[script + 1 :], *QUICK["train"]])
+    else:
+        assert words[0] == "python", f"what is {command}?"
+        subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True, timeout=120)
+
+
+def _typer(function) -> typer.Typer:
+    application = typer.Typer()
+    application.command()(function)
+    return application
+
+
+@pytest.mark.parametrize("page", [page for page in TASKS if page not in ELSEWHERE])
+def test_commands_of_a_task_page_run(page, folder, tiny_release):
+    listed = commands(page)
+    assert listed
+    for command in listed:
+        run(command, tiny_release)
+
+
+def test_quoted_errors_are_those_of_the_code():
+    """Every headline of the troubleshooting page that quotes this library quotes what it says today."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text("utf-8") for path in sorted((ROOT / "modeling_grin").rglob("*.py")))
+    sources = re.sub(r"\{[^{}]*\}", "...", re.sub(r'"\s*\n\s*f?"', "", sources))
+    quoted = re.findall(r"^\*\*`([^`]+)`.*?\*\*", text, re.MULTILINE)
+    ours = [message for message in quoted if "is_torch_fx_available" not in message and message != "logits"]
+    assert len(ours) >= 8
+    for message in ours:
+        assert message in sources, message
+
+
+def test_site_builds_without_a_warning(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "WARNING" not in result.stderr
+    page = (tmp_path / "reference" / "routing" / "index.html").read_text(encoding="utf-8")
+    assert "SparseMixer" in page and "jitter_eps" in page
