@@ -1,21 +1,275 @@
-"""Where the tokens go: expert load per layer, as in the paper's Figure 5. L layers, E experts."""
+"""What the routers of a model do with texts, counted in one pass. L layers, E experts, K top-k, T tokens, C chunks.
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+A study of any number of tokens needs the memory of `RoutingCounts`, about 2 C L E integers for each set of texts.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from matplotlib.colors import TwoSlopeNorm
-from matplotlib.figure import Figure
 from transformers import PreTrainedModel
+
+from ..balance_grinmoe import counted_tokens
+from ..routing_grinmoe import Routing, keep_set, route
+
+MAX_CHUNKS = 128  # of a set's texts; enough to shuffle, and their counts at released sizes take 0.5 MB
+
+
+class RoutingSums(NamedTuple):
+    """Sums over tokens, per layer; the columns of the tensors that are added up and all-reduced."""
+
+    choices: torch.Tensor
+    """Tokens that chose each expert, `[..., L, E]`."""
+    probs: torch.Tensor
+    """softmax(z), `[..., L, E]`."""
+    entropy: torch.Tensor
+    """Entropy of softmax(z) in nats, `[..., L]`."""
+    near_ties: torch.Tensor
+    """Tokens with a second expert in the keep set of the first choice, `[..., L]`."""
+    other_draws: torch.Tensor
+    """Choices of another expert than the best one left, `[..., L]`."""
+    tokens: torch.Tensor
+    """`[..., L]`."""
+
+    @classmethod
+    def from_columns(cls, columns: torch.Tensor) -> "RoutingSums":
+        """`[..., L, 2E + 4]`, as `routing_sums` returns it."""
+        num_experts = (columns.shape[-1] - 4) // 2
+        choices, probs, others = columns.split([num_experts, num_experts, 4], dim=-1)
+        return cls(choices, probs, *others.unbind(-1))
+
+    def load(self) -> torch.Tensor:
+        """Each expert's share of its layer's choices, `[..., L, E]`: rows sum to 1 (the paper's Figure 5)."""
+        return self.choices / self.choices.sum(dim=-1, keepdim=True)
+
+    def load_max(self) -> torch.Tensor:
+        """Choices of the busiest expert relative to a fair share, `[..., L]`: 1 balanced, at most E / K."""
+        return self.choices.shape[-1] * self.load().amax(dim=-1)
+
+    def load_entropy(self) -> torch.Tensor:
+        """Entropy of the load relative to log E, `[..., L]`: 1 balanced."""
+        return torch.special.entr(self.load()).sum(dim=-1) / self._log_experts()
+
+    def router_entropy(self) -> torch.Tensor:
+        """Entropy of softmax(z), mean over tokens, relative to log E, `[..., L]`: 1 undecided."""
+        return self.entropy / self.tokens / self._log_experts()
+
+    def near_tie_rate(self) -> torch.Tensor:
+        """Share of tokens with a second expert in the keep set of their first choice, `[..., L]`."""
+        return self.near_ties / self.tokens
+
+    def balance_loss(self) -> torch.Tensor:
+        """E sum_i f_i E[softmax(z)_i], `[..., L]`: 1.0 when balanced."""
+        return self.choices.shape[-1] * (self.load() * self.probs).sum(dim=-1) / self.tokens
+
+    def _log_experts(self) -> float:
+        return math.log(self.choices.shape[-1]) or 1.0  # a single expert has no entropy
+
+
+def routing_columns(
+    router_logits: tuple[torch.Tensor, ...],
+    selected_experts: tuple[torch.Tensor, ...],
+    counted: torch.Tensor,
+    jitter_eps: float,
+) -> torch.Tensor:
+    """The columns of `RoutingSums` for each token, `[L, T, 2E + 4]`, float32, without waiting for the device.
+
+    Args:
+        router_logits: z of each layer, `[T, E]`.
+        selected_experts: each layer's choices in their order, `[T, K]`.
+        counted: bool `[T]`, False for padding, whose columns are 0.
+        jitter_eps: r of the keep set.
+    """
+    device = router_logits[0].device  # of all layers, so that a deep model needs no more kernels than a shallow one
+    counted = counted.to(device).unsqueeze(-1)  # [T, 1]
+    logits = torch.stack([layer.to(device) for layer in router_logits]).float()  # [L, T, E]
+    logits = logits.masked_fill(~counted, 0)  # what attention leaves at padding may be nan
+    experts = torch.stack([layer.to(device) for layer in selected_experts])  # [L, T, K]
+
+    log_probs = logits.log_softmax(dim=-1)
+    probs = log_probs.exp()
+    entropy = -(probs * log_probs).sum(dim=-1, keepdim=True)
+    left = torch.ones_like(logits, dtype=torch.bool)
+    near_tie = keep_set(logits, left, jitter_eps).sum(dim=-1, keepdim=True) > 1
+    other_draws = torch.zeros_like(entropy)
+    for expert in experts.split(1, dim=-1):
+        best = logits.masked_fill(~left, -torch.inf).amax(dim=-1, keepdim=True)
+        other_draws += logits.gather(-1, expert) < best  # of experts that tie exactly, each is the best one
+        left = left.scatter(-1, expert, False)
+    columns = torch.cat([~left, probs, entropy, near_tie, other_draws, torch.ones_like(entropy)], dim=-1)
+    return columns * counted
 
 
 @torch.no_grad()
+def routing_sums(
+    router_logits: tuple[torch.Tensor, ...],
+    selected_experts: tuple[torch.Tensor, ...],
+    counted: torch.Tensor,
+    jitter_eps: float,
+) -> torch.Tensor:
+    """`routing_columns` summed over the tokens of a forward pass, `[L, 2E + 4]`, float32."""
+    return routing_columns(router_logits, selected_experts, counted, jitter_eps).sum(dim=1)
+
+
+class RoutingCounts:
+    """What the routers did with the tokens of some texts. Its size does not depend on how many there were."""
+
+    def __init__(self, num_layers: int, num_experts: int):
+        self._columns = torch.zeros(num_layers, 2 * num_experts + 4, dtype=torch.float64)
+        self._num_tokens = 0
+        self._chunks = torch.zeros(MAX_CHUNKS, num_layers, num_experts, dtype=torch.int64)
+        self.chunk_tokens = 1
+        """Tokens from the start of a chunk to that of the next; a power of two that grows with the texts."""
+        self.pairs = torch.zeros(num_layers, num_experts, num_experts, dtype=torch.int64)
+        """Tokens that chose both experts, `[L, E, E]`; on the diagonal, those that chose the one."""
+
+    @property
+    def sums(self) -> RoutingSums:
+        """Sums over all tokens, float64, in which the counts are exact."""
+        return RoutingSums.from_columns(self._columns)
+
+    @property
+    def num_tokens(self) -> int:
+        """Without padding."""
+        return self._num_tokens
+
+    def add(
+        self,
+        router_logits: tuple[torch.Tensor, ...],
+        selected_experts: tuple[torch.Tensor, ...],
+        counted: torch.Tensor,
+        jitter_eps: float,
+    ) -> torch.Tensor:
+        """Count a forward pass, given as to `routing_columns`, but `counted` `[batch, sequence]`.
+
+        Returns:
+            Which experts each token chose, bool `[L, T, E]` on the routers' device; none for padding.
+        """
+        columns = routing_columns(router_logits, selected_experts, counted.reshape(-1), jitter_eps)
+        chosen = columns[..., : self.pairs.shape[-1]]
+        self._columns += columns.sum(dim=1, dtype=torch.float64).cpu()
+        self.pairs += (chosen.mT @ chosen).long().cpu()  # exact in float32 below 2^24 tokens of a forward pass
+        rows = chosen.unflatten(1, counted.shape).sum(dim=2).long().cpu().transpose(0, 1)  # [batch, L, E]
+        for row, num_tokens in zip(rows, counted.sum(dim=-1).tolist(), strict=True):
+            self._add_to_chunk(row, num_tokens)
+        return chosen > 0
+
+    def _add_to_chunk(self, row: torch.Tensor, num_tokens: int) -> None:
+        while self._num_tokens // self.chunk_tokens >= MAX_CHUNKS:
+            self._chunks = torch.cat([in_pairs(self._chunks), torch.zeros_like(self._chunks[::2])])
+            self.chunk_tokens *= 2
+        self._chunks[self._num_tokens // self.chunk_tokens] += row
+        self._num_tokens += num_tokens
+
+    def chunks(self, chunk_tokens: int | None = None) -> torch.Tensor:
+        """Choices of each expert in chunks of consecutive rows, int64 `[C, L, E]`, C at most MAX_CHUNKS.
+
+        A row belongs to the chunk in which it starts, as a whole; chunks that none starts in are left out. That
+        neighbours stay together is what makes the chunks fit to be shuffled: tokens and texts that are near each
+        other are alike, and as many independent ones would promise too much.
+
+        Args:
+            chunk_tokens: a power of two, at least `self.chunk_tokens`, which is the default.
+        """
+        chunks, size = self._chunks, self.chunk_tokens
+        while size < (chunk_tokens or size):
+            chunks, size = in_pairs(torch.cat([chunks, torch.zeros_like(chunks[: len(chunks) % 2])])), 2 * size
+        return chunks[chunks.sum(dim=(1, 2)) > 0]
+
+    def load(self) -> torch.Tensor:
+        """The share of each layer's choices that each expert gets, `[L, E]`, float64, rows sum to 1."""
+        return self.sums.load()
+
+    def expected_pairs(self) -> torch.Tensor:
+        """The pairs to be expected if the choices had nothing to do with each other, `[L, E, E]`, float64.
+
+        A token chooses different experts, so that this is not the product of the loads but quasi-independence:
+        `w_i w_j` off the diagonal and 0 on it, with the w for which every expert has as many pairs as it really has
+        (iterative proportional fitting).
+        """
+        pairs = self.pairs.double()
+        wanted = pairs.sum(dim=-1) - pairs.diagonal(dim1=-2, dim2=-1)  # [L, E]
+        weights = wanted.sqrt()
+        for _ in range(1000):
+            now = weights * (weights.sum(dim=-1, keepdim=True) - weights)
+            weights = weights * torch.where(now > 0, wanted / now, 0).sqrt()
+        expected = weights.unsqueeze(-1) * weights.unsqueeze(-2)
+        return expected - torch.diag_embed(expected.diagonal(dim1=-2, dim2=-1))
+
+    def __add__(self, other: "RoutingCounts") -> "RoutingCounts":
+        """Of the texts of both, without chunks, which are of one set."""
+        total = RoutingCounts(*self.pairs.shape[:2])
+        total._columns, total.pairs = self._columns + other._columns, self.pairs + other.pairs
+        total._num_tokens = self._num_tokens + other._num_tokens
+        return total
+
+
+def in_pairs(chunks: torch.Tensor) -> torch.Tensor:
+    """Each two neighbours added up, `[2C, L, E]` -> `[C, L, E]`."""
+    return chunks.unflatten(0, (-1, 2)).sum(dim=1)
+
+
+@contextmanager
+def inference(*models: PreTrainedModel) -> Iterator[None]:
+    """The models in eval mode, without gradients, and afterwards as they were."""
+    were_training = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for model, was_training in zip(models, were_training, strict=True):
+            model.train(was_training)
+
+
+def run_routers(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor]
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor, float]:
+    """What `RoutingCounts.add` takes, of one batch; the logits of the vocabulary are not computed."""
+    inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask") if key in batch}
+    decoder = model.get_decoder()  # also that of a PEFT model
+    batch_size, length = inputs["input_ids"].shape
+    outputs = decoder(**inputs, use_cache=False, output_router_logits=True, output_selected_experts=True)
+    counted = counted_tokens(inputs.get("attention_mask"), batch_size, length, model.device)
+    return outputs.router_logits, outputs.selected_experts, counted, model.config.router_jitter_noise
+
+
+def empty_counts(model: PreTrainedModel) -> RoutingCounts:
+    return RoutingCounts(model.config.num_hidden_layers, model.config.num_local_experts)
+
+
+def check_counted(counts: RoutingCounts) -> None:
+    if not counts.num_tokens:
+        raise ValueError("no tokens: `batches` is empty or all padding")
+
+
+def collect_routing(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> RoutingCounts:
+    """Count what the routers do in inference.
+
+    Args:
+        model: a GRIN-MoE model, with or without a head; it is evaluated in eval mode and left as it was.
+        batches: model inputs, `input_ids` and, if there is padding, `attention_mask` `[batch, sequence]`; they are
+            read once and not kept.
+
+    Raises:
+        ValueError: there is not a single token in `batches`.
+    """
+    counts = empty_counts(model)
+    with inference(model):
+        for batch in batches:
+            counts.add(*run_routers(model, batch))
+    check_counted(counts)
+    return counts
+
+
 def expert_load(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> torch.Tensor:
     """The share of each layer's routing decisions that each expert gets, in inference routing.
 
     Args:
-        model: a GRIN-MoE model, with or without a head; it is evaluated in eval mode and left as it was.
-        batches: model inputs, `input_ids` and, if there is padding, `attention_mask` `[batch, sequence]`.
+        model, batches: as in `collect_routing`, which counts more than this.
 
     Returns:
         `[L, E]`, float64 on the CPU, rows sum to 1; 1 / E everywhere is perfect balance.
@@ -23,50 +277,90 @@ def expert_load(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
     Raises:
         ValueError: there is not a single token in `batches`.
     """
-    decoder, config = model.get_decoder(), model.config  # also that of a PEFT model
-    counts = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
+    return collect_routing(model, batches).load()
+
+
+class RoutingComparison(NamedTuple):
+    """Two models on the same tokens."""
+
+    before: RoutingCounts
+    after: RoutingCounts
+    same_sets: torch.Tensor
+    """Tokens whose K experts are the same ones in both, in whatever order, int64 `[L]`."""
+    shared_choices: torch.Tensor
+    """Choices of one model that are also the other's, int64 `[L]`: at most K to a token."""
+
+    def agreement(self) -> torch.Tensor:
+        """Share of the tokens that go to the same experts, `[L]`."""
+        return self.same_sets / self.before.sums.tokens
+
+    def overlap(self) -> torch.Tensor:
+        """Share of the choices that both models made, `[L]`."""
+        return self.shared_choices / self.before.sums.choices.sum(dim=-1)
+
+    def overlap_by_chance(self) -> torch.Tensor:
+        """`overlap` if the models chose without regard to the token, each with its loads: K sum_i f_i f'_i, `[L]`."""
+        top_k = self.before.sums.choices.sum(dim=-1) / self.before.sums.tokens
+        return top_k * (self.before.load() * self.after.load()).sum(dim=-1)
+
+    def load_difference(self) -> torch.Tensor:
+        """How much larger an expert's share of its layer's choices is after, `[L, E]`; rows sum to 0."""
+        return self.after.load() - self.before.load()
+
+    def load_similarity(self) -> torch.Tensor:
+        """Cosine of each layer's loads before and after, `[L]`."""
+        return torch.cosine_similarity(self.before.load(), self.after.load(), dim=-1)
+
+    def __add__(self, other: "RoutingComparison") -> "RoutingComparison":  # type: ignore[override]
+        return RoutingComparison(
+            self.before + other.before,
+            self.after + other.after,
+            self.same_sets + other.same_sets,
+            self.shared_choices + other.shared_choices,
+        )
+
+
+def compare_routing(
+    before: PreTrainedModel, after: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]
+) -> RoutingComparison:
+    """Count what the routers of two models do with the same tokens, such as before and after fine-tuning.
+
+    Args:
+        before, after: models of the same numbers of layers, experts and experts per token; expert i of one is compared
+            with expert i of the other.
+        batches: as in `collect_routing`.
+
+    Raises:
+        ValueError: the models differ in these numbers, or there is not a single token.
+    """
+    for field in ("num_hidden_layers", "num_local_experts", "num_experts_per_tok", "vocab_size"):
+        values = [getattr(model.config, field) for model in (before, after)]
+        if values[0] != values[1]:
+            raise ValueError(f"the two models have {field}={values[0]} and {values[1]}, and cannot be compared")
+    counts = empty_counts(before), empty_counts(after)
+    same, shared = torch.zeros(2, before.config.num_hidden_layers, dtype=torch.int64)
+    with inference(before, after):
         for batch in batches:
-            inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask") if key in batch}
-            real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).reshape(-1).bool()
-            outputs = decoder(**inputs, use_cache=False, output_selected_experts=True)
-            for layer, experts in enumerate(outputs.selected_experts):
-                chosen = experts[real.to(experts.device)].reshape(-1).cpu()
-                counts[layer] += torch.bincount(chosen, minlength=config.num_local_experts)
-    finally:
-        model.train(was_training)
-    if counts.sum() == 0:
-        raise ValueError("no tokens: `batches` is empty or all padding")
-    return counts / counts.sum(dim=1, keepdim=True)
+            routings = [run_routers(model, batch) for model in (before, after)]
+            chosen, others = (count.add(*routing).cpu() for count, routing in zip(counts, routings, strict=True))
+            same += ((chosen == others).all(dim=-1) & chosen.any(dim=-1)).sum(dim=-1)
+            shared += (chosen & others).sum(dim=(1, 2))
+    check_counted(counts[0])
+    return RoutingComparison(*counts, same, shared)
 
 
-def draw_expert_load(load: torch.Tensor, title: str = "Expert load") -> Figure:
-    """Draw `expert_load`'s `[L, E]` as a heatmap, white at 1 / E, red above, blue below."""
-    num_layers, num_experts = load.shape
-    balanced = 1 / num_experts
-    norm = TwoSlopeNorm(balanced, vmin=0, vmax=max(2 * balanced, load.max().item()))
-    figure = Figure(figsize=(2.5 + 0.55 * num_experts, 2 + 0.4 * num_layers), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(load.numpy(), cmap="RdBu_r", norm=norm, aspect="auto")
-    axes.set(
-        title=f"{title} (balanced: {100 * balanced:.3g} %)",
-        xlabel="expert",
-        ylabel="layer",
-        xticks=range(num_experts),
-        yticks=range(num_layers),
-    )
-    if load.numel() <= 256:
-        for layer, row in enumerate(load.tolist()):
-            for expert, share in enumerate(row):
-                color = "white" if abs(norm(share) - 0.5) > 0.35 else "black"
-                axes.text(expert, layer, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=color)
-    bar = figure.colorbar(image, format=lambda share, _: f"{100 * share:.0f} %")
-    bar.set_label("share of the layer's choices")
-    return figure
-
-
-def plot_expert_load(load: torch.Tensor, path: str | Path, title: str = "Expert load") -> None:
-    """Write `draw_expert_load`'s heatmap of `[L, E]` to `path`."""
-    draw_expert_load(load, title).savefig(path, dpi=150)
+def token_routing(model: PreTrainedModel, input_ids: torch.Tensor) -> list[Routing]:
+    """Each layer's inference routing of one text's tokens, int64 `[T]`: `experts` and `weights`, both `[T, K]`."""
+    with inference(model):
+        router_logits, *_, jitter_eps = run_routers(model, {"input_ids": input_ids.unsqueeze(0)})
+        config = model.config
+        return [
+            route(
+                logits.cpu(),
+                config.num_experts_per_tok,
+                jitter_eps,
+                estimator=config.router_estimator,
+                training=False,
+            )
+            for logits in router_logits
+        ]

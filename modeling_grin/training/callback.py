@@ -1,87 +1,21 @@
 """What the experts do while a model is trained. L layers, E experts, K top-k, T tokens of a forward pass, S steps."""
 
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from ..analysis.routing import draw_expert_load
-from ..routing_grinmoe import keep_set
+from ..analysis.figures import draw_expert_load
+from ..analysis.routing import RoutingSums, routing_sums
 
 PICTURE_INTERVAL = 200  # times what a picture takes to draw, before the next: at most 0.5 % of a run's time
 MAX_PENDING_STEPS = 256  # kept on the device, before they are added up however far away the next log is
-
-
-class RoutingSums(NamedTuple):
-    """Sums over tokens, per layer; the columns of the tensors that are added up and all-reduced."""
-
-    choices: torch.Tensor
-    """Tokens that chose each expert, `[..., L, E]`."""
-    probs: torch.Tensor
-    """softmax(z), `[..., L, E]`."""
-    entropy: torch.Tensor
-    """Entropy of softmax(z) in nats, `[..., L]`."""
-    near_ties: torch.Tensor
-    """Tokens with a second expert in the keep set of the first choice, `[..., L]`."""
-    other_draws: torch.Tensor
-    """Choices of another expert than the best one left, `[..., L]`."""
-    tokens: torch.Tensor
-    """`[..., L]`."""
-
-    @classmethod
-    def from_columns(cls, columns: torch.Tensor) -> "RoutingSums":
-        """`[..., L, 2E + 4]`, as `routing_sums` returns it."""
-        num_experts = (columns.shape[-1] - 4) // 2
-        choices, probs, others = columns.split([num_experts, num_experts, 4], dim=-1)
-        return cls(choices, probs, *others.unbind(-1))
-
-    def balance_loss(self) -> torch.Tensor:
-        """E sum_i f_i E[softmax(z)_i], `[..., L]`: 1.0 when balanced."""
-        num_experts = self.choices.shape[-1]
-        fraction = self.choices / self.choices.sum(dim=-1, keepdim=True)
-        return num_experts * (fraction * self.probs).sum(dim=-1) / self.tokens
-
-
-@torch.no_grad()
-def routing_sums(
-    router_logits: tuple[torch.Tensor, ...],
-    selected_experts: tuple[torch.Tensor, ...],
-    counted: torch.Tensor,
-    jitter_eps: float,
-) -> torch.Tensor:
-    """The columns of `RoutingSums` for one forward pass, `[L, 2E + 4]`, float32, without waiting for the device.
-
-    Args:
-        router_logits: z of each layer, `[T, E]`.
-        selected_experts: each layer's choices in their order, `[T, K]`.
-        counted: bool `[T]`, False for padding.
-        jitter_eps: r of the keep set.
-    """
-    device = router_logits[0].device  # of all layers, so that a deep model needs no more kernels than a shallow one
-    counted = counted.to(device).unsqueeze(-1)  # [T, 1]
-    logits = torch.stack([layer.to(device) for layer in router_logits]).float()  # [L, T, E]
-    logits = logits.masked_fill(~counted, 0)  # what attention leaves at padding may be nan
-    experts = torch.stack([layer.to(device) for layer in selected_experts])  # [L, T, K]
-
-    log_probs = logits.log_softmax(dim=-1)
-    probs = log_probs.exp()
-    entropy = -(probs * log_probs).sum(dim=-1, keepdim=True)
-    left = torch.ones_like(logits, dtype=torch.bool)
-    near_tie = keep_set(logits, left, jitter_eps).sum(dim=-1, keepdim=True) > 1
-    other_draws = torch.zeros_like(entropy)
-    for expert in experts.split(1, dim=-1):
-        best = logits.masked_fill(~left, -torch.inf).amax(dim=-1, keepdim=True)
-        other_draws += logits.gather(-1, expert) < best  # of experts that tie exactly, each is the best one
-        left = left.scatter(-1, expert, False)
-    columns = torch.cat([~left, probs, entropy, near_tie, other_draws, torch.ones_like(entropy)], dim=-1)
-    return (columns * counted).sum(dim=1)
 
 
 def drop_lines_after(step: int, path: Path) -> None:
@@ -237,21 +171,17 @@ class RoutingCallback(TrainerCallback):
         sums = RoutingSums.from_columns(self._total)
         if not sums.tokens.all():
             raise ValueError("RoutingCallback saw no token: the trainer's loss does not come from its model's decoder")
-        num_experts = sums.choices.shape[-1]
-        log_experts = math.log(num_experts) or 1.0  # a single expert has no entropy
-        num_choices = sums.choices.sum(dim=-1)
-        load = sums.choices / num_choices.unsqueeze(-1)
         metrics = {
-            "load_max": num_experts * load.amax(dim=-1),
-            "load_entropy": torch.special.entr(load).sum(dim=-1) / log_experts,
+            "load_max": sums.load_max(),
+            "load_entropy": sums.load_entropy(),
             "dead_experts": (sums.choices == 0).double().sum(dim=-1),
-            "router_entropy": sums.entropy / sums.tokens / log_experts,
-            "near_tie_rate": sums.near_ties / sums.tokens,
-            "non_argmax_rate": sums.other_draws / num_choices,
+            "router_entropy": sums.router_entropy(),
+            "near_tie_rate": sums.near_tie_rate(),
+            "non_argmax_rate": sums.other_draws / sums.choices.sum(dim=-1),
             "balance_loss": torch.stack(self._balance_losses).mean(dim=0),
         }
         self._start_window()
-        return load, metrics
+        return sums.load(), metrics
 
     def _draw(self, load: torch.Tensor) -> None:
         figure = draw_expert_load(load, f"Expert load, step {self._load_step}")

@@ -1,0 +1,189 @@
+"""Pictures of routing. L layers, E experts, S sets of texts."""
+
+from collections.abc import Callable, Mapping
+from math import ceil
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from scipy.cluster.hierarchy import dendrogram
+
+ANNOTATED = 256  # cells of a heatmap, at most, whose numbers are written into them
+SIGNIFICANT = 0.05  # false discoveries among the experts that are called specialised
+MIN_EXPECTED = 5  # tokens of a pair: below, how often it occurs says nothing
+NAMED_LINES = 10  # of a plot: the colours that can be told apart
+BY_CHANCE = "by chance, all sets"  # a line to compare the others with
+
+
+def draw_expert_load(load: torch.Tensor, title: str = "Expert load") -> Figure:
+    """Draw `expert_load`'s `[L, E]` as a heatmap, white at 1 / E, red above, blue below."""
+    num_layers, num_experts = load.shape
+    balanced = 1 / num_experts
+    figure, axes = expert_axes(num_layers, num_experts)
+    norm = load_norm(load)
+    image = axes.imshow(load.numpy(), cmap="RdBu_r", norm=norm, aspect="auto")
+    axes.set_title(f"{title} (balanced: {100 * balanced:.3g} %)")
+    write_cells(axes, load, norm, lambda share: f"{100 * share:.0f}")
+    bar = figure.colorbar(image, format=lambda share, _: f"{100 * share:.0f} %")
+    bar.set_label("share of the layer's choices")
+    return figure
+
+
+def plot_expert_load(load: torch.Tensor, path: str | Path, title: str = "Expert load") -> None:
+    """Write `draw_expert_load`'s heatmap of `[L, E]` to `path`."""
+    draw_expert_load(load, title).savefig(path, dpi=150)
+
+
+def draw_loads(loads: Mapping[str, torch.Tensor]) -> Figure:
+    """The load `[L, E]` of each set, side by side on one colour scale."""
+    norm = load_norm(torch.stack(list(loads.values())))
+    figure, panels = small_multiples(len(loads), next(iter(loads.values())))
+    for axes, (name, load) in zip(panels, loads.items(), strict=True):
+        image = axes.imshow(load.numpy(), cmap="RdBu_r", norm=norm, aspect="auto")
+        axes.set_title(name)
+    bar = figure.colorbar(image, ax=panels, format=lambda share, _: f"{100 * share:.0f} %", aspect=30, shrink=0.9)
+    bar.set_label("share of the layer's choices")
+    figure.suptitle(f"Expert load by set (white: balanced, {100 * norm.vcenter:.3g} %)")
+    return figure
+
+
+def draw_similarity(names: list[str], similarity: torch.Tensor, tree: torch.Tensor | None) -> Figure:
+    """Cosines `[S, S]` of the sets' routing vectors (Figure 6), under the tree that ordered the sets, if one did."""
+    num_sets = len(names)
+    side = 1.5 + max(3.0, min(0.6, 12 / num_sets) * num_sets)
+    figure = Figure(figsize=(side + 2.5, side + (1 if tree is None else 2)), layout="constrained")
+    if tree is None:
+        axes = figure.subplots()
+        axes.set_title("Cosine similarity of routing vectors")
+    else:
+        top, axes = figure.subplots(2, 1, height_ratios=[1, 5])
+        dendrogram(tree.numpy(), ax=top, no_labels=True, color_threshold=0, above_threshold_color="0.3")
+        top.set_title("Cosine similarity of routing vectors, clustered")
+        top.set_ylabel("distance\n(1 - cosine)")
+        top.spines[["top", "right", "bottom"]].set_visible(False)
+    norm = Normalize(similarity.min().item(), 1)
+    image = axes.imshow(similarity.numpy(), cmap="viridis", norm=norm, aspect="auto")
+    axes.set_xticks(range(num_sets), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(num_sets), names)
+    if similarity.numel() <= ANNOTATED:
+        for (row, column), cosine in cells(similarity):
+            color = "black" if norm(cosine) > 0.6 else "white"
+            axes.text(column, row, f"{cosine:.3f}", ha="center", va="center", fontsize=8, color=color)
+    figure.colorbar(image, ax=axes, label="cosine (darker: less alike)")
+    return figure
+
+
+def draw_specialization(score: torch.Tensor, false_discovery: torch.Tensor) -> Figure:
+    """The score of each expert `[L, E]`; a cross where shuffled texts explain it as well."""
+    figure, axes = expert_axes(*score.shape)
+    norm = Normalize(0, max(score.max().item(), 0.01))
+    image = axes.imshow(score.clamp(min=0).numpy(), cmap="magma_r", norm=norm, aspect="auto")
+    layers, experts = (false_discovery >= SIGNIFICANT).nonzero(as_tuple=True)
+    axes.scatter(experts, layers, c="0.4", marker="x", s=20, lw=1)
+    axes.set_title("Specialisation (cross: chance would do)")
+    figure.colorbar(image, ax=axes, label="score (0: all sets alike, 1: one set)")
+    return figure
+
+
+def draw_layers(curves: Mapping[str, Mapping[str, torch.Tensor]]) -> Figure:
+    """Curves over the layers, `[L]` each: a panel for each quantity, in it a line for each set."""
+    rows = ceil(len(curves) / 2)
+    figure = Figure(figsize=(11, 3.2 * rows + 0.4), layout="constrained")
+    panels = list(figure.subplots(rows, 2, squeeze=False).flatten())
+    for axes in panels[len(curves) :]:
+        axes.set_axis_off()
+    legend = {}
+    for axes, (quantity, lines) in zip(panels, curves.items(), strict=False):
+        for name, values in lines.items():
+            style = {"color": "0.4", "ls": ":"} if name == BY_CHANCE else {"marker": "o", "ms": 3}
+            few = len(lines) <= NAMED_LINES
+            (legend[name],) = axes.plot(range(len(values)), values, lw=1.3, alpha=1 if few else 0.4, **style)
+        axes.set(title=quantity, xlabel="layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if quantity.startswith("share"):
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    if len(legend) <= NAMED_LINES:
+        figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=6)
+    return figure
+
+
+def draw_pairs(pairs: torch.Tensor, expected: torch.Tensor) -> Figure:
+    """Pairs of experts `[L, E, E]` against what independent choices would give: a panel for each layer."""
+    known = expected >= MIN_EXPECTED
+    lift = torch.where(known, (pairs / expected).log2(), torch.nan).clamp(-3, 3)
+    figure, panels = small_multiples(len(pairs), pairs[0], vertical="expert", columns=8, cell=0.11)
+    for layer, axes in enumerate(panels):
+        axes.set_facecolor("0.75")
+        image = axes.imshow(lift[layer].numpy(), cmap="PuOr_r", vmin=-3, vmax=3, aspect="auto", interpolation="none")
+        axes.set_title(f"layer {layer}")
+    bar = figure.colorbar(image, ax=panels, ticks=range(-3, 4), aspect=30, shrink=0.9, extend="both")
+    bar.set_ticklabels(["1/8", "1/4", "1/2", "as expected", "x 2", "x 4", "x 8"])
+    bar.set_label("relative to chance")
+    figure.suptitle("Tokens that chose both experts (grey: the same one, or too few tokens to say)")
+    return figure
+
+
+def draw_load_difference(difference: torch.Tensor) -> Figure:
+    """How the loads `[L, E]` of two models differ, in percentage points: red, more after."""
+    figure, axes = expert_axes(*difference.shape)
+    points = 100 * difference
+    largest = max(points.abs().max().item(), 0.1)
+    norm = TwoSlopeNorm(0, -largest, largest)
+    image = axes.imshow(points.numpy(), cmap="RdBu_r", norm=norm, aspect="auto")
+    write_cells(axes, points, norm, lambda value: f"{value:+.1f}")
+    axes.set_title("Change of the expert load (share of the layer's choices)")
+    figure.colorbar(image, ax=axes, label="percentage points (red: more after)")
+    return figure
+
+
+def load_norm(load: torch.Tensor) -> TwoSlopeNorm:
+    """Colours of loads `[..., E]`: the middle is balance, the ends are no token and at least twice the fair share."""
+    balanced = 1 / load.shape[-1]
+    return TwoSlopeNorm(balanced, vmin=0, vmax=max(2 * balanced, load.max().item()))
+
+
+def cells(values: torch.Tensor) -> list[tuple[tuple[int, int], float]]:
+    """The cells of a matrix, as ((row, column), value)."""
+    return [((row, column), value) for row, line in enumerate(values.tolist()) for column, value in enumerate(line)]
+
+
+def write_cells(axes: Axes, values: torch.Tensor, norm: Normalize, form: Callable[[float], str]) -> None:
+    """Write the numbers into a diverging heatmap that is not too large for it."""
+    if values.numel() <= ANNOTATED:
+        for (row, column), value in cells(values):
+            color = "white" if abs(norm(value) - 0.5) > 0.35 else "black"
+            axes.text(column, row, form(value), ha="center", va="center", fontsize=8, color=color)
+
+
+def expert_axes(num_layers: int, num_experts: int) -> tuple[Figure, Axes]:
+    """Axes for one heatmap of layers and experts, legible at the released 32 x 16."""
+    width, height = (0.55, 0.4) if num_layers * num_experts <= ANNOTATED else (0.36, 0.25)
+    figure = Figure(figsize=(2.5 + width * num_experts, 2 + height * num_layers), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="expert", ylabel="layer", xticks=range(num_experts), yticks=range(num_layers))
+    return figure, axes
+
+
+def small_multiples(
+    count: int, matrix: torch.Tensor, vertical: str = "layer", columns: int = 4, cell: float = 0.16
+) -> tuple[Figure, list[Axes]]:
+    """Panels for `count` heatmaps of the shape of `matrix`, with cells of `cell` inches and ticks at whole numbers."""
+    columns = min(columns, count)
+    rows = ceil(count / columns)
+    height, width = (max(1.3, cell * size) for size in matrix.shape)
+    figure = Figure(figsize=(columns * (width + 0.35) + 1.8, rows * (height + 0.45) + 1), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    panels = list(grid.flatten())
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    for axes in panels[:count]:
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    figure.supxlabel("expert")
+    figure.supylabel(vertical)
+    return figure, panels[:count]

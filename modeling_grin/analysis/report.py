@@ -1,0 +1,346 @@
+"""A study of routing as files: pictures, tables, and a report in one HTML file. L layers, E experts, S sets."""
+
+import base64
+import csv
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader
+from matplotlib.figure import Figure
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import figures
+from .figures import MIN_EXPECTED, SIGNIFICANT
+from .routing import RoutingComparison, RoutingCounts, token_routing
+from .specialization import Specialization, cluster, routing_similarity, specialization
+
+TOP = 12  # rows of the report's tables of experts and of pairs
+ORDERS = ("clustered", "given")
+ALL_SETS = "all sets"  # together, in the tables
+TEMPLATE = "report.html"  # beside this file
+
+
+@dataclass
+class TokenView:
+    """Some texts of a set, whose T tokens the report shows with their experts."""
+
+    title: str
+    starts: list[bool]
+    """Whether a token is the first of another text."""
+    pieces: list[str]
+    """What each token stands for; "" for the first bytes of a character that a later token completes."""
+    tokens: list[str]
+    """Its name in the vocabulary."""
+    special: list[bool]
+    experts: list[list[list[int]]]
+    """`[L][T][K]`."""
+    weights: list[list[list[float]]]
+    """`[L][T][K]`."""
+
+
+@dataclass
+class RoutingStudy:
+    """What a report is made of."""
+
+    model: str
+    sets: dict[str, RoutingCounts]
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where the texts of each set are from."""
+    against: str | None = None
+    comparisons: dict[str, RoutingComparison] = field(default_factory=dict)
+    """Of `model` and `against`, for each set."""
+    views: list[TokenView] = field(default_factory=list)
+    order: str = "clustered"
+    """Of the sets in the picture of similarities: clustered, or given."""
+
+
+def view_tokens(
+    title: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]
+) -> TokenView:
+    """The routing of the tokens of some texts, to be looked at.
+
+    Args:
+        rows: the ids of each text, which the model sees on its own.
+    """
+    ids = [token_id for row in rows for token_id in row]
+    routings = [token_routing(model, torch.tensor(row)) for row in rows]
+    marked = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+    layers = range(len(routings[0]))
+    return TokenView(
+        title=title,
+        starts=[position == 0 and number > 0 for number, row in enumerate(rows) for position in range(len(row))],
+        pieces=[piece for row in rows for piece in split_by_token(tokenizer, row)],
+        tokens=tokenizer.convert_ids_to_tokens(ids),
+        special=[token_id in marked for token_id in ids],
+        experts=[torch.cat([routing[layer].experts for routing in routings]).tolist() for layer in layers],
+        weights=[rounded(torch.cat([routing[layer].weights for routing in routings])) for layer in layers],
+    )
+
+
+def rounded(weights: torch.Tensor) -> list[list[float]]:
+    """With three digits, as the report shows them."""
+    return weights.double().round(decimals=3).tolist()
+
+
+def split_by_token(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) -> list[str]:
+    """The decoded text in the pieces that its tokens add to it, whatever the tokenizer does with spaces and bytes."""
+    pieces, done = [], ""
+    for end in range(1, len(input_ids) + 1):
+        text = tokenizer.decode(input_ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd"):  # a character of which bytes are missing
+            pieces.append("")
+        else:
+            pieces.append(text[len(done) :])
+            done = text
+    return pieces
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write under a temporary name, then rename: the file is there as a whole, or as it was."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV file; floats with 9 digits."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    write_file(path, text.getvalue().encode())
+
+
+def write_figure(path: Path, figure: Figure) -> str:
+    """Write a PNG, and an SVG beside it; returns the PNG as a data URL."""
+    for suffix, settings in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 120})):
+        content = io.BytesIO()
+        figure.savefig(content, format=suffix[1:], **settings)
+        write_file(path.with_suffix(suffix), content.getvalue())
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
+    """Write `report.html`, the figures as PNG and SVG, and the tables as CSV to `folder`.
+
+    Returns:
+        The study's main figures, as they can be written to JSON.
+
+    Raises:
+        ValueError: the order is unknown.
+    """
+    if study.order not in ORDERS:
+        raise ValueError(f"order={study.order} is none of {', '.join(ORDERS)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    total = reduce(add, study.sets.values())
+    everything = {**study.sets, ALL_SETS: total} if len(study.sets) > 1 else study.sets
+    pictures: dict[str, str] = {}
+    summary: dict[str, Any] = {"model": study.model, "sets": {name: numbers(c) for name, c in study.sets.items()}}
+    context: dict[str, Any] = {"study": study, "total": total, "pictures": pictures, "summary": summary}
+
+    def draw(name: str, figure: Figure) -> None:
+        pictures[name] = write_figure(folder / f"{name}.png", figure)
+
+    write_count_tables(folder, everything)
+    draw("expert_load", figures.draw_expert_load(total.load()))
+    draw("layers", figures.draw_layers(layer_curves(study.sets)))
+    if total.sums.choices[0].sum() > total.num_tokens:  # more than one expert to a token
+        draw("pairs", figures.draw_pairs(total.pairs.double(), total.expected_pairs()))
+        context["pairs"] = notable_pairs(total)
+    if len(study.sets) > 1:
+        draw("expert_load_by_set", figures.draw_loads({name: c.load() for name, c in study.sets.items()}))
+        draw("similarity", similarity_figure(folder, study, summary))
+        special = specialization(study.sets)
+        draw("specialization", figures.draw_specialization(special.score, special.false_discovery))
+        write_specialization(folder, special)
+        summary["specialized_experts"] = (special.false_discovery < SIGNIFICANT).sum().item()
+        summary["layer_specialization"] = special.layer_score.tolist()
+        context["experts"] = specialized_experts(special)
+        context["chunks"] = dict(zip(special.names, special.num_chunks, strict=True))
+    if study.comparisons:
+        changed = reduce(add, study.comparisons.values())
+        draw("load_difference", figures.draw_load_difference(changed.load_difference()))
+        draw("agreement", figures.draw_layers(comparison_curves(study.comparisons, changed)))
+        write_comparison_tables(folder, study.comparisons, changed)
+        summary["against"] = study.against
+        summary["agreement"] = {name: c.agreement().tolist() for name, c in study.comparisons.items()}
+        summary["overlap"] = {name: c.overlap().tolist() for name, c in study.comparisons.items()}
+    context["routing"] = [
+        {"tokens": view.tokens, "experts": view.experts, "weights": view.weights} for view in study.views
+    ]
+    loader = FileSystemLoader(Path(__file__).parent)
+    template = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(TEMPLATE)
+    write_file(folder / "report.html", template.render(context).encode())
+    return summary
+
+
+def numbers(counts: RoutingCounts) -> dict[str, float]:
+    """The figures of a set, means over the layers but for the largest load."""
+    sums = counts.sums
+    return {
+        "tokens": counts.num_tokens,
+        "near_tie_rate": sums.near_tie_rate().mean().item(),
+        "router_entropy": sums.router_entropy().mean().item(),
+        "balance_loss": sums.balance_loss().mean().item(),
+        "load_max_worst": sums.load_max().max().item(),
+        "unused_experts": (sums.choices == 0).sum().item(),
+    }
+
+
+def layer_curves(sets: Mapping[str, RoutingCounts]) -> dict[str, dict[str, torch.Tensor]]:
+    """What `layers.png` shows of each set, by layer."""
+    sums = {name: counts.sums for name, counts in sets.items()}
+    return {
+        "share of tokens with a near-tie": {name: s.near_tie_rate() for name, s in sums.items()},
+        "router entropy (1: undecided)": {name: s.router_entropy() for name, s in sums.items()},
+        "balance loss (1: balanced)": {name: s.balance_loss() for name, s in sums.items()},
+        "busiest expert (1: fair share)": {name: s.load_max() for name, s in sums.items()},
+    }
+
+
+def comparison_curves(
+    comparisons: Mapping[str, RoutingComparison], changed: RoutingComparison
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What `agreement.png` shows of each set, by layer."""
+    overlaps = {name: comparison.overlap() for name, comparison in comparisons.items()}
+    return {
+        "share of tokens that go to the same experts": {name: c.agreement() for name, c in comparisons.items()},
+        "share of choices that both models make": {**overlaps, figures.BY_CHANCE: changed.overlap_by_chance()},
+        "cosine similarity of the loads": {name: c.load_similarity() for name, c in comparisons.items()},
+    }
+
+
+def similarity_figure(folder: Path, study: RoutingStudy, summary: dict[str, Any]) -> Figure:
+    """Draw the similarities in the study's order, write their table and add them to the summary."""
+    names, similarity = list(study.sets), routing_similarity(study.sets)
+    tree = None
+    if study.order == "clustered":
+        tree, order = cluster(similarity)
+        names, similarity = [names[i] for i in order], similarity[order][:, order]
+    write_table(
+        folder / "similarity.csv",
+        ["set", *names],
+        [[name, *row] for name, row in zip(names, similarity.tolist(), strict=True)],
+    )
+    summary["similarity"] = {"sets": names, "cosine": similarity.tolist()}
+    return figures.draw_similarity(names, similarity, tree)
+
+
+def write_count_tables(folder: Path, sets: Mapping[str, RoutingCounts]) -> None:
+    """load.csv, layers.csv and pairs.csv, with a row for each set and expert, layer, or pair."""
+
+    def loads() -> Iterator[Sequence[Any]]:
+        for name, counts in sets.items():
+            probs = counts.sums.probs / counts.num_tokens
+            tables = counts.pairs.diagonal(dim1=1, dim2=2), counts.load(), probs
+            for layer, rows in enumerate(zip(*(table.tolist() for table in tables), strict=True)):
+                for expert, row in enumerate(zip(*rows, strict=True)):
+                    yield name, layer, expert, *row
+
+    def layers() -> Iterator[Sequence[Any]]:
+        for name, counts in sets.items():
+            s = counts.sums
+            values = s.near_tie_rate(), s.router_entropy(), s.balance_loss(), s.load_max(), s.load_entropy()
+            for layer, row in enumerate(zip(*(column.tolist() for column in values), strict=True)):
+                yield name, layer, counts.num_tokens, *row
+
+    def pairs() -> Iterator[Sequence[Any]]:
+        for name, counts in sets.items():
+            expected = counts.expected_pairs().tolist()
+            for layer, matrix in enumerate(counts.pairs.tolist()):
+                for first in range(len(matrix)):
+                    for second in range(first + 1, len(matrix)):
+                        yield name, layer, first, second, matrix[first][second], expected[layer][first][second]
+
+    write_table(folder / "load.csv", ["set", "layer", "expert", "tokens", "load", "mean_prob"], loads())
+    columns = ["near_tie_rate", "router_entropy", "balance_loss", "load_max", "load_entropy"]
+    write_table(folder / "layers.csv", ["set", "layer", "tokens", *columns], layers())
+    write_table(folder / "pairs.csv", ["set", "layer", "expert_a", "expert_b", "tokens", "expected_tokens"], pairs())
+
+
+def notable_pairs(counts: RoutingCounts) -> list[dict[str, float]]:
+    """The pairs of experts that are chosen together most often, relative to independent choices."""
+    expected = counts.expected_pairs().triu(diagonal=1)
+    lift = torch.where(expected >= MIN_EXPECTED, counts.pairs / expected, 0)
+    order = lift.flatten().argsort(descending=True)[:TOP]
+    rows = zip(*(index.tolist() for index in torch.unravel_index(order, lift.shape)), strict=True)
+    return [
+        {
+            "layer": layer,
+            "first": first,
+            "second": second,
+            "tokens": counts.pairs[layer, first, second].item(),
+            "expected": expected[layer, first, second].item(),
+            "lift": lift[layer, first, second].item(),
+        }
+        for layer, first, second in rows
+        if lift[layer, first, second] > 0
+    ]
+
+
+def write_specialization(folder: Path, special: Specialization) -> None:
+    """specialization.csv, with a row for each expert, and the preferences of the sets in its last columns."""
+    tables = (special.score, special.information, special.shuffled, special.deviations, special.p_value,
+              special.false_discovery, *special.preference)  # fmt: skip
+    names = ["score", "bits", "shuffled_bits", "z", "p_value", "false_discovery"]
+    rows = zip(*(table.flatten().tolist() for table in tables), strict=True)
+    num_experts = special.score.shape[1]
+    write_table(
+        folder / "specialization.csv",
+        ["layer", "expert", *names, *(f"preference:{name}" for name in special.names)],
+        ([*divmod(index, num_experts), *row] for index, row in enumerate(rows)),
+    )
+
+
+def specialized_experts(special: Specialization) -> list[dict[str, Any]]:
+    """The experts with the highest scores among those that chance does not explain."""
+    known = torch.where(special.false_discovery < SIGNIFICANT, special.score, -torch.inf)
+    order = known.flatten().argsort(descending=True)[:TOP]
+    rows = []
+    for layer, expert in zip(*(index.tolist() for index in torch.unravel_index(order, known.shape)), strict=True):
+        if known[layer, expert] > -torch.inf:
+            preference = special.preference[:, layer, expert]
+            rows.append(
+                {
+                    "layer": layer,
+                    "expert": expert,
+                    "score": special.score[layer, expert].item(),
+                    "z": special.deviations[layer, expert].item(),
+                    "p_value": special.p_value[layer, expert].item(),
+                    "set": special.names[preference.argmax()],
+                    "preference": preference.max().item(),
+                }
+            )
+    return rows
+
+
+def write_comparison_tables(
+    folder: Path, comparisons: Mapping[str, RoutingComparison], changed: RoutingComparison
+) -> None:
+    """comparison.csv by set and layer, and load_difference.csv by set, layer and expert."""
+    everything = {**comparisons, ALL_SETS: changed} if len(comparisons) > 1 else comparisons
+    layers, experts = [], []
+    for name, c in everything.items():
+        values = c.agreement(), c.overlap(), c.overlap_by_chance(), c.load_similarity()
+        columns = zip(*(value.tolist() for value in values), strict=True)
+        layers += [(name, layer, c.before.num_tokens, *row) for layer, row in enumerate(columns)]
+        before, after = c.before.load(), c.after.load()
+        for layer, rows in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
+            for expert, (load, other_load) in enumerate(zip(*rows, strict=True)):
+                experts.append((name, layer, expert, load, other_load, other_load - load))
+    write_table(
+        folder / "comparison.csv",
+        ["set", "layer", "tokens", "agreement", "overlap", "overlap_by_chance", "load_similarity"],
+        layers,
+    )
+    write_table(
+        folder / "load_difference.csv", ["set", "layer", "expert", "load_before", "load_after", "difference"], experts
+    )

@@ -1,0 +1,167 @@
+"""Data: local files and datasets of the Hub, and their rows as batches of tokens."""
+
+import glob
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+FORMATS = {  # of local files, by suffix
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".py": "text",
+}
+
+MAX_PIECE = 2**18  # characters tokenized at once
+
+
+def find_files(name: str) -> list[str]:
+    """The local data files that `name` (a file, folder or glob) means; none if it may be a name on the Hub.
+
+    Raises:
+        ValueError: `name` is a path that does not exist, or a folder or glob without data files.
+    """
+    path = Path(name)
+    if path.is_file():
+        return [name]
+    if path.is_dir():
+        files = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and file.suffix in FORMATS]
+    elif glob.has_magic(name):
+        files = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())
+    elif path.suffix in FORMATS or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ValueError(f"{name}: no such file or folder")
+    else:
+        return []
+    if not files:
+        raise ValueError(f"{name}: no data files in it; these are read: {', '.join(FORMATS)}")
+    return files
+
+
+def load_data(
+    name: str, *, split: str = "train", config: str | None = None, streaming: bool = False
+) -> "Dataset | IterableDataset":
+    """The rows of local files, or of a dataset on the Hub where there is no such file.
+
+    Args:
+        name: a file, folder or glob, or a name on the Hub.
+        split, config: of a dataset on the Hub. Local files have neither.
+        streaming: read rows as they are needed, without a copy in the cache of `datasets`.
+
+    Raises:
+        ValueError: nothing is there, the files have several formats or none that is known, or cannot be read.
+    """
+    from datasets import load_dataset
+
+    files = find_files(name)
+    if not files:
+        try:
+            return load_dataset(name, config, split=split, streaming=streaming)
+        except Exception as error:  # of many types: not found, no connection, unknown split or configuration
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{name}: no such file or folder here, and as a dataset of the Hub: {reason}") from error
+    if unknown := [file for file in files if Path(file).suffix not in FORMATS]:
+        raise ValueError(f"{unknown[0]}: unknown format; these are read: {', '.join(FORMATS)}")
+    formats = {FORMATS[Path(file).suffix] for file in files}
+    if len(formats) > 1:
+        raise ValueError(f"{name} holds files of several formats ({', '.join(sorted(formats))}); give a glob of one")
+    if not any(Path(file).stat().st_size for file in files):
+        raise ValueError(f"{name} is empty")
+    (builder,) = formats
+    settings = {"sample_by": "document"} if builder == "text" else {}
+    try:
+        return load_dataset(builder, data_files=files, split="train", streaming=streaming, **settings)
+    except Exception as error:  # damaged files end in many types, the telling one inside
+        raise ValueError(f"{name} cannot be read as {builder}: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an error of `datasets` is about."""
+    return (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+
+
+def stream_data(name: str) -> Iterator[dict[str, Any]]:
+    """The rows of `load_data`, one at a time; a dataset of the Hub may be given as NAME:CONFIG:SPLIT.
+
+    Raises:
+        ValueError: as `load_data`, and where a row cannot be read.
+    """
+    dataset, config, split = [*name.split(":"), "", ""][:3] if not Path(name).exists() else (name, "", "")
+    if (config or split) and find_files(dataset):
+        raise ValueError(f"{name}: configurations and splits are of datasets on the Hub; {dataset} is a local file")
+    rows = load_data(dataset, config=config or None, split=split or "train", streaming=True)
+    try:
+        yield from rows
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {reason_of(error)}") from error
+
+
+def split_text(text: str) -> Iterator[str]:
+    """A text in pieces of at most MAX_PIECE characters, cut after a line where there is one."""
+    start = 0
+    while len(text) - start > MAX_PIECE:
+        end = text.rfind("\n", start, start + MAX_PIECE) + 1 or start + MAX_PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[int]]:
+    """The ids of a row's `messages`, by the chat template, or of its `text`, one piece of it after the other."""
+    if row.get("messages") is not None:
+        if tokenizer.chat_template is None:
+            raise ValueError(f"{name} has rows with messages, and the tokenizer has no chat template for them")
+        yield tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"]
+    elif isinstance(text := row.get("text"), str):
+        for number, piece in enumerate(split_text(text)):
+            yield tokenizer(piece, add_special_tokens=number == 0, verbose=False)["input_ids"]
+    else:
+        raise ValueError(f"{name} has a row with neither messages nor text; its columns are {sorted(row)}")
+
+
+def token_rows(
+    name: str, tokenizer: PreTrainedTokenizerBase, sequence: int, max_tokens: int | None = None
+) -> Iterator[list[int]]:
+    """The ids of the texts and conversations of `stream_data`, in rows of at most `sequence` tokens.
+
+    A longer text is cut into several rows, and no row holds two texts. Read as they are needed: of the texts, a single
+    one is in memory at a time.
+
+    Args:
+        name: as in `stream_data`; rows have `messages`, for the chat template, or `text`.
+        max_tokens: in all rows together; the last one is cut short.
+
+    Raises:
+        ValueError: the data cannot be found or read, have other columns, or no text.
+    """
+    left, seen = max_tokens, False
+    for row in stream_data(name):
+        ids = chain.from_iterable(tokenize(row, tokenizer, name))
+        while piece := list(islice(ids, sequence if left is None else min(sequence, left))):
+            yield piece
+            seen = True
+            left = None if left is None else left - len(piece)
+        if left == 0:
+            return
+    if not seen:
+        raise ValueError(f"{name}: there is no text in it")
+
+
+def batched(rows: Iterable[list[int]], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Rows of ids as model inputs, `[batch, sequence]`, padded on the right."""
+    rows = iter(rows)
+    while batch := list(islice(rows, batch_size)):
+        length = max(map(len, batch))
+        yield {
+            "input_ids": torch.tensor([row + [0] * (length - len(row)) for row in batch]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in batch]),
+        }

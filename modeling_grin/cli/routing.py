@@ -1,0 +1,196 @@
+"""The command that studies routing: `routing`."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from .terminal import console, errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..modeling_grinmoe import GrinMoeForCausalLM
+
+MODELS, COUNTING, REPORT = "The models", "What is counted", "The report"
+"""Panels of the options."""
+
+VIEWED_TOKENS = 200  # of each set, in the report's token-level view
+SEQUENCE = 1024  # where the model has positions for it
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Batches = Iterator[Mapping[str, "torch.Tensor"]]
+
+
+class TokensColumn(ProgressColumn):
+    """How many tokens are done, and how many a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.completed / task.elapsed if task.elapsed else 0
+        return Text(f"{task.completed:,.0f} tokens, {speed:,.0f}/s", style="progress.data.speed")
+
+
+@contextmanager
+def counting(quiet: bool) -> Iterator[Progress]:
+    """Progress bars of tokens, one for each set."""
+    name, done = TextColumn("{task.description}"), TaskProgressColumn()
+    columns = (name, BarColumn(), done, TokensColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, disable=quiet) as progress:
+        yield progress
+
+
+def tracked(batches: Batches, progress: Progress, name: str, max_tokens: int) -> Batches:
+    """The batches, with a bar that each moves when the next is asked for."""
+    task = progress.add_task(escape(name), total=max_tokens)
+    for batch in batches:
+        yield batch
+        progress.advance(task, batch["attention_mask"].sum().item())
+    progress.update(task, total=progress.tasks[task].completed)
+
+
+@contextmanager
+def errors_about(name: str) -> Iterator[None]:
+    """Around what loads the checkpoint `name`: an error says so, in one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def load_model(name: str, dtype: str) -> "GrinMoeForCausalLM":
+    """The checkpoint's model, on the devices that there are."""
+    from ..modeling_grinmoe import GrinMoeForCausalLM
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is none of {', '.join(DTYPES)}")
+    with errors_about(name):
+        return GrinMoeForCausalLM.from_pretrained(name, dtype=dtype, device_map="auto")
+
+
+def parse_data(data: list[str]) -> dict[str, str]:
+    """`name=path` arguments as {name: path}; "all sets" is what the tables call their sum."""
+    from ..analysis.report import ALL_SETS
+
+    sets: dict[str, str] = {}
+    for given in data:
+        name, equals, path = given.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"--data {given}: give a name and where the texts are, as in --data english=docs/*.md")
+        if name in sets or name == ALL_SETS:
+            raise ValueError(f"--data {given}: there is a set called {name} already")
+        sets[name] = path
+    return sets
+
+
+def routing(
+    model: Annotated[str, typer.Argument(help="folder or Hub name of a GRIN-MoE or Phimoe checkpoint")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=PATH, a set of texts; may be repeated. A file, folder or glob of jsonl, json or parquet (rows "
+            "with `text` or `messages`) or text, or a dataset of the Hub as DATASET or DATASET:CONFIG:SPLIT",
+            rich_help_panel=COUNTING,
+        ),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="another checkpoint, such as the fine-tuned one, on the same tokens", rich_help_panel=MODELS
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16 or float16; auto: the checkpoint's own", rich_help_panel=MODELS),
+    ] = "auto",
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="of each set, from its beginning", rich_help_panel=COUNTING)
+    ] = 100_000,
+    sequence: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"tokens that longer texts are cut into; by default {SEQUENCE}, or the model's context if shorter",
+            rich_help_panel=COUNTING,
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="sequences of a forward pass", rich_help_panel=COUNTING)] = 8,
+    output_dir: Annotated[
+        Path, typer.Option(help="where report.html, tables and pictures go", rich_help_panel=REPORT)
+    ] = Path("routing"),
+    order: Annotated[
+        str, typer.Option(help="of the sets among the similarities: clustered or given", rich_help_panel=REPORT)
+    ] = "clustered",
+    as_json: Annotated[bool, typer.Option("--json", help="the main figures as JSON", rich_help_panel=REPORT)] = False,
+) -> None:
+    """Study where the tokens of texts go: load, similarity of sets, specialised experts, and each token's experts.
+
+    Example: grin-moe routing GRIN-MoE --data code=src --data prose='docs/*.md' --against my-finetune
+    """
+    from transformers import AutoTokenizer
+
+    from ..analysis.report import ORDERS, RoutingStudy, view_tokens, write_report
+    from ..analysis.routing import collect_routing, compare_routing
+    from ..analysis.texts import batched, token_rows
+
+    sets = parse_data(data)
+    if order not in ORDERS:
+        raise ValueError(f"--order {order} is none of {', '.join(ORDERS)}")
+    names = [model] if against is None else [model, against]
+    with errors_about(model):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    models = [load_model(name, dtype) for name in names]
+    context = min(loaded.config.max_position_embeddings for loaded in models)
+    if sequence is not None and sequence > context:
+        raise ValueError(f"--sequence {sequence} is more than the model's context of {context} tokens")
+    length = sequence or min(SEQUENCE, context)
+
+    study = RoutingStudy(model, {}, sources=sets, against=against, order=order)
+    with counting(as_json) as progress:
+        for name, path in sets.items():
+            rows = token_rows(path, tokenizer, length, max_tokens)
+            batches = tracked(batched(rows, batch_size), progress, name, max_tokens)
+            if against is None:
+                study.sets[name] = collect_routing(models[0], batches)
+            else:
+                study.comparisons[name] = compare_routing(models[0], models[1], batches)
+                study.sets[name] = study.comparisons[name].before
+            viewed = list(token_rows(path, tokenizer, length, VIEWED_TOKENS))
+            for loaded, which in zip(models, names, strict=True):
+                title = name if against is None else f"{name}, {which}"
+                study.views.append(view_tokens(title, loaded, tokenizer, viewed))
+    with errors.status("shuffling texts and drawing"):
+        summary = write_report(study, output_dir)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+
+    table = Table(title=f"Routing of {escape(model)}", title_justify="left", box=None)
+    table.add_column("set", overflow="fold")
+    for column in ("tokens", "near-ties", "router entropy", "balance loss", "busiest expert"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, row in summary["sets"].items():
+        table.add_row(
+            escape(name),
+            f"{row['tokens']:,}",
+            f"{row['near_tie_rate']:.2%}",
+            f"{row['router_entropy']:.3f}",
+            f"{row['balance_loss']:.3f}",
+            f"{row['load_max_worst']:.2f} x",
+        )
+    console.print(table)
+    console.print(f"look at {output_dir / 'report.html'}; pictures and tables are beside it", highlight=False)
