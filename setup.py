@@ -29,7 +29,7 @@ QUANTIZED = ["bitsandbytes>=0.50"]
 
 GGUF = ["gguf>=0.19"]
 
-EVAL = ["accelerate>=1.15", "lm-eval>=0.4.13"]
+EVAL = [*TRAIN, "lm-eval>=0.4.13"]
 
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings-python>=2.0"]
 
@@ -62,13 +62,13 @@ setup(
         "llama": [*GGUF, "llama-cpp-python>=0.3.36"],  # runs what was converted; compiled when it is installed
         "eval": EVAL,
         "docs": DOCS,
-        "dev": TRAIN + QUANTIZED + GGUF + EVAL + DOCS + DEV,
+        "dev": EVAL + QUANTIZED + GGUF + DOCS + DEV,
     },
     # The explicit root makes an editable install follow the checkout, new top-level packages included.
     package_dir={"": "."},
-    # Recipes are scripts to copy and edit: one folder, named here because it needs no __init__.py.
-    packages=[*find_packages(include=["modeling_grin*", "conversion*"]), "recipes"],
-    package_data={"modeling_grin": ["py.typed"], "recipes": ["**/*.yaml"]},
+    # Recipes are scripts to copy and edit, model cards a template: folders named here, which need no __init__.py.
+    packages=[*find_packages(include=["modeling_grin*", "conversion*"]), "recipes", "model_cards"],
+    package_data={"modeling_grin": ["py.typed", "analysis/*.html"], "recipes": ["**/*.yaml"], "model_cards": ["*.md"]},
     entry_points={"console_scripts": ["grin-moe = modeling_grin.cli:main"]},
     zip_safe=False,
     classifiers=[

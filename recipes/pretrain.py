@@ -29,7 +29,6 @@ from modeling_grin.training.recipes import (
     RecipeParser,
     check_arguments,
     clear_errors,
-    hub_dataset,
     load_config,
     load_model,
     load_tokenizer,
@@ -37,7 +36,6 @@ from modeling_grin.training.recipes import (
     make_model,
     resume_from,
     train_and_save,
-    write_card,
 )
 
 
@@ -142,7 +140,6 @@ def main(argv: list[str] | None = None) -> None:
             model = load_model(arguments, config, layout)
         else:
             model = make_model(arguments, config, training, layout)
-            model.config._name_or_path = training.output_dir  # the model card would call it fine-tuned from ""
             model.generation_config.eos_token_id = tokenizer.stop_token_ids
 
     trainer = GrinMoeTrainer(
@@ -156,8 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if arguments.pipeline_parallel_size == 1:
         trainer.add_callback(RoutingCallback(trainer))
-    train_and_save(trainer)
-    write_card(trainer, arguments, dataset=hub_dataset(arguments))
+    train_and_save(trainer, arguments, "pretraining")
     trainer.accelerator.end_training()  # all ranks leave the process group before they exit
 
 

@@ -21,7 +21,6 @@ from modeling_grin.training.recipes import (
     check_arguments,
     check_merge,
     clear_errors,
-    hub_dataset,
     load_config,
     load_for_fine_tuning,
     load_tokenizer,
@@ -29,7 +28,6 @@ from modeling_grin.training.recipes import (
     save_merged,
     select_columns,
     train_and_save,
-    write_card,
 )
 from modeling_grin.training.trl_trainers import GrinMoeSFTTrainer
 
@@ -99,8 +97,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if arguments.pipeline_parallel_size == 1:
         trainer.add_callback(RoutingCallback(trainer))
-    train_and_save(trainer)
-    write_card(trainer, arguments, dataset_name=hub_dataset(arguments))
+    train_and_save(trainer, arguments, "SFT")
     if arguments.lora_r and arguments.merge_adapter:
         save_merged(trainer)
     trainer.accelerator.end_training()  # all ranks leave the process group before they exit

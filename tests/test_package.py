@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("modeling_grin", "conversion", "recipes")
+PACKAGES = ("modeling_grin", "conversion", "recipes", "model_cards")
 BUILD_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -58,7 +58,9 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
         shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in shipped} <= set(PACKAGES)
     for package in PACKAGES:
-        wanted = {path for suffix in ("py", "yaml", "typed") for path in (ROOT / package).rglob(f"*.{suffix}")}
+        wanted = {
+            path for suffix in ("py", "yaml", "typed", "md", "html") for path in (ROOT / package).rglob(f"*.{suffix}")
+        }
         missing = {path.relative_to(ROOT).as_posix() for path in wanted} - shipped
         assert not missing, f"not in the wheel: {sorted(missing)}"
 
@@ -79,7 +81,16 @@ def test_tested_versions_satisfy_the_declared_ranges(metadata):
 
 
 def test_extras(metadata):
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "quantized", "flash", "gguf", "llama", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "train",
+        "quantized",
+        "flash",
+        "gguf",
+        "llama",
+        "eval",
+        "docs",
+        "dev",
+    }
 
 
 OUTSIDE = """

@@ -35,7 +35,9 @@ from modeling_grin.training.trl_trainers import GrinMoeSFTTrainer
 from recipes import data, dpo, pretrain, sft
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+CONFIGS = [  # those of evaluate.py: test_evaluate.py
+    path for path in sorted((ROOT / "recipes" / "configs").glob("*.yaml")) if not path.stem.startswith("evaluate_")
+]
 LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
 RELEASED_NAMES = {  # a few of the released layout
@@ -319,7 +321,8 @@ def test_pretrain_leaves_the_best_model_in_the_released_layout(pretrained):
     assert read_json(pretrained / "eval_results.json")["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-5)
     assert min(losses.values()) < 6.1 < torch.tensor(512.0).log(), "less than without training"
     card = ModelCard.load(pretrained / "README.md")
-    assert "trained from scratch" in card.text and card.text.count(f"- Loss: {min(losses.values()):.4f}") == 1
+    assert "trained from scratch by pre-training" in card.text
+    assert f"| loss | {min(losses.values()):.4g} |" in card.text
     assert (card.data.library_name, card.data.base_model) == ("transformers", None)
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(pretrained / "tokenizer").get_vocab()
@@ -366,7 +369,7 @@ def test_pretrain_goes_on_from_a_checkpoint(pretrained, tmp_path):
     assert read_json(tmp_path / "config.json")["router_aux_loss_coef"] == 0.5
     assert not (tmp_path / "tokenizer").exists()
     card = ModelCard.load(tmp_path / "README.md")
-    assert "is a fine-tuned version of `pretrain_debug` on" in card.text and "from scratch" not in card.text
+    assert "made from `pretrain_debug` (local) by pre-training" in card.text and "from scratch" not in card.text
 
 
 def test_pretrain_resumes_from_a_folder_into_a_new_one(pretrained, tmp_path):
@@ -385,8 +388,8 @@ def test_sft_learns_and_resumes_to_the_same_weights(tuned, tmp_path):
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert sorted(path.name for path in tuned.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
     card = ModelCard.load(tuned / "README.md")
-    assert "is a fine-tuned version of `pretrain_debug`." in card.text and "None" not in card.text
-    assert card.text.count(f"- Loss: {read_json(tuned / 'eval_results.json')['eval_loss']:.4f}") == 1
+    assert "made from `pretrain_debug` (local) by SFT" in card.text and "None" not in card.text
+    assert f"| loss | {read_json(tuned / 'eval_results.json')['eval_loss']:.4g} |" in card.text
     assert (card.data.library_name, card.data.base_model) == ("transformers", None)
     assert {"grinmoe", "sft", "trl"} <= set(card.data.tags) and "lora" not in card.data.tags
     shutil.copytree(tuned / "checkpoint-4", tmp_path / "checkpoint-4")
@@ -423,7 +426,7 @@ def test_sft_with_lora_leaves_adapter_and_merged_model(experts, pretrained, tmp_
     for folder, library in ((tmp_path, "peft"), (tmp_path / "merged", "transformers")):
         card = ModelCard.load(folder / "README.md")
         assert card.data.library_name == library and ("lora" in card.data.tags) == (library == "peft")
-        assert "is a fine-tuned version of `pretrain_debug`." in card.text and "None" not in card.text
+        assert re.search("(for|made from) `pretrain_debug` .local. by SFT", card.text) and "None" not in card.text
     ids = torch.randint(512, (2, 40), generator=torch.Generator().manual_seed(0))
     base = AutoModelForCausalLM.from_pretrained(pretrained, experts_implementation=experts).eval()
     with torch.no_grad():
@@ -455,19 +458,17 @@ def test_merging_into_a_quantised_base_is_refused_before_it_is_loaded(pretrained
         run(sft, "sft_debug", "--output_dir", tmp_path / "out", "--model_name_or_path", base, *LORA)
 
 
-def test_a_base_of_the_hub_is_in_the_card(pretrained, tmp_path):
-    arguments, training = sft.parse(["--config", str(CONFIGS[0].parent / "sft_debug.yaml"), "--output_dir",
-                                     str(tmp_path), "--model_name_or_path", "microsoft/GRIN-MoE"])  # fmt: skip
-    model = recipes.add_lora(GrinMoeForCausalLM.from_pretrained(pretrained), r=2)
-    model.config._name_or_path = arguments.model_name_or_path
-    rows = Dataset.from_list([CHAT] * 2)
-    tokenizer = AutoTokenizer.from_pretrained(pretrained)
-    trainer = GrinMoeSFTTrainer(model, training, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
-    recipes.write_card(trainer, arguments, dataset_name="owner/chats")
-    card = ModelCard.load(tmp_path / "README.md")
-    assert (card.data.library_name, card.data.base_model) == ("peft", "microsoft/GRIN-MoE")
-    assert card.data.datasets == "owner/chats" and card.data.pipeline_tag == "text-generation"
-    assert "[microsoft/GRIN-MoE](https://huggingface.co/microsoft/GRIN-MoE) on the [owner/chats]" in card.text
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_a_card_that_somebody_edited_is_left_alone(lora_r, pretrained, tmp_path):
+    run(sft, "sft_debug", "--output_dir", tmp_path, *LORA, "--lora_r", lora_r, "--merge_adapter", "false")
+    written = (tmp_path / "README.md").read_text()
+    run(sft, "sft_debug", "--output_dir", tmp_path, *LORA, "--lora_r", lora_r, "--merge_adapter", "false", "--seed", 7)
+    again = (tmp_path / "README.md").read_text()
+    assert "| `seed` | 42 |" in written and "| `seed` | 7 |" in again, "nobody has edited it"
+    (tmp_path / "README.md").write_text(again.replace("what the model is for", "For tests"))
+    run(sft, "sft_debug", "--output_dir", tmp_path, *LORA, "--lora_r", lora_r, "--merge_adapter", "false", "--seed", 8)
+    text = (tmp_path / "README.md").read_text()
+    assert "For tests" in text and "| `seed` | 7 |" in text
 
 
 def test_sft_takes_the_chats_of_a_dataset_with_prompts_too(tuned, tmp_path):
@@ -512,7 +513,7 @@ def test_dpo_starts_at_a_margin_of_exactly_zero(lora_r, tuned, tmp_path):
     assert load_file(model / "model.safetensors").keys() >= RELEASED_NAMES
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == ("peft" if lora_r else "transformers") and "dpo" in card.data.tags
-    assert "is a fine-tuned version of `sft_debug`." in card.text and "- Loss: " in card.text
+    assert "`sft_debug` (local) by DPO" in card.text and "| loss | " in card.text
 
 
 # ---- What is wrong is said in one sentence ----

@@ -3,7 +3,6 @@
 The recipes themselves are scripts to copy and edit (`grin-moe recipes ls`); this module they import.
 """
 
-import glob
 import json
 import shutil
 import sys
@@ -16,29 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
-from huggingface_hub import ModelCard, snapshot_download
+from datasets import Dataset
+from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 from trl import TrlParser
 
+from ..analysis.texts import find_files, load_data
 from ..configuration_grinmoe import GrinMoeConfig
 from ..modeling_grinmoe import GrinMoeForCausalLM, check_parallel_sizes
+from ..publishing.card import may_write_card, write_card
+from ..publishing.record import record_run
 from . import add_lora, checks, last_complete_checkpoint, merge_lora
 from .checkpoints import find_problems
 from .pipeline import DEFAULT_SCHEDULE, SCHEDULES, check_pipeline, pipeline_model
-
-FORMATS = {  # of local files, by suffix
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".py": "text",
-}
 
 CHAT_SETTINGS = ("tools", "chat_template_kwargs")  # columns of rows with conversations
 
@@ -212,61 +204,6 @@ def clear_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         get_error_handler().record_exception(error)  # a launcher reports it as that of the rank
         raise SystemExit(f"error: {error}") from error
-
-
-def find_files(name: str) -> list[str]:
-    """The local data files that `name` (a file, folder or glob) means; none if it may be a name on the Hub.
-
-    Raises:
-        ValueError: `name` is a path that does not exist, or a folder or glob without data files.
-    """
-    path = Path(name)
-    if path.is_file():
-        return [name]
-    if path.is_dir():
-        files = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and file.suffix in FORMATS]
-    elif glob.has_magic(name):
-        files = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())
-    elif path.suffix in FORMATS or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise ValueError(f"{name}: no such file or folder")
-    else:
-        return []
-    if not files:
-        raise ValueError(f"{name}: no data files in it; these are read: {', '.join(FORMATS)}")
-    return files
-
-
-def load_data(name: str, *, split: str = "train", config: str | None = None) -> Dataset:
-    """The rows of local files, or of a dataset on the Hub where there is no such file; see `RecipeArguments`.
-
-    Args:
-        name: a file, folder or glob, or a name on the Hub.
-        split, config: of a dataset on the Hub. Local files have neither.
-
-    Raises:
-        ValueError: nothing is there, the files have several formats or none that is known, or cannot be read.
-    """
-    files = find_files(name)
-    if not files:
-        try:
-            return load_dataset(name, config, split=split)
-        except Exception as error:  # of many types: not found, no connection, unknown split or configuration
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{name}: no such file or folder here, and as a dataset of the Hub: {reason}") from error
-    if unknown := [file for file in files if Path(file).suffix not in FORMATS]:
-        raise ValueError(f"{unknown[0]}: unknown format; these are read: {', '.join(FORMATS)}")
-    formats = {FORMATS[Path(file).suffix] for file in files}
-    if len(formats) > 1:
-        raise ValueError(f"{name} holds files of several formats ({', '.join(sorted(formats))}); give a glob of one")
-    if not any(Path(file).stat().st_size for file in files):
-        raise ValueError(f"{name} is empty")
-    (builder,) = formats
-    settings = {"sample_by": "document"} if builder == "text" else {}
-    try:
-        return load_dataset(builder, data_files=files, split="train", **settings)
-    except Exception as error:  # damaged files end in many types, the telling one inside
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ValueError(f"{name} cannot be read as {builder}: {reason}") from error
 
 
 def load_train_and_eval(
@@ -454,61 +391,36 @@ def load_for_fine_tuning(
     )
 
 
-def hub_dataset(arguments: RecipeArguments) -> str | None:
-    """The name of the training data on the Hub, for the model card; None for local files."""
-    return None if find_files(arguments.train_data) else arguments.train_data
-
-
 def resume_from(training: TrainingArguments) -> str | bool | None:
     """`resume_from_checkpoint` as `Trainer.train` takes it: True for the newest in output_dir, or a folder."""
     given = training.resume_from_checkpoint
     return {"true": True, "false": None, "none": None}.get(str(given).lower(), given)
 
 
-def train_and_save(trainer: Trainer) -> None:
-    """Train, or go on with it; evaluate; leave model, tokenizer, state and metrics in output_dir."""
+def train_and_save(trainer: Trainer, arguments: RecipeArguments, method: str) -> None:
+    """Train, or go on with it; evaluate; leave model, tokenizer, state, metrics and card in output_dir.
+
+    Args:
+        method: pretraining, SFT or DPO, for the card.
+    """
+    folder = Path(trainer.args.output_dir)
+    leave_card = may_write_card(folder)  # before peft's save adds to it
+    record_run(trainer, arguments, method)
     result = trainer.train(resume_from_checkpoint=resume_from(trainer.args))
     trainer.save_metrics("train", result.metrics)
     if trainer.eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_model()
     trainer.save_state()
+    if trainer.is_world_process_zero() and leave_card:
+        with clear_errors():
+            write_card(folder, force=True)
 
 
 def check_merge(arguments: FineTuningArguments, trainer: Trainer) -> None:
     """Raise ValueError if `merge_adapter` asks for what this launch cannot do."""
     if arguments.lora_r and arguments.merge_adapter and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("merge_adapter needs whole weights in each process: set it to false, and merge afterwards")
-
-
-def write_card(trainer: Trainer, arguments: RecipeArguments, **described: Any) -> None:
-    """Write output_dir/README.md: the trainer's card, with local base, library and loss, which it lacks.
-
-    Args:
-        described: other arguments of the trainer's `create_model_card`, such as the dataset's name.
-    """
-    folder = Path(trainer.args.output_dir)
-    trainer.create_model_card(model_name=folder.name, tags=["grinmoe"], **described)
-    if not trainer.is_world_process_zero():
-        return
-    card = ModelCard.load(folder / "README.md")
-    card.data.library_name, card.data.pipeline_tag = "transformers", "text-generation"
-    if isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel):
-        card.data.library_name = "peft"
-        card.data.tags = [*card.data.tags, "lora"]
-    text, base = card.text, arguments.model_name_or_path
-    if base is not None and Path(base).is_dir():  # which the trainers take for none; no `base_model` of the Hub
-        for generated in (
-            "was trained from scratch",
-            "is a fine-tuned version of [None](https://huggingface.co/None)",
-        ):
-            text = text.replace(generated, f"is a fine-tuned version of `{Path(base).resolve().name}`")
-    text = text.replace('model="None"', f'model="{folder.name}"')
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if losses and "- Loss: " not in text:
-        text += f"\n## Evaluation\n\n- Loss: {losses[-1]:.4f}\n"
-    card.text = text
-    card.save(folder / "README.md")
 
 
 def proof_ids(dataset: Dataset) -> torch.Tensor:
@@ -532,7 +444,5 @@ def save_merged(trainer: Trainer) -> None:
     if trainer.args.should_save:
         merged.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        card = ModelCard.load(folder.parent / "README.md")
-        card.data.library_name = "transformers"
-        card.data.tags = [tag for tag in card.data.tags if tag != "lora"]
-        card.save(folder / "README.md")
+        if may_write_card(folder):
+            write_card(folder, run=folder.parent)

@@ -202,6 +202,9 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
                     total[layer] += count_experts(experts, counted.to(experts.device), num_experts).to(device)
         return self.accelerator.gather(total[None]).sum(dim=0)
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write none: `grin-moe card` does, from what the run leaves. trl would write over it at every checkpoint."""
+
     # ---- Checkpoints ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):

@@ -1,0 +1,543 @@
+"""Model cards: README.md from what a training run leaves, by the template model_cards/template.md.
+
+A run leaves `run.json` (`record.py`), trainer_state.json, the model's config.json or adapter_config.json,
+routing/layers.jsonl (`RoutingCallback`) and, if it was tracked, codecarbon's emissions.csv. What is not there is left
+out of the card, and named. E experts, K experts of a token.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard_data import EvalResult, model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
+from matplotlib.figure import Figure
+
+from ..analysis import plot_expert_load
+from ..analysis.planner import Stage
+from ..configuration_grinmoe import GrinMoeConfig
+from .record import RUN_FILE, write_text
+
+# Beside the package, in the checkout as in the wheel.
+TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
+
+TRAINER_STATE_FILE = "trainer_state.json"
+
+GRIN_MOE = "microsoft/GRIN-MoE"
+
+TO_FILL_IN = "**TO FILL IN:**"  # where a person has to say something
+
+SEAL = re.compile(r"\n<!-- grin-moe card ([0-9a-f]{64}): .* -->\n\Z")
+
+# https://huggingface.co/docs/hub/repositories-licenses
+LICENSES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
+    lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense
+    zlib pddl lgpl-lr deepfloyd-if-license llama2 llama3 llama3.1 llama3.2 llama3.3 gemma unknown other
+    """.split()  # noqa: SIM905
+
+LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # ISO 639-1 to 639-3, and the Hub's own
+
+RESULT_FIELDS = ("row", "tasks", "shots", "metric", "filter", "unit", "score", "paper", "settings")
+
+OF_THE_MODEL = ("model", "identity", "revision", "dtype", "attn_implementation", "experts_implementation")
+
+PAPER = "GRIN-MoE, paper"  # column of Table 2's figures
+
+CONFIG_FIELDS = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_local_experts", "num_experts_per_tok",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+    "sliding_window", "router_estimator", "router_aux_loss_coef", "router_jitter_noise", "input_jitter_noise",
+    "router_sampling", "freeze_router", "expert_dropout",
+)  # fmt: skip
+
+EVAL_LABELS = {  # of a trainer's log, on held-out data
+    "eval_loss": "loss",
+    "eval_mean_token_accuracy": "accuracy of the next token",
+    "eval_rewards/accuracies": "pairs whose chosen answer has the higher reward",
+    "eval_rewards/margins": "margin of the rewards",
+}
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content; ValueError if it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+
+
+@dataclass
+class Records:
+    """What is known of a model: files of its folder, else of the run's."""
+
+    folder: Path
+    run_folder: Path
+    notes: list[str] = field(default_factory=list)
+    """What is missing, and what to do about it."""
+
+    def find(self, name: str) -> Path | None:
+        """Where a file is; None if it is in neither folder."""
+        return next((path / name for path in (self.folder, self.run_folder) if (path / name).is_file()), None)
+
+    def read(self, name: str, what: str) -> dict[str, Any]:
+        """A JSON object; an empty one, and a note that the card is without `what`, where the file is missing."""
+        path = self.find(name)
+        if path is None:
+            self.notes.append(f"no {name}, so the card is without {what}")
+            return {}
+        return read_json(path)
+
+    @cached_property
+    def run(self) -> dict[str, Any]:
+        return self.read(RUN_FILE, "data, hyper-parameters, hardware and versions")
+
+    @cached_property
+    def log(self) -> list[dict[str, Any]]:
+        return self.read(TRAINER_STATE_FILE, "loss curve and steps").get("log_history", [])
+
+    @cached_property
+    def adapter(self) -> dict[str, Any] | None:
+        """Of a LoRA's folder, its config."""
+        path = self.folder / "adapter_config.json"
+        return read_json(path) if path.is_file() else None
+
+    @cached_property
+    def config(self) -> GrinMoeConfig | None:
+        """The model's; that of a LoRA's base model, which its folder lacks, as the run had it."""
+        if (self.folder / "config.json").is_file():
+            return GrinMoeConfig.from_pretrained(self.folder)
+        if self.adapter is None:
+            raise ValueError(f"{self.folder} has neither config.json nor adapter_config.json: give a model's folder")
+        return GrinMoeConfig(**self.run["config"]) if "config" in self.run else None
+
+    @cached_property
+    def routing(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The first and the last line of `RoutingCallback`'s layers.jsonl."""
+        path = self.find("routing/layers.jsonl")
+        text = "" if path is None else path.read_text(encoding="utf-8")
+        lines = text.rpartition("\n")[0].splitlines()  # of a killed run the last one may be half a line
+        if not lines:
+            self.notes.append(
+                "no routing/layers.jsonl, so the card is without expert load (RoutingCallback writes it)"
+            )
+            return None
+        return json.loads(lines[0]), json.loads(lines[-1])
+
+    @cached_property
+    def emissions(self) -> list[dict[str, str]]:
+        """The last row of each of codecarbon's runs; a resumed training has several."""
+        path = self.find("emissions.csv")
+        if path is None:
+            return []
+        with path.open(encoding="utf-8", newline="") as file:
+            return list({row["run_id"]: row for row in csv.DictReader(file)}.values())
+
+
+# ---- Pictures ----
+
+
+def draw_loss(log: Sequence[Mapping[str, Any]], label: str = "loss (nats per token)") -> Figure:
+    """Training and validation loss of a trainer's `log_history` against the step.
+
+    A long curve is drawn faintly, with its running mean (over a fiftieth of it) on top.
+    """
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for key, name, color in (("loss", "training", "tab:blue"), ("eval_loss", "validation", "tab:orange")):
+        points = sorted({entry["step"]: entry[key] for entry in log if key in entry}.items())
+        if not points:
+            continue
+        steps, losses = np.array(points).T
+        window = len(losses) // 50 if key == "loss" else 1
+        if window > 1:
+            axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+            losses = np.convolve(losses, np.full(window, 1 / window), "valid")
+            steps = steps[(window - 1) // 2 :][: len(losses)]  # the middle of each window
+            name = f"{name}, mean of {window} logs"
+        axes.plot(steps, losses, color=color, marker="o" if len(losses) <= 50 else "", markersize=4, label=name)
+    axes.set(xlabel="optimizer step", ylabel=label)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right")
+    return figure
+
+
+def save_figure(plot: Callable[[Path], None], path: Path) -> None:
+    """Have a picture drawn under another name beside it, and rename that."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    plot(temporary)
+    temporary.replace(path)
+
+
+# ---- Tables: rows of cells, which the template sets ----
+
+
+def cell_text(value: Any) -> str:
+    """Floats in four digits, the rest as it is, without what would end a cell or a line."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table, empty if it has no rows; columns of numbers are set to the right."""
+    rows = list(rows)
+    if not rows:
+        return ""
+    rules = [
+        "---:" if all(isinstance(cell, float) or cell == "" for cell in column) else "---"
+        for column in zip(*rows, strict=True)
+    ]
+    lines = [columns, rules, *([cell_text(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def count_parameters(config: GrinMoeConfig) -> tuple[int, int]:
+    """Those of the model, and those that a token uses."""
+    model = Stage(layers=config.num_hidden_layers, embedding=True, head=True, in_flight=1).parameters(config)
+    idle = config.num_local_experts - config.num_experts_per_tok
+    return int(sum(model)), int(sum(model) - model.experts * idle / config.num_local_experts)
+
+
+def config_rows(records: Records) -> list[tuple[str, Any]]:
+    config = records.config
+    if config is None:
+        return []
+    total, active = count_parameters(config)
+    sizes = [("parameters", f"{total:,}"), ("parameters that a token uses", f"{active:,}")]
+    return [*sizes, *((f"`{name}`", getattr(config, name)) for name in CONFIG_FIELDS)]
+
+
+def hyperparameter_rows(records: Records) -> list[tuple[str, Any]]:
+    if not records.run:
+        return []
+    rows = [("sequences of an optimizer step (global batch)", records.run["global_batch"])]
+    return [*rows, *((f"`{name}`", value) for name, value in records.run["hyperparameters"].items())]
+
+
+def link(source: Mapping[str, Any], kind: str = "") -> str:
+    """A source of `run.json` in Markdown; `kind` is `datasets/` for data."""
+    name = source["name"]
+    return f"[{name}](https://huggingface.co/{kind}{name})" if source["hub"] else f"`{name}` (local)"
+
+
+def data_rows(records: Records) -> list[tuple[Any, ...]]:
+    rows = []
+    for use in ("train_data", "eval_data"):
+        if source := records.run.get(use):
+            held_out = records.run.get("eval_fraction")
+            rest = f"{held_out:.4g} of the rows, held out" if use == "eval_data" and held_out else ""
+            where = rest or ", ".join(str(source[key]) for key in ("config", "split") if source.get(key))
+            rows.append((use.removesuffix("_data"), link(source, "datasets/"), where, f"{source.get('rows', '')}"))
+    return rows
+
+
+def training_rows(records: Records) -> list[tuple[str, Any]]:
+    """How long it took, and on what."""
+    rows: list[tuple[str, Any]] = []
+    end = next((entry for entry in reversed(records.log) if "train_runtime" in entry), None)
+    steps = [entry for entry in records.log if "loss" in entry]
+    if steps:
+        rows += [("optimizer steps", steps[-1]["step"]), ("epochs", steps[-1]["epoch"])]
+        if "num_tokens" in steps[-1]:
+            rows.append(("tokens", f"{steps[-1]['num_tokens']:,.0f}"))
+    if end:
+        duration = timedelta(seconds=round(end["train_runtime"]))
+        rows.append(("wall time since the (last) start", str(duration)))
+    if records.run:
+        hardware = records.run["hardware"]
+        rows += [("device", hardware["device"]), ("processes", hardware["processes"])]
+        layout = [f"{name} {size}" for name, size in records.run["parallelism"].items() if size > 1]
+        layout += ["fully sharded"] if records.run["parallelism"]["fully sharded"] else []
+        rows.append(("parallelism", ", ".join(layout) or "data parallel" if hardware["processes"] > 1 else "none"))
+        rows += [(name, version) for name, version in records.run["versions"].items()]
+    return rows
+
+
+def held_out_rows(records: Records) -> list[tuple[str, float]]:
+    """What the last evaluation of the run measured: of the weights that were saved."""
+    last: dict[str, Any] = next((entry for entry in reversed(records.log) if "eval_loss" in entry), {})
+    return [(label, last[key]) for key, label in EVAL_LABELS.items() if key in last]
+
+
+def balance_table(records: Records) -> str:
+    """Figures of the first and the last log, and what they are in balance."""
+    if records.routing is None:
+        return ""
+    columns = ("", *(f"step {line['step']}" for line in records.routing), "balanced")
+    return table(columns, [
+        (label, *(float(reduce(line[key])) for line in records.routing), balanced)
+        for label, key, reduce, balanced in (
+            ("load of the busiest expert over a fair share, mean over layers", "load_max", np.mean, "1"),
+            ("the same, in the layer where it is largest", "load_max", np.max, "1"),
+            ("dead experts, in all layers together", "dead_experts", np.sum, "0"),
+            ("entropy of the load over log E", "load_entropy", np.mean, "1"),
+            ("tokens with a near-tie", "near_tie_rate", np.mean, ""),
+            ("load-balance loss, mean over layers", "balance_loss", np.mean, "1"),
+        )
+    ])  # fmt: skip
+
+
+# ---- Evaluation ----
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """What recipes/evaluate.py writes, results.json: `rows`, each with RESULT_FIELDS, and the Hub's `model-index`.
+
+    Raises:
+        ValueError: the file is not there, or has another form.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; recipes/evaluate.py writes one, results.json in its output_dir")
+    document = read_json(path)
+    if not isinstance(document, dict) or not document.get("rows") or "model-index" not in document:
+        raise ValueError(f"{path} is no results.json of recipes/evaluate.py: it lacks rows or model-index")
+    for index, row in enumerate(document["rows"]):
+        if missing := [name for name in RESULT_FIELDS if name not in row]:
+            raise ValueError(f"{path}: rows[{index}] lacks {', '.join(missing)}")
+    return document
+
+
+def comparable(row: Mapping[str, Any]) -> str:
+    """All that was asked of the harness, but for the model: scores that agree in it can be compared."""
+    return json.dumps({name: value for name, value in row["settings"].items() if name not in OF_THE_MODEL})
+
+
+def limit_of(row: Mapping[str, Any]) -> float | None:
+    """The examples of each task that a score is limited to."""
+    return row["settings"].get("limit")
+
+
+def evaluation_table(rows: Sequence[Mapping[str, Any]], base_rows: Sequence[Mapping[str, Any]]) -> str:
+    """Scores beside those of the base model and of the paper, where there are any."""
+    of_base = {comparable(row): row["score"] for row in base_rows}
+    columns = {
+        "task": [row["row"] for row in rows],
+        "shots": ["/".join(map(str, row["shots"])) for row in rows],
+        "metric": [row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}" for row in rows],
+        "this model": [round(float(row["score"]), 2) for row in rows],
+        "base model": [round(float(of_base[key]), 2) if (key := comparable(row)) in of_base else "" for row in rows],
+        PAPER: ["" if row["paper"] is None else float(row["paper"]) for row in rows],
+    }
+    used = {name: cells for name, cells in columns.items() if any(cell != "" for cell in cells)}
+    return table(list(used), zip(*used.values(), strict=True))
+
+
+# ---- Metadata ----
+
+
+def check_repo_id(name: str, option: str) -> str:
+    """`name`; ValueError if the Hub could have nothing of that name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{option}={name} is no name on the Hub, such as {GRIN_MOE}: {error}") from error
+    return name
+
+
+def carbon(records: Records) -> dict[str, Any] | None:
+    """The Hub's `co2_eq_emissions`: `emissions` in grams of CO2 equivalents; None if nothing was tracked."""
+    rows = records.emissions
+    if not rows:
+        return None
+    known = {
+        "source": "codecarbon",
+        "training_type": "pre-training" if records.run.get("method") == "pretraining" else "fine-tuning",
+        "geographical_location": rows[-1]["country_name"],
+        "hardware_used": rows[-1]["gpu_model"] or rows[-1]["cpu_model"],
+    }
+    grams = 1000 * sum(float(row["emissions"]) for row in rows)  # codecarbon writes kilograms
+    return {"emissions": float(f"{grams:.4g}"), **known}
+
+
+@dataclass
+class Card:
+    """A card that was written."""
+
+    path: str
+    figures: list[str]
+    notes: list[str]
+    """What it is without, and what a person has to add."""
+
+
+def may_write_card(folder: Path) -> bool:
+    """Whether there is no card, or one as `write_card` left it."""
+    path = folder / "README.md"
+    if not path.exists():
+        return True
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    seal = SEAL.search(text)
+    return seal is not None and seal[1] == hashlib.sha256(text[: seal.start()].encode()).hexdigest()
+
+
+def find_base(records: Records, base_model: str | None) -> dict[str, Any] | None:
+    """What the model was trained from, as `run.json` describes it; None for a new model, or where nothing says."""
+    if base_model is not None:
+        return {"name": check_repo_id(base_model, "base_model"), "hub": True}
+    base = records.run.get("base_model")
+    if base and not base["hub"]:
+        records.notes.append(
+            f"the base model, {base['name']}, was a local folder, so the metadata name none: --base-model does"
+        )
+    elif base is None and records.adapter is not None:
+        records.notes.append("no base model is recorded: give it as --base-model")
+    return base
+
+
+def make_metadata(
+    records: Records,
+    base: Mapping[str, Any] | None,
+    name: str,
+    results: list[EvalResult],
+    license: str | None,
+    language: Sequence[str],
+) -> ModelCardData:
+    """The card's YAML."""
+    if license is None and base and base["name"] == GRIN_MOE:
+        license = "mit"
+    if license is None:
+        records.notes.append("no license, without which nobody may use the model: give one as --license")
+    elif license not in LICENSES:
+        raise ValueError(f"license={license} is not one of the Hub's names, such as mit, apache-2.0 or other")
+    if unknown := [code for code in language if not LANGUAGE.fullmatch(code)]:
+        raise ValueError(f"language={unknown[0]} is no ISO 639 code, such as en")
+    method = records.run.get("method")
+    data = [records.run.get("train_data")]
+    known: dict[str, Any] = {}
+    if base and base["hub"]:
+        is_quantized = getattr(records.config, "quantization_config", None) is not None
+        known["base_model"] = base["name"]
+        known["base_model_relation"] = "adapter" if records.adapter else "quantized" if is_quantized else "finetune"
+    tags = ["grinmoe", "mixture-of-experts"]
+    tags += ["lora"] * bool(records.adapter) + ([method.lower()] if method else [])
+    return ModelCardData(
+        language=list(language) or None,
+        license=license,
+        library_name="peft" if records.adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=tags + ["trl"] * (method in ("SFT", "DPO")),
+        datasets=[source["name"] for source in data if source and source["hub"]] or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+        co2_eq_emissions=carbon(records),
+        **known,
+    )
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    run: str | Path | None = None,
+    evaluation: str | Path | None = None,
+    base_evaluation: str | Path | None = None,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    language: Sequence[str] = (),
+    force: bool = False,
+) -> Card:
+    """Write a model's card, `folder`/README.md, and its pictures, `folder`/figures.
+
+    Args:
+        folder: of a model or LoRA adapter, such as a recipe's output_dir.
+        run: the folder of the run, for what `folder` lacks: a checkpoint, a merged or a converted model.
+        evaluation: a results file (`read_results`).
+        base_evaluation: one of the base model, to stand beside it.
+        repo_id: where the model will be on the Hub; by default the snippets name the folder.
+        base_model: what it was trained from, as a name on the Hub, where the run does not say.
+        license: the Hub's name of it; by default that of GRIN-MoE, if it was trained from that.
+        language: ISO 639 codes.
+        force: write over a card that a person wrote or edited. One that is as this function left it is written anew.
+
+    Raises:
+        ValueError: there is such a card, no model, or a value that the Hub would refuse.
+    """
+    folder = Path(folder)
+    path = folder / "README.md"
+    if not force and not may_write_card(folder):
+        raise ValueError(f"{path} was written or edited by somebody: move it away, or write over it with --force")
+    if run is not None and not Path(run).is_dir():
+        raise ValueError(f"run={run} is not a folder: give the output_dir of the training run")
+    if base_evaluation is not None and evaluation is None:
+        raise ValueError("base_evaluation stands beside the model's own scores: give those, too, as evaluation")
+    records = Records(folder, Path(run) if run is not None else folder)
+    config = records.config
+    name = folder.resolve().name if repo_id is None else check_repo_id(repo_id, "repo_id").rpartition("/")[2]
+    rows = [] if evaluation is None else read_results(evaluation)["rows"]
+    base_rows = [] if base_evaluation is None else read_results(base_evaluation)["rows"]
+    limits = {limit for row in rows if (limit := limit_of(row)) is not None}
+    if limits:
+        records.notes.append("the evaluation was limited to a part of the tasks, so the metadata leave it out")
+    results = (
+        [] if evaluation is None or limits else model_index_to_eval_results(read_results(evaluation)["model-index"])[1]
+    )
+    base = find_base(records, base_model)
+    metadata = make_metadata(records, base, name, results, license, language)
+    if repo_id is None:
+        records.notes.append("the snippets name the folder: --repo-id puts the name on the Hub there")
+
+    method = records.run.get("method")
+    figures: dict[str, Callable[[Path], None]] = {}
+    if any("loss" in entry for entry in records.log):
+        label = "loss" if method == "DPO" else "loss (nats per token)"
+        figures["loss"] = draw_loss(records.log, label).savefig
+    if records.routing is not None:
+        last = records.routing[1]
+        load, title = torch.tensor(last["load"]), f"Expert load, step {last['step']}"
+        figures["expert_load"] = partial(plot_expert_load, load, title=title)
+
+    adapter = records.adapter
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        name=name,
+        repo=repo_id or name,
+        method=method,
+        base=base,
+        base_link=link(base) if base else None,
+        grin_moe=GRIN_MOE,
+        adapter=adapter,
+        linear_experts=adapter is not None and re.search(r"\bw[123]\b", str(adapter["target_modules"])) is not None,
+        config=config,
+        to_fill_in=TO_FILL_IN,
+        figures=figures,
+        near_ties=None if records.routing is None else 100 * float(np.mean(records.routing[1]["near_tie_rate"])),
+        config_table=table(("field", "value"), config_rows(records)),
+        hyperparameters=table(("name", "value"), hyperparameter_rows(records)),
+        data=table(("use", "source", "part", "rows"), data_rows(records)),
+        training=table(("", ""), training_rows(records)),
+        held_out=table(("on held-out data", "value"), held_out_rows(records)),
+        balance=balance_table(records),
+        evaluation=evaluation_table(rows, base_rows),
+        beside_paper=any(row["paper"] is not None for row in rows),
+        limits=sorted(limits),
+        emissions=metadata.get("co2_eq_emissions"),
+        energy=sum(float(row["energy_consumed"]) for row in records.emissions),
+    )
+    text = str(card)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    for figure, plot in figures.items():
+        save_figure(plot, folder / "figures" / f"{figure}.png")
+    write_text(
+        path, f"{text}\n<!-- grin-moe card {digest}: written anew by that command until somebody edits it -->\n"
+    )
+    if blanks := text.count(TO_FILL_IN):
+        records.notes.append(f"{blanks} places are for a person to fill in: look for {TO_FILL_IN}")
+    return Card(str(path), [f"figures/{figure}.png" for figure in figures], records.notes)

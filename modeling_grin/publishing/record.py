@@ -1,0 +1,150 @@
+"""What a run leaves for its model card: `run.json`.
+
+The trainer pickles its arguments (training_args.bin), and a pickle from elsewhere should not be opened. `run.json` has
+what decides a run's result, by name: no paths, since local data and models are called by the last part of theirs, and
+no tokens, since no field is written that is not listed here.
+"""
+
+import glob
+import json
+import os
+import platform
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:  # needs what only training installs
+    from transformers import Trainer
+
+    from ..training.recipes import RecipeArguments
+
+RUN_FILE = "run.json"
+
+HYPERPARAMETERS = (  # of the recipes' arguments and the trainer's, in the order of the card
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "weight_decay",
+    "max_grad_norm",
+    "dtype",
+    "bf16",
+    "fp16",
+    "activation_checkpointing",
+    "block_size",
+    "max_length",
+    "packing",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "loss_type",
+    "beta",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "exact_balance",
+    "lora_r",
+    "lora_alpha",
+    "lora_attention",
+    "lora_router",
+    "lora_experts",
+    "load_in_4bit",
+    "attn_implementation",
+    "experts_implementation",
+    "load_best_model_at_end",
+    "seed",
+)
+
+PACKAGES = ("grin-moe", "torch", "transformers", "accelerate", "datasets", "tokenizers", "trl", "peft")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under another name beside it, and rename that."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    temporary.replace(path)
+
+
+def describe_source(name: str | None) -> dict[str, Any] | None:
+    """A model or data set: `hub` says whether `name` is one of the Hub's, or the last part of a path here."""
+    if name is None:
+        return None
+    is_local = bool(glob.glob(name, recursive=True))
+    return {"name": Path(name).resolve().name if is_local else name, "hub": not is_local}
+
+
+def describe_data(name: str | None, dataset: Any, **of_the_hub: str | None) -> dict[str, Any] | None:
+    """`describe_source` with the rows that were trained or evaluated on (packed, if they were)."""
+    source = describe_source(name)
+    if source is None:
+        return None
+    rows = {"rows": len(dataset)} if hasattr(dataset, "__len__") else {}
+    return {**source, **(of_the_hub if source["hub"] else {}), **rows}
+
+
+def describe_hardware(trainer: "Trainer") -> dict[str, Any]:
+    """The device of this process, as all have it, and how many processes there are."""
+    device = trainer.args.device
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+        name = f"{torch.cuda.get_device_name(device)}, {memory:.0f} GB"
+    else:
+        name = f"{device.type.upper()} ({platform.machine()}, {os.cpu_count()} cores)"
+    return {"device": name, "processes": trainer.args.world_size}
+
+
+def record_run(trainer: "Trainer", arguments: "RecipeArguments", method: str) -> None:
+    """Write output_dir/run.json, from the main process.
+
+    Args:
+        trainer: as it is about to train.
+        arguments: the recipe's, a `RecipeArguments`; a field it lacks is left out of the record.
+        method: pretraining, SFT or DPO.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    training = trainer.args.to_dict()  # enums by their values
+    given = {name: getattr(arguments, name, training.get(name)) for name in HYPERPARAMETERS}
+    given["num_train_epochs" if training["max_steps"] > 0 else "max_steps"] = None  # the other one decides
+    if not given["lora_r"]:
+        given.update({name: None for name in given if name.startswith("lora_")})
+    installed = {distribution.name.lower(): distribution.version for distribution in distributions()}
+    eval_data = None if trainer.eval_dataset is None else arguments.eval_data or arguments.train_data
+    record = {
+        "method": method,
+        "base_model": describe_source(arguments.model_name_or_path),
+        "train_data": describe_data(
+            arguments.train_data, trainer.train_dataset,
+            split=arguments.train_split, config=arguments.dataset_config,
+        ),
+        "eval_data": describe_data(
+            eval_data, trainer.eval_dataset,
+            split=arguments.train_split if arguments.eval_fraction else arguments.eval_split or "test",
+            config=arguments.dataset_config,
+        ),
+        "eval_fraction": arguments.eval_fraction,
+        "config": json.loads(trainer.model.config.to_json_string()),
+        "hyperparameters": {name: value for name, value in given.items() if value is not None},
+        "global_batch": trainer.get_total_train_batch_size(trainer.args),  # sequences
+        "parallelism": {
+            "pipeline": arguments.pipeline_parallel_size,
+            # Trainer's size is that of all ranks with the same rows.
+            "tensor": trainer.get_tp_size() // arguments.pipeline_parallel_size,
+            "fully sharded": trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers,
+        },
+        "hardware": describe_hardware(trainer),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed[name] for name in PACKAGES if name in installed},
+        },
+    }  # fmt: skip
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RUN_FILE, json.dumps(record, indent=2) + "\n")
