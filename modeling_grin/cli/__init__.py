@@ -6,15 +6,18 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from .card import card
 from .checkpoints import convert, inspect
+from .push import push
 from .recipes import recipes_app
+from .routing import routing
 from .study import gradients, plan
 from .terminal import errors
 
 app = typer.Typer(
     help="Tools for gradient-informed mixture-of-experts models.", no_args_is_help=True, add_completion=False
 )
-for command in (convert, inspect, gradients, plan):
+for command in (convert, inspect, routing, gradients, plan, card, push):
     app.command()(command)
 app.add_typer(recipes_app, name="recipes")
 

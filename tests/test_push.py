@@ -1,0 +1,644 @@
+"""Publishing: a folder goes to a Hub on the loopback and is loaded from there; what must not go up does not."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import fused, released_config, released_tensors, write_checkpoint
+from hub_server import HubError, serve
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+
+import modeling_grin
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeTokenizer, cli
+from modeling_grin.publishing.push import push
+
+PACKAGE = Path(modeling_grin.__file__).parent
+PICTURE = b"\x89PNG\r\n\x1a\n\0\0fake"
+CARD = """---
+license: mit
+---
+# Tiny
+
+![loss](figures/loss.png) <img src='./figures/load.svg'> [page](https://example.org/x.png) [where](#top)
+"""
+TEXT = "def f(x):\n    return x  # <|end|> done"
+HUB_TOKEN = "hf_" + "aB3" * 12  # put together here, as all examples below: no scanner of sources should find one
+
+LOAD = """
+import json, sys
+if sys.argv[1] == "remote code":
+    sys.modules["modeling_grin"] = None  # `import modeling_grin` raises ImportError, installed or not
+    trust = {"trust_remote_code": True}
+else:
+    import modeling_grin
+    trust = {}
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("me/tiny", **trust)
+tokenizer = AutoTokenizer.from_pretrained("me/tiny", **trust)
+inputs = tokenizer(sys.argv[3], return_tensors="pt")
+with torch.no_grad():
+    torch.save(model(**inputs).logits, sys.argv[2])
+generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+print(json.dumps([type(model).__module__, inputs.input_ids[0].tolist(), generated[0].tolist()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, trained_tokenizer):
+    """The folder of a model: the release's layout and config, three shards, tokenizer, card, licence."""
+    folder = tmp_path_factory.mktemp("clean") / "model"
+    config = released_config(
+        vocab_size=len(trained_tokenizer), bos_token_id=1, eos_token_id=3, pad_token_id=3, torch_dtype="float32"
+    )
+    write_checkpoint(folder, config, released_tensors(config, seed=7), num_shards=3)
+    trained_tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "LlamaTokenizer"  # as the release says
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 10]}')
+    (folder / "README.md").write_text(CARD)
+    (folder / "LICENSE").write_text("MIT")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "loss.png").write_bytes(PICTURE)
+    (folder / "figures" / "load.svg").write_text("<svg/>")
+    return folder
+
+
+@pytest.fixture
+def model(clean, tmp_path):
+    """A copy of it that a test may spoil."""
+    return shutil.copytree(clean, tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("hub"), {"secret-of-me": "me", "secret-of-you": "you"}, 150_000) as server:
+        yield server
+        assert not server.unknown, "requests that the server does not know"
+
+
+@pytest.fixture(autouse=True)
+def at_our_hub(hub, monkeypatch, tmp_path):
+    """The client in this process talks to `hub`, as me; `hub` forgets what was set for the last test."""
+    for name, value in environment(hub, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    hub.before_upload = lambda oid: None
+
+
+def environment(hub, home):
+    return {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": "secret-of-me",
+        "HF_HOME": str(home / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, clean, tmp_path_factory):
+    """`clean` among what a run leaves, pushed by the command to me/tiny: the run's folder."""
+    run = shutil.copytree(clean, tmp_path_factory.mktemp("run") / "model")
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", ".env", "old_grinmoe.py", "notes.txt",
+                 "checkpoint-5/model.safetensors", "runs/events", "figures/draft.png",
+                 "model-00001-of-00002.safetensors"):  # fmt: skip
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text(f"token={HUB_TOKEN}")
+    before = snapshot(run)
+    with pytest.MonkeyPatch.context() as patch:
+        at_our_hub.__wrapped__(hub, patch, tmp_path_factory.mktemp("home"))
+        assert command("push", run, "me/tiny") == 0
+    assert snapshot(run) == before, "the user's folder is not written to"
+    return run
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
+
+
+def command(*arguments):
+    """Run `grin-moe`; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["grin-moe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    return end.value.code
+
+
+def weights(folder):
+    return sorted(path.name for path in folder.glob("model*.safetensors"))
+
+
+def oids(folder):
+    return {hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in weights(folder)}
+
+
+# Up, and down again
+
+
+def test_what_goes_up(hub, pushed, clean, trained_tokenizer):
+    repo, content = hub.repos["me/tiny"], hub.content("me/tiny")
+    assert len(repo.commits) == 2, "the one that made the repository, and ours"
+    expected = {path.relative_to(clean).as_posix(): path.read_bytes() for path in clean.rglob("*") if path.is_file()}
+    expected |= {path.name: path.read_bytes() for path in PACKAGE.glob("*_grinmoe.py")}
+    del expected["config.json"], expected["tokenizer_config.json"]
+    assert content.keys() == expected.keys() | {".gitattributes", "config.json", "tokenizer_config.json"}
+    for name, data in expected.items():
+        assert content[name] == data, name
+    # The weights went up whole, each once, the largest ones in parts.
+    lfs = {name: blob for name, blob in repo.branches["main"].files.items() if blob.is_lfs}
+    assert weights(clean) == sorted(lfs.keys() - {"figures/loss.png"})
+    assert sorted(blob.oid for blob in lfs.values()) == sorted(hub.received)
+    assert any(path.endswith("/complete?key=" + hub.key) for _, path, _ in hub.requests)
+
+
+def test_config_and_code_are_those_of_save_pretrained(hub, pushed, clean, tmp_path):
+    """What transformers writes for registered classes, and here without loading the weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        for cls, auto in (
+            (GrinMoeConfig, "AutoConfig"),
+            (GrinMoeForCausalLM, "AutoModelForCausalLM"),
+            (GrinMoeTokenizer, "AutoTokenizer"),
+        ):
+            patch.setattr(cls, "_auto_class", None)
+            cls.register_for_auto_class(auto)
+        GrinMoeForCausalLM.from_pretrained(clean).save_pretrained(tmp_path / "saved")
+        GrinMoeTokenizer.from_pretrained(clean).save_pretrained(tmp_path / "saved")
+    content = hub.content("me/tiny")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    sent = json.loads(content["config.json"])
+    assert {name: sent.get(name) for name in saved} == saved
+    assert "_name_or_path" not in sent, "it may be a path on the machine"
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    sent = json.loads(content["tokenizer_config.json"])
+    assert {name: sent[name] for name in ("auto_map", "tokenizer_class")} == {
+        name: saved[name] for name in ("auto_map", "tokenizer_class")
+    }
+    code = {path.name for path in (tmp_path / "saved").glob("*.py")}
+    assert {name for name in content if name.endswith(".py")} == code
+
+
+@pytest.mark.parametrize("way", ["installed", "remote code"])
+def test_loads_from_the_hub(hub, pushed, clean, tmp_path, way):
+    """In a clean process: the logits bit by bit, the ids, and what is generated."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    variables |= environment(hub, tmp_path) | {"CUDA_VISIBLE_DEVICES": ""}
+    requests = len(hub.requests)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, way, tmp_path / "logits.pt", TEXT],
+        capture_output=True, text=True, cwd=tmp_path, env=variables, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    module, ids, generated = json.loads(done.stdout)
+    assert module == "modeling_grin.modeling_grinmoe" if way == "installed" else "transformers_modules" in module
+    local, tokenizer = GrinMoeForCausalLM.from_pretrained(clean).eval(), GrinMoeTokenizer.from_pretrained(clean)
+    inputs = tokenizer(TEXT, return_tensors="pt")
+    assert ids == inputs.input_ids[0].tolist()
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), local(**inputs).logits)
+    assert generated == local.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()
+    fetched = {path.split("/")[-1].split("?")[0] for method, path, _ in hub.requests[requests:] if method == "GET"}
+    assert oids(clean) <= fetched, "and not from a folder"
+    assert ("modeling_grinmoe.py" in fetched) == (way == "remote code")
+
+
+def test_an_equal_folder_sends_nothing(hub, pushed, capsys):
+    received, commits = len(hub.received), len(hub.repos["me/tiny"].commits)
+    assert command("push", pushed, "me/tiny", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["changed"], report["problems"], report["removed"]) == (False, [], [])
+    assert report["commit"] == hub.repos["me/tiny"].branches["main"].oid
+    assert len(hub.received) == received
+    assert len(hub.repos["me/tiny"].commits) == commits
+
+
+# Again, elsewhere, interrupted
+
+
+def test_a_new_version_replaces_the_old_one(hub, model, capsys):
+    """Old shards go: transformers would load a model.safetensors of the last version beside an index of this one."""
+    push(model, "me/versions")
+    api = HfApi()
+    for name in ("thoughts.txt", "models/other.safetensors"):
+        api.upload_file(path_or_fileobj=b"somebody's\0", path_in_repo=name, repo_id="me/versions")
+    tensors = {name: tensor for shard in weights(model) for name, tensor in load_file(model / shard).items()}
+    for name in [
+        *weights(model),
+        "model.safetensors.index.json",
+        "LICENSE",
+        "figures/loss.png",
+        "chat_template.jinja",
+    ]:
+        (model / name).unlink()
+    tensors["model.norm.bias"] += 1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    (model / "README.md").write_text(CARD.split("![")[0])
+    assert command("push", model, "me/versions") == 0
+    assert "removed  model-00002-of-00003.safetensors" in capsys.readouterr().out
+    content = hub.content("me/versions")
+    stay = {".gitattributes", "thoughts.txt", "models/other.safetensors", "LICENSE", "figures/loss.png",
+            "figures/load.svg"}  # fmt: skip
+    code = {path.name for path in PACKAGE.glob("*_grinmoe.py")}
+    assert content.keys() - code - stay == {
+        "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    assert stay | code <= content.keys()
+    assert content["model.safetensors"] == (model / "model.safetensors").read_bytes()
+    assert len(hub.repos["me/versions"].commits) == 5
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted", "refused"])
+def test_an_interrupted_upload_goes_on(hub, clean, capsys, how):
+    """One file arrives before the client is killed or gets a Ctrl-C, or the storage refuses the others."""
+    repo_id, first, lock, released = f"me/{how}", [], threading.Lock(), threading.Event()
+    received = len(hub.received)
+
+    def only_the_first(oid):
+        with lock:
+            first[:] = first or [oid]
+        if oid not in first:
+            if how == "killed":
+                released.wait(60)
+            deadline = time.monotonic() + 60
+            while first != hub.received[received:] and time.monotonic() < deadline:
+                time.sleep(0.01)  # the client gives up at the first error; let the other file arrive
+            with lock:
+                if how == "interrupted" and not released.is_set():
+                    released.set()
+                    os.kill(os.getpid(), signal.SIGINT)
+            raise HubError(403, "Request has expired")
+
+    hub.before_upload = only_the_first
+    if how == "refused":
+        with pytest.raises(ValueError, match=r"^me/refused: Error while uploading '.*' .* 403.*same command"):
+            push(clean, repo_id)
+    elif how == "interrupted":
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+        assert command("push", clean, repo_id) != 0
+        signal.signal(signal.SIGINT, handler)
+        assert "interrupted: the same command goes on" in capsys.readouterr().err
+    else:
+        code = "import sys; from modeling_grin.publishing.push import push; push(*sys.argv[1:])"
+        client = subprocess.Popen([sys.executable, "-c", code, clean, repo_id], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(hub.received) == received and client.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        client.kill()
+        client.wait()
+        released.set()
+    assert first == hub.received[received:]
+    assert len(hub.repos[repo_id].commits) == 1, "nobody sees half of a model"
+
+    hub.before_upload = lambda oid: None
+    assert push(clean, repo_id).changed
+    arrived = hub.received[received:]
+    picture = hashlib.sha256(PICTURE).hexdigest()
+    assert sorted(arrived) == sorted([*oids(clean), picture]), "each file once, the first one not again"
+    assert weights(clean) == sorted(name for name in hub.content(repo_id) if name.startswith("model-"))
+
+
+def test_another_push_meanwhile(hub, clean):
+    """Is not mixed with this one: old shards have been looked for in what was there before."""
+    push(clean, "me/busy", revision="main", card=False)
+
+    def another_commit(oid):
+        repo = hub.repos["me/busy"]
+        repo.commit("main", {**repo.branches["main"].files}, "another")
+
+    hub.before_upload = another_commit  # while the picture goes up
+    with pytest.raises(ValueError, match="me/busy: the repository has changed meanwhile"):
+        push(clean, "me/busy")
+    assert "README.md" not in hub.content("me/busy")
+
+
+def test_a_branch(hub, clean):
+    report = push(clean, "me/branches", revision="step/100")
+    repo = hub.repos["me/branches"]
+    assert repo.branches["step/100"].oid == report.commit
+    assert list(hub.content("me/branches")) == [".gitattributes"]
+    assert len(hub.content("me/branches", "step/100")) == len(report.files) + 1
+    assert not push(clean, "me/branches", revision="step/100").changed
+
+
+def test_private(hub, pushed, clean):
+    push(clean, "me/hidden", private=True)
+    with pytest.raises(RepositoryNotFoundError):
+        HfApi(token=False).model_info("me/hidden")
+    HfApi(token=False).model_info("me/tiny")
+    commits = len(hub.repos["me/tiny"].commits)
+    with pytest.raises(ValueError, match="me/tiny is there and public: make it private"):
+        push(clean, "me/tiny", private=True)
+    assert len(hub.repos["me/tiny"].commits) == commits
+    push(clean, "me/hidden")  # an option left out changes nothing
+    assert hub.repos["me/hidden"].private
+
+
+def test_a_name_alone_is_ones_own(hub, clean):
+    report = push(clean, "alone")
+    assert (report.repo_id, report.url) == ("me/alone", f"{hub.endpoint}/me/alone")
+
+
+def test_tokens(hub, clean, monkeypatch, capsys):
+    repos, received = set(hub.repos), len(hub.received)
+    with pytest.raises(ValueError, match="you/x: the token may not write there"):
+        push(clean, "you/x")
+    monkeypatch.setenv("HF_TOKEN", "a-wrong-one")
+    assert command("push", clean, "me/x") == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "error: me/x: the Hub does not know the token: run `hf auth login`, or set HF_TOKEN" in shown
+    assert "a-wrong-one" not in shown
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="me/x: there is no token for the Hub: run `hf auth login`"):
+        push(clean, "me/x")
+    assert set(hub.repos) == repos
+    assert len(hub.received) == received
+
+
+def test_the_hub_checks_the_card_before_the_weights_go(hub, model):
+    (model / "README.md").write_text("---\nlicense: [mit]\n---\n")
+    tensors = {name: tensor + 1 for name, tensor in load_file(model / weights(model)[0]).items()}
+    save_file(tensors, model / weights(model)[0])
+    received = len(hub.received)
+    with pytest.raises(ValueError, match=r'Invalid metadata in README.md.\n- "license" must be a string'):
+        push(model, "me/invalid")
+    assert len(hub.received) == received
+
+
+def test_a_classifier(hub, model):
+    config = json.loads((model / "config.json").read_text()) | {"num_labels": 3}
+    tensors = {name: tensor for name, tensor in released_tensors(config).items() if not name.startswith("lm_head")}
+    for name in weights(model):
+        (model / name).unlink()
+    (model / "model.safetensors.index.json").unlink()
+    write_checkpoint(model, config, tensors | {"score.weight": torch.randn(3, config["hidden_size"])})
+    push(model, "me/classifier")
+    sent = json.loads(hub.content("me/classifier")["config.json"])
+    name = GrinMoeForSequenceClassification.__name__
+    assert sent["architectures"] == [name]
+    assert sent["auto_map"] == {
+        "AutoConfig": "configuration_grinmoe.GrinMoeConfig",
+        "AutoModelForSequenceClassification": f"modeling_grinmoe.{name}",
+    }
+
+
+# What does not go up
+
+
+def test_a_dry_run_contacts_nobody(hub, pushed, capsys):
+    requests = len(hub.requests)
+    assert command("push", pushed, "me/tiny", "--dry-run", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["left"] == {
+        ".env": "not part of a model",
+        "checkpoint-5/": "a checkpoint of the run",
+        "figures/draft.png": "not part of a model",
+        "model-00001-of-00002.safetensors": "weights that belong to no tensor of the model",
+        "notes.txt": "not part of a model",
+        "old_grinmoe.py": "code; this package's goes up",
+        "optimizer.pt": "a pickle, which can run code",
+        "runs/": "not part of a model",
+        "trainer_state.json": "not part of a model",
+        "training_args.bin": "a pickle, which can run code",
+    }
+    assert report["files"] == {
+        name: len(data) for name, data in hub.content("me/tiny").items() if name != ".gitattributes"
+    }
+    assert (report["url"], report["commit"], report["changed"]) == (None, None, False)
+
+    (pushed / "README.md").rename(pushed / "README.txt")
+    assert command("push", pushed, "me/tiny", "--dry-run") == 1
+    (pushed / "README.txt").rename(pushed / "README.md")
+    shown = capsys.readouterr().out
+    assert re.search(r"file +tokenizer\.json +[\d.]+ kB", shown)
+    assert re.search(r"left +checkpoint-5/: a checkpoint of the run", shown)
+    assert "grin-moe card" in shown
+    assert "nothing has been sent" in shown
+    assert len(hub.requests) == requests
+
+
+def spoil_shard(model, change):
+    path = model / weights(model)[1]
+    path.write_bytes(change(path.read_bytes()))
+
+
+def spoil_with_nan(model):
+    path = model / weights(model)[0]
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[5] = float("nan")
+    save_file(tensors, path)
+
+
+def rewrite(model, change, **fields):
+    """The same weights in another form, and another config."""
+    tensors = {name: tensor for shard in weights(model) for name, tensor in load_file(model / shard).items()}
+    for name in [*weights(model), "model.safetensors.index.json"]:
+        (model / name).unlink()
+    config = json.loads((model / "config.json").read_text()) | fields
+    write_checkpoint(model, config, change(tensors, config))
+
+
+def pickle(model):
+    rewrite(model, lambda tensors, config: tensors)
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+def cut(model, name):
+    data = (model / name).read_bytes()
+    (model / name).write_bytes(data[: len(data) // 2])
+
+
+def add_tokens(model):
+    tokenizer = GrinMoeTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["a new one"])
+    tokenizer.save_pretrained(model)
+
+
+def card(model, text):
+    (model / "README.md").write_text(text)
+
+
+SPOILS = {
+    "cut off": (lambda m: spoil_shard(m, lambda data: data[:-1]), r"model-00002.* was cut off"),
+    "a shard missing": (lambda m: (m / weights(m)[2]).unlink(), r"model-00003-of-00003.safetensors cannot be read"),
+    "no index": (lambda m: (m / "model.safetensors.index.json").unlink(), r"3 weight files .* and no model.safet"),
+    "NaN": (spoil_with_nan, r"holds 1 NaN or infinite values"),
+    "being written": (lambda m: (m / "model-00004.part").touch(), r"model-00004.part is the name of something half-"),
+    "fused": (lambda m: rewrite(m, fused), r"\(it is fused\): convert it by `grin-moe convert .*model NEW_FOLDER"),
+    "phimoe": (lambda m: rewrite(m, lambda t, c: t, model_type="phimoe"), r"\(it is phimoe\): convert it by"),
+    "pickled": (pickle, r"weights in pickles, which can run code: `grin-moe convert .* --to hub --weights-only`"),
+    "adapter": (lambda m: (m / "adapter_config.json").write_text("{}"), r"holds an adapter.* merge it by `grin-moe"),
+    "no config": (lambda m: (m / "config.json").unlink(), r"model has no config.json: it is not the folder of"),
+    "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), r"has no tokenizer.json: save the model's tokenizer"),
+    "tokenizer cut": (lambda m: cut(m, "tokenizer.json"), r"tokenizer.json cannot be read"),
+    "other tokenizer": (add_tokens, r"has id 1024, and the model vocab_size=1024: it is another model's"),
+    "settings cut": (lambda m: cut(m, "generation_config.json"), r"generation_config.json does not hold JSON"),
+    "no card": (lambda m: (m / "README.md").unlink(), r"has no README.md: write one with `grin-moe card .*--no-card"),
+    "card's metadata": (lambda m: card(m, "---\na: [b\n---\n"), r"README.md: its metadata cannot be read: .*flow"),
+    "no picture": (lambda m: (m / "figures/loss.png").unlink(), r"README.md shows figures/loss.png, which is not in"),
+    "outside": (lambda m: card(m, CARD + "![x](../x.png)"), r"README.md shows \.\./x.png, which is not in"),
+    "absolute": (lambda m: card(m, f"{CARD}![x]({m.parent}/x.png)"), r"README.md shows /.*/x.png, which is not in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_what_is_refused(hub, model, spoil):
+    change, message = SPOILS[spoil]
+    (model.parent / "x.png").write_bytes(PICTURE)  # there is one outside
+    change(model)
+    requests = len(hub.requests)
+    with pytest.raises(ValueError, match=message):
+        push(model, "me/refused-folder")
+    assert len(hub.requests) == requests
+    report = push(model, "me/refused-folder", dry_run=True)
+    assert len(report.problems) == 1
+    assert re.search(message, report.problems[0])
+
+
+def test_a_conversion_that_is_not_finished(model):
+    unfinished = model.rename(model.with_name(".model.incomplete"))
+    with pytest.raises(ValueError, match=r"\.model\.incomplete is the name of something half-written"):
+        push(unfinished, "me/refused-folder")
+
+
+def test_every_problem_is_named_at_once(hub, model):
+    spoil_with_nan(model)
+    (model / "README.md").unlink()
+    (model / "LICENSE").write_text(f"MIT\n{HUB_TOKEN}\n")
+    with pytest.raises(
+        ValueError, match=r"(?s)model is not pushed:\n.*NaN.*\n.*no README.md.*\nLICENSE, line 2 holds"
+    ):
+        push(model, "me/refused-folder")
+
+
+def test_without_a_card(hub, clean):
+    report = push(clean, "me/cardless", card=False)
+    assert report.left == {"README.md": "as asked", "figures/": "not part of a model"}
+    assert not {"README.md", "figures/loss.png"} & hub.content("me/cardless").keys()
+
+
+def test_names(clean, tmp_path):
+    with pytest.raises(ValueError, match="Repo id must"):
+        push(clean, "a/b/c", dry_run=True)
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        push(tmp_path / "nowhere", "me/x", dry_run=True)
+
+
+SECRETS = {
+    "a Hugging Face token": HUB_TOKEN,
+    "a private key": "-----BEGIN " + "OPENSSH PRIVATE KEY-----",
+    "an AWS key": "AKIA" + "ABCDEFGHIJKLMNOP",
+    "a GitHub token": "ghp_" + "a1B2" * 9,
+    "an API key": "sk-" + "proj-a1B2" * 4,
+    "a password in a URL": "https://me:" + "hunter2@example.org",
+    "a line of .netrc": "machine huggingface.co login me " + "password x1",
+    "a password or key": 'WANDB_API_KEY="' + "0123456789abcdef" * 2 + '"',
+}
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+def test_secrets(model, kind):
+    """Found wherever text goes up; the line is named, the secret is not."""
+    secret = SECRETS[kind]
+    (model / "figures" / "load.svg").write_text(f"<svg>\n\n<!-- {secret} --></svg>")
+    (model / "README.md").write_text(f"{CARD}\n{secret}\n")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"note": secret}))
+    problems = push(model, "me/x", dry_run=True).problems
+    where = {problem.split(" holds what looks like ")[0] for problem in problems}
+    assert {"figures/load.svg, line 3", "README.md, line 8"} < where
+    assert any(place.startswith("config.json, line ") for place in where)
+    assert all(f"looks like {kind}: take it out" in problem for problem in problems)
+    assert not any(secret in problem or secret[4:] in problem for problem in problems)
+
+
+def test_what_is_no_secret(model):
+    """Text about secrets, and what reads a little like one."""
+    about = """
+    Set HF_TOKEN=hf_... or run `hf auth login`; hub_token: <HUB_TOKEN>; api_key = os.environ["WANDB_API_KEY"]
+    hf_hub_download, sk-learn, the password: choose a long one, https://user@example.org, "eos_token": "<|endoftext|>"
+    sha256 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef, AKIA, secrets: none, machine translation
+    """
+    (model / "README.md").write_text(CARD + about)
+    assert push(model, "me/x", dry_run=True).problems == []
+
+
+# The server
+
+
+def test_the_server_is_strict(tmp_path):
+    """What it cannot know or must not take, it refuses; else the tests above would prove nothing."""
+    import urllib.error
+    import urllib.request
+
+    def status(method, url, data=b"", **headers):
+        request = urllib.request.Request(url, data or None, headers, method=method)
+        try:
+            with urllib.request.urlopen(request) as response:
+                return response.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    with serve(tmp_path, {"secret": "me"}) as server:
+        me = {"Authorization": "Bearer secret"}
+        assert status("GET", f"{server.endpoint}/api/whoami-v2", **me) == 200
+        assert status("GET", f"{server.endpoint}/api/whoami-v2") == 401
+        assert status("GET", f"{server.endpoint}/api/whoami-v2", Authorization="Bearer other") == 401
+        HfApi(server.endpoint, token="secret").create_repo("me/x", private=True)
+        assert status("HEAD", f"{server.endpoint}/me/x/resolve/main/.gitattributes") == 401
+        assert status("HEAD", f"{server.endpoint}/me/x/resolve/main/.gitattributes", **me) == 200
+        assert status("HEAD", f"{server.endpoint}/me/x/resolve/main/other", **me) == 404
+        assert status("GET", f"{server.endpoint}/me/x/resolve/main/.gitattributes", Range="bytes=3-6", **me) == 206
+        oid = hashlib.sha256(b"content").hexdigest()
+        address = f"{server.storage}/me/x/{oid}/7"
+        assert status("PUT", address, b"content") == 403, "not signed"
+        assert status("PUT", f"{address}?key={server.key}", b"contant") == 400, "another hash"
+        assert status("PUT", f"{address}?key={server.key}", b"content", **me) == 400, "the token goes to the Hub only"
+        lines = [{"key": "header", "value": {"summary": "x"}}]
+        lines += [{"key": "lfsFile", "value": {"path": "x", "algo": "sha256", "oid": oid, "size": 7}}]
+        body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+        commit, kind = f"{server.endpoint}/api/models/me/x/commit/main", {"Content-Type": "application/x-ndjson"}
+        assert status("POST", commit, body, **me, **kind) == 400, "the file has not been uploaded"
+        assert status("PUT", f"{address}?key={server.key}", b"content") == 200
+        assert status("POST", commit, body, **kind) == 401
+        assert status("POST", commit, body, **me, **kind) == 200
+        assert server.content("me/x")["x"] == b"content"
+        assert server.unknown == []
+        assert status("GET", f"{server.endpoint}/api/spaces", **me) == 404
+        assert server.unknown == [("GET", "/api/spaces")]
+
+
+# The page
+
+
+def test_the_commands_of_the_page(hub, model, monkeypatch, capsys):
+    """Every `grin-moe` line of docs/publish.md, one after the other; the first one writes the card."""
+    monkeypatch.chdir(model.parent)
+    model.rename("GRIN-sft")
+    Path("GRIN-sft", "README.md").unlink()
+    page = (PACKAGE.parent / "docs" / "publish.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^grin-moe (.*?)(?:  +#.*)?$", page, re.MULTILINE)
+    assert len(commands) >= 4
+    for line in commands:
+        assert command(*line.split()) == 0, capsys.readouterr()
+    assert set(hub.repos["me/GRIN-sft"].branches) == {"main", "step-500"}
+    assert hub.repos["me/GRIN-sft"].private
