@@ -17,8 +17,12 @@ from recipes import data, dpo, pretrain, sft
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
-# Pages whose commands have tests of their own (test_readme, test_launch), or take minutes.
-ELSEWHERE = {"conversion", "parallelism", "performance", "router_gradients", "scaling"}
+# Pages whose commands other modules run: test_readme, test_launch, test_routing_analysis, test_evaluate, test_card,
+# test_push; or take minutes.
+ELSEWHERE = {
+    *("conversion", "parallelism", "study_routing", "evaluate", "model_cards", "publish"),
+    *("performance", "router_gradients", "scaling"),
+}
 TASKS = sorted(path.stem for path in (ROOT / "docs").glob("*.md") if "```bash" in path.read_text("utf-8"))
 START = {"sft": "pretrain_tiny", "dpo": "sft_tiny"}  # where a tiny config begins: an earlier page's result
 QUICK = {  # what is cut short, and what has nothing to do with the command

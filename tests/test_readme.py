@@ -1,6 +1,7 @@
 """The snippets of README and docs, run as they stand; only the released checkpoint's name becomes a tiny one's."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ SNIPPETS = [
 def test_snippet_runs(snippet, tiny_release, tmp_path):
     snippet = snippet.replace("microsoft/GRIN-MoE", str(tiny_release))
     (tmp_path / "GRIN-MoE").symlink_to(tiny_release)
+    shutil.copytree(tiny_release, tmp_path / "output" / "sft_tiny")
     (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
     result = subprocess.run(
         [sys.executable, "snippet.py"], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL

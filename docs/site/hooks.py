@@ -40,14 +40,16 @@ REFERENCE = {  # page: what it says, and the modules it shows
         "modeling_grin.training.layouts", "modeling_grin.training.pipeline", "modeling_grin.training.recipes",
     ]),
     "analysis": ("Analysis", "Studies of routing and of router gradients, and the planner of many devices.", [
-        "modeling_grin.analysis.routing", "modeling_grin.analysis.gradients", "modeling_grin.analysis.planner",
+        "modeling_grin.analysis.routing", "modeling_grin.analysis.specialization", "modeling_grin.analysis.texts",
+        "modeling_grin.analysis.figures", "modeling_grin.analysis.report", "modeling_grin.analysis.gradients",
+        "modeling_grin.analysis.planner",
     ]),
     "conversion": ("Conversion", "Checkpoints of every form, read and written.", [
         "conversion.conversion", "conversion.inspection", "conversion.checkpoint", "conversion.sources",
         "conversion.forms", "conversion.gguf_export", "conversion.adapters", "conversion.experts",
     ]),
     "publishing": ("Publishing", "Model cards, and the way to the Hub.", [
-        "modeling_grin.publishing.card", "modeling_grin.publishing.push",
+        "modeling_grin.publishing.card", "modeling_grin.publishing.record", "modeling_grin.publishing.push",
     ]),
 }  # fmt: skip
 PAGE_OF = DOCUMENTS | {
@@ -55,7 +57,7 @@ PAGE_OF = DOCUMENTS | {
     for page, (_, _, modules) in REFERENCE.items()
     for module in modules
 }
-LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)")
+LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)([^)]*)\)")  # text, target, anchor
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -69,16 +71,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links to places in the repository into links to pages of the site; code without one stays as plain text."""
+    """Links to places in the repository become links to the site's pages, or plain text where there is none."""
     place = next((document for document, name in DOCUMENTS.items() if name == page.file.src_uri), None)
     folder = posixpath.dirname(place) if place else "docs"
 
     def lead(match: re.Match) -> str:
-        target = posixpath.normpath(posixpath.join(folder, match.group(1)))
-        if target in PAGE_OF:
-            target = PAGE_OF[target]
-        elif target.startswith("docs/"):
-            target = target.removeprefix("docs/")
-        return posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
+        text, target, anchor = match.groups()
+        target = posixpath.normpath(posixpath.join(folder, target))
+        if target not in PAGE_OF and not target.startswith("docs/"):
+            return text
+        target = PAGE_OF.get(target, target.removeprefix("docs/"))
+        return f"[{text}]({posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
 
     return LINK.sub(lead, markdown)
