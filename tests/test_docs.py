@@ -101,6 +101,27 @@ def test_commands_of_a_task_page_run(page, folder, tiny_release):
         run(command, tiny_release)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("example", "arguments", "written"),
+    [
+        ("watch_experts_specialise", ["--max-steps", "10"], ["specialisation.png", "model.safetensors"]),
+        ("compare_estimators", ["--max-steps", "10", "--estimator", "gshard"], ["losses.png", "losses.csv"]),
+        ("convert_and_run_in_llama_cpp", ["--max-steps", "10"], ["model.gguf", "trained/model.safetensors"]),
+    ],
+)
+def test_examples_run(example, arguments, written, tmp_path):
+    if "llama" in example:
+        pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    command = [sys.executable, ROOT / "examples" / f"{example}.py", "--output-dir", "out", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert all((tmp_path / "out" / name).stat().st_size > 0 for name in written)
+    if "llama" in example:
+        error = float(re.search(r"differ by ([\d.e+-]+) of the largest", result.stdout).group(1))
+        assert error < 1e-3
+
+
 def test_quoted_errors_are_those_of_the_code():
     """Every headline of the troubleshooting page that quotes this library quotes what it says today."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
