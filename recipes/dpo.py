@@ -20,6 +20,7 @@ from modeling_grin.training.recipes import (
     check_arguments,
     check_merge,
     clear_errors,
+    end_training,
     load_config,
     load_for_fine_tuning,
     load_model,
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     train_and_save(trainer, arguments, "DPO")
     if arguments.lora_r and arguments.merge_adapter:
         save_merged(trainer)
-    trainer.accelerator.end_training()  # all ranks leave the process group before they exit
+    end_training(trainer)
 
 
 if __name__ == "__main__":

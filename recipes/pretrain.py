@@ -29,6 +29,7 @@ from modeling_grin.training.recipes import (
     RecipeParser,
     check_arguments,
     clear_errors,
+    end_training,
     load_config,
     load_model,
     load_tokenizer,
@@ -154,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.pipeline_parallel_size == 1:
         trainer.add_callback(RoutingCallback(trainer))
     train_and_save(trainer, arguments, "pretraining")
-    trainer.accelerator.end_training()  # all ranks leave the process group before they exit
+    end_training(trainer)
 
 
 if __name__ == "__main__":

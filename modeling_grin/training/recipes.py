@@ -417,6 +417,17 @@ def train_and_save(trainer: Trainer, arguments: RecipeArguments, method: str) ->
             write_card(folder, force=True)
 
 
+def end_training(trainer: Trainer) -> None:
+    """All ranks leave the process group, before they exit.
+
+    DDP's wrapper goes first. If it were the last to hold the group, freeing it would end gloo's threads while Python's
+    lock is held, for which one of them may be waiting: such a run never ends.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
+
+
 def check_merge(arguments: FineTuningArguments, trainer: Trainer) -> None:
     """Raise ValueError if `merge_adapter` asks for what this launch cannot do."""
     if arguments.lora_r and arguments.merge_adapter and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
