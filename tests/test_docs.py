@@ -17,16 +17,14 @@ from recipes import data, dpo, pretrain, sft
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
-# Pages whose commands other modules run: test_readme, test_launch, test_routing_analysis, test_evaluate, test_card,
-# test_push; or take minutes.
-ELSEWHERE = {
-    *("conversion", "parallelism", "study_routing", "evaluate", "model_cards", "publish"),
-    *("performance", "router_gradients", "scaling"),
-}
+# Pages whose commands other modules run: test_readme, test_routing_analysis, test_evaluate, test_card, test_push; and
+# the benchmarks', which take long.
+ELSEWHERE = {"conversion", "study_routing", "evaluate", "model_cards", "publish", "performance"}
 TASKS = sorted(path.stem for path in (ROOT / "docs").glob("*.md") if "```bash" in path.read_text("utf-8"))
 START = {"sft": "pretrain_tiny", "dpo": "sft_tiny"}  # where a tiny config begins: an earlier page's result
 QUICK = {  # what is cut short, and what has nothing to do with the command
     "data": ["--max-rows", "48", "--max-characters", "400"],
+    "gradients": ["--layers", "1", "--over", "top_k"],
     "train": [
         "--use_cpu", "true", "--disable_tqdm", "true", "--max_steps", "2", "--per_device_train_batch_size", "2",
         "--gradient_accumulation_steps", "1", "--save_strategy", "no", "--eval_strategy", "no",
@@ -48,7 +46,8 @@ def folder(tiny_release, tmp_path, monkeypatch):
     """What the pages speak of: a downloaded model, `chats.jsonl`, a text file, and the checkout's folders."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    Path("GRIN-MoE").symlink_to(tiny_release)
+    for name in ("GRIN-MoE", "my_model"):
+        Path(name).symlink_to(tiny_release)
     for name in ("recipes", "examples", "constraints.txt", "setup.py"):
         if (ROOT / name).exists():
             Path(name).symlink_to(ROOT / name)
@@ -65,14 +64,19 @@ def run(command: str, release: Path) -> None:
     if words[0] == "pip":  # test_package installs; the files must be there
         for name in words[2:]:
             assert name == "install" or name.startswith(("-", "torch", ".")) or Path(name).exists(), command
-    elif words[0] == "grin-moe":
-        result = CliRunner().invoke(app, words[1:])
+    elif words[0] in ("grin-moe", ".venv/bin/grin-moe"):
+        result = CliRunner().invoke(app, [*words[1:], *QUICK.get(words[1], [])])
         assert result.exit_code == 0, (command, result.output, result.exception)
         for path in Path().glob("*.yaml"):  # a copied config names the release
             path.write_text(path.read_text("utf-8").replace("microsoft/GRIN-MoE", str(release)))
     elif words[:2] == ["python", "recipes/data.py"]:
         typer.main.get_command(_typer(data.main)).main([*words[2:], *QUICK["data"]], standalone_mode=False)
-    elif words[:2] == ["accelerate", "launch"]:  # test_launch launches with every file
+    elif words[:2] == ["accelerate", "launch"] and {"--num_processes", "--pipeline_parallel_size"} & set(words):
+        files = [word for word in words if word.endswith((".py", ".yaml"))]  # test_launch launches with every file
+        assert all(Path(file).is_file() for file in files), command
+        script = next(file for file in files if file.endswith(".py"))
+        RECIPES[Path(script).stem].parse([*words[words.index(script) + 1 :], "--use_cpu", "true"])
+    elif words[:2] == ["accelerate", "launch"]:
         script = next(index for index, word in enumerate(words) if word.endswith(".py"))
         recipe = Path(words[script]).stem
         if recipe in START:
@@ -82,7 +86,7 @@ def run(command: str, release: Path) -> None:
                 start.symlink_to(release)
             words += ["--max_length", "64"]
         RECIPES[recipe].main([*words[script + 1 :], *QUICK["train"]])
-    else:
+    elif "benchmarks.scaling" not in words:  # test_benchmarks
         assert words[0] == "python", f"what is {command}?"
         subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True, timeout=120)
 
