@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -283,11 +284,13 @@ class Handler(BaseHTTPRequestHandler):
     @route("POST", f"/api/models/{REPO_ID}/preupload/(?P<revision>[^/]+)")
     def preupload(self, repo: str, revision: str) -> None:
         files = self.at(self.repo(repo, write=True), revision).files
+        ignored = files[".gitignore"].path.read_text().split() if ".gitignore" in files else []
         answers = []
         for asked in self.json()["files"]:
             sample = base64.b64decode(asked["sample"], validate=True)
             is_lfs = asked["path"].endswith(".safetensors") or b"\0" in sample
-            answer = {"path": asked["path"], "uploadMode": "lfs" if is_lfs else "regular", "shouldIgnore": False}
+            answer = {"path": asked["path"], "uploadMode": "lfs" if is_lfs else "regular"}
+            answer["shouldIgnore"] = any(fnmatch(asked["path"], pattern) for pattern in ignored)
             present = files.get(asked["path"])
             answers.append(answer | ({"oid": present.oid} if present else {}))
         self.send(200, {"files": answers})

@@ -217,6 +217,39 @@ def test_the_card_says_what_the_run_left(folder, trained):
     assert not list(folder.glob("**/*tmp*"))
 
 
+def test_steps_are_those_of_the_end_and_not_of_the_last_log(folder):
+    state = read_json(folder / "trainer_state.json")
+    (folder / "trainer_state.json").unlink()
+    end = max(entry["step"] for entry in state["log_history"]) + 3
+    losses = [entry for entry in state["log_history"] if "loss" in entry]
+    losses[-1]["num_tokens"] = 1234567.0
+    state |= {"global_step": end, "epoch": 2.75}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    write_card(folder)
+    training = next(rows for rows in read_tables((folder / "README.md").read_text()) if "optimizer steps" in rows)
+    assert (training["optimizer steps"], training["epochs"]) == ([f"{end}"], ["2.75"])
+    assert training[f"tokens (at step {losses[-1]['step']})"] == ["1,234,567"]
+
+
+def test_half_a_line_of_a_killed_runs_routing_is_not_read(folder, trained):
+    (folder / "routing").unlink()
+    (folder / "routing").mkdir()
+    whole = (trained / "routing" / "layers.jsonl").read_text()
+    (folder / "routing" / "layers.jsonl").write_text(whole + '{"step": 9, "lo')
+    write_card(folder)
+    text = (folder / "README.md").read_text()
+    assert f"| step {json.loads(whole.splitlines()[-1])['step']} |" in text and "figures/expert_load.png" in text
+
+
+def test_a_classifier_is_refused(folder):
+    config = read_json(folder / "config.json")
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["GrinMoeForSequenceClassification"]}))
+    with pytest.raises(ValueError, match=r"tiny-sft is a sequence classifier, .* for language models: write .*README"):
+        write_card(folder)
+    assert not (folder / "README.md").exists()
+
+
 def test_pictures_lie_beside_the_card(folder):
     written = write_card(folder)
     text = (folder / "README.md").read_text(encoding="utf-8")
@@ -299,12 +332,12 @@ def test_quantised_models_and_data_of_the_hub_are_named(folder):
 # ---- Evaluation ----
 
 
-def result_row(name, score, shots, paper=None, limit=None, metric="acc", **settings):
+def result_row(name, score, shots, paper=None, limit=None, metric="acc", unit="%", **settings):
     """A line of recipes/evaluate.py's results."""
     dataset = {"path": "allenai/ai2_arc", "name": name, "split": "test"}
     given = {"model": "x", "tasks": [name], "num_fewshot": shots, "limit": limit, "metric": metric, **settings}
     return {
-        "row": name, "tasks": [name], "shots": [shots], "metric": metric, "filter": "none", "unit": "%",
+        "row": name, "tasks": [name], "shots": [shots], "metric": metric, "filter": "none", "unit": unit,
         "score": score, "stderr": 0.5, "paper": paper, "dataset": dataset, "settings": given, "differs": "",
     }  # fmt: skip
 
@@ -321,11 +354,13 @@ def test_results_stand_beside_those_of_base_model_and_paper(folder, tmp_path):
         result_row("ARC|Challenge", 61.23456, 10, paper=92.0),
         result_row("ARC-Easy", 71.5, 10),
         result_row("other", 33.0, 0),
+        result_row("text", 0.123456, 0, metric="bits_per_byte", unit="bits"),
     ]
     base = [
         result_row("ARC|Challenge", 50.125, 10, dtype="bfloat16", revision="abc"),
         result_row("ARC-Easy", 99.0, 5),
         result_row("other", 98.0, 0, apply_chat_template=True),
+        result_row("text", 0.654321, 0, metric="bits_per_byte", unit="bits"),
     ]
     write_card(
         folder,
@@ -338,10 +373,12 @@ def test_results_stand_beside_those_of_base_model_and_paper(folder, tmp_path):
     assert found["ARC\\|Challenge"] == ["10", "acc", "61.23", "50.12", "92"]
     assert found["ARC-Easy"] == ["10", "acc", "71.5", "", ""], "other shots are not compared"
     assert found["other"] == ["0", "acc", "33", "", ""], "other prompts are not compared"
+    assert found["text"] == ["0", "bits_per_byte (bits)", "0.1235", "0.6543", ""], "no percentage"
+    assert "In percent where no unit is given" in card.text
     assert "Not for comparison" not in card.text and "internal pipeline" in card.text
     results = card.data.eval_results
     assert [(result.dataset_name, result.metric_value) for result in results] == [
-        ("ARC|Challenge", 61.23), ("ARC-Easy", 71.5), ("other", 33.0),
+        ("ARC|Challenge", 61.23), ("ARC-Easy", 71.5), ("other", 33.0), ("text", 0.12),
     ]  # fmt: skip
     assert {result.dataset_type for result in results} == {"allenai/ai2_arc"}
     index = card.data.to_dict()["model-index"]
@@ -378,6 +415,16 @@ def test_emissions_of_every_start_are_added(folder):
         "geographical_location": "Norway", "hardware_used": "2 x H100",
     }  # fmt: skip
     assert "1.75 kg of CO2 equivalents and 6 kWh in\nNorway, on 2 x H100" in card.text and "59.9" not in card.text
+
+
+@pytest.mark.parametrize("gpu", ["", "2 x H100"])
+def test_emissions_name_the_cpu_where_there_is_no_gpu(gpu, folder):
+    row = {"run_id": "a", "emissions": 0.5, "energy_consumed": 2.0, "country_name": "Norway", "cpu_model": "Some CPU"}
+    with (folder / "emissions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([[*row, "gpu_model"], [*row.values(), gpu]])
+    write_card(folder)
+    emissions = ModelCard.load(folder / "README.md").data.to_dict()["co2_eq_emissions"]
+    assert emissions["hardware_used"] == (gpu or "Some CPU")
 
 
 # ---- Cards that people wrote ----
@@ -420,7 +467,8 @@ def test_an_edited_card_is_never_overwritten(folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"license": "MIT"}, "license=MIT is not one of the Hub's names"),
+        ({"license": "MIT"}, "license=MIT has not the form of the Hub's names"),
+        ({"license": "mit\nextra: 1"}, "license=mit\nextra: 1 has not the form"),
         ({"language": ["en", "English"]}, "language=English is no ISO 639 code"),
         ({"repo_id": "a/b/c"}, "repo_id=a/b/c is no name on the Hub"),
         ({"base_model": "./local folder"}, "base_model=./local folder is no name on the Hub"),
@@ -447,10 +495,10 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
         write_card(tmp_path)
 
 
-def test_licenses_are_names_of_the_hub():
-    assert {"mit", "apache-2.0", "cc-by-nc-sa-4.0", "openrail++", "other"} <= set(cards.LICENSES)
-    assert all(re.fullmatch(r"[a-z0-9.+-]+", name) for name in cards.LICENSES)
-    assert len(set(cards.LICENSES)) == len(cards.LICENSES) > 60
+@pytest.mark.parametrize("license", ["mit", "apache-2.0", "cc-by-nc-sa-4.0", "openrail++", "llama3.1"])
+def test_licenses_are_spelt_as_on_the_hub(license, folder):
+    write_card(folder, license=license)
+    assert ModelCard.load(folder / "README.md").data.license == license
 
 
 # ---- Template ----
@@ -540,8 +588,9 @@ def test_the_card_of_an_adapter(experts, trained, trained_tokenizer, tmp_path, m
 def test_an_adapter_without_a_record_names_no_base(trained, tmp_path):
     add_lora(GrinMoeForCausalLM.from_pretrained(trained), r=2).save_pretrained(tmp_path)
     notes = " ".join(write_card(tmp_path, force=True).notes)
-    data = ModelCard.load(tmp_path / "README.md").data
-    assert data.base_model is None and "give it as --base-model" in notes
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is None and "give it as --base-model" in notes
+    assert str(trained.parent) not in card.text and 'from_pretrained("BASE_MODEL", **settings)' in card.text
 
 
 # ---- The card of the released model ----
@@ -568,12 +617,14 @@ def test_the_released_card_has_valid_metadata_and_the_papers_scores():
     data = card.data
     assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "text-generation")
     assert data.base_model == "microsoft/GRIN-MoE"
-    assert {result.dataset_name: result.metric_value for result in data.eval_results} == TABLE_2
+    measured = {result.dataset_name: result.metric_value for result in data.eval_results}
+    assert measured == {name: score for name, score in TABLE_2.items() if name != "AGIEval"}, "no data set of the Hub"
+    assert all("/" in result.dataset_type for result in data.eval_results)
     index = data.to_dict()["model-index"]
     assert eval_results_to_model_index(*model_index_to_eval_results(index)) == index
     shown = next(rows for rows in read_tables(card.text) if "MMLU" in rows)
-    assert {name: float(cells[1].strip("*")) for name, cells in shown.items() if name != "average"} == TABLE_2
-    assert sum(TABLE_2.values()) / len(TABLE_2) == pytest.approx(float(shown["average"][1].strip("*")), abs=0.01)
+    assert {name: float(cells[1]) for name, cells in shown.items() if name != "average"} == TABLE_2
+    assert sum(TABLE_2.values()) / len(TABLE_2) == pytest.approx(float(shown["average"][1]), abs=0.01)
     for result in data.eval_results:
         assert f"({shown[result.dataset_name][0].partition(',')[0]}-shot" in result.metric_name
 

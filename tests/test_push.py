@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import modeling_grin
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeTokenizer, cli
-from modeling_grin.publishing.push import push
+from modeling_grin.publishing.push import find_secrets, push
 
 PACKAGE = Path(modeling_grin.__file__).parent
 PICTURE = b"\x89PNG\r\n\x1a\n\0\0fake"
@@ -68,6 +69,7 @@ def clean(tmp_path_factory, trained_tokenizer):
     trained_tokenizer.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["tokenizer_class"] = "LlamaTokenizer"  # as the release says
+    settings |= dict.fromkeys(("name_or_path", "special_tokens_map_file", "tokenizer_file"), str(folder))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 10]}')
     (folder / "README.md").write_text(CARD)
@@ -189,6 +191,7 @@ def test_config_and_code_are_those_of_save_pretrained(hub, pushed, clean, tmp_pa
     assert "_name_or_path" not in sent, "it may be a path on the machine"
     saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     sent = json.loads(content["tokenizer_config.json"])
+    assert sent.keys() <= saved.keys() and str(clean) not in str(sent), "nor a tokenizer's paths"
     assert {name: sent[name] for name in ("auto_map", "tokenizer_class")} == {
         name: saved[name] for name in ("auto_map", "tokenizer_class")
     }
@@ -239,6 +242,8 @@ def test_a_new_version_replaces_the_old_one(hub, model, capsys):
     api = HfApi()
     for name in ("thoughts.txt", "models/other.safetensors"):
         api.upload_file(path_or_fileobj=b"somebody's\0", path_in_repo=name, repo_id="me/versions")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        api.upload_file(path_or_fileobj=b"an old adapter's\0", path_in_repo=name, repo_id="me/versions")
     tensors = {name: tensor for shard in weights(model) for name, tensor in load_file(model / shard).items()}
     for name in [
         *weights(model),
@@ -263,7 +268,27 @@ def test_a_new_version_replaces_the_old_one(hub, model, capsys):
     }  # fmt: skip
     assert stay | code <= content.keys()
     assert content["model.safetensors"] == (model / "model.safetensors").read_bytes()
-    assert len(hub.repos["me/versions"].commits) == 5
+    assert len(hub.repos["me/versions"].commits) == 8
+
+
+def test_what_is_made_for_the_hub_stays_where_the_card_links_to_its_source(hub, model):
+    card(model, f"{CARD}[a](config.json), [b](./tokenizer_config.json), [c](model.safetensors.index.json)")
+    push(model, "me/linked")
+    content = hub.content("me/linked")
+    assert "AutoModelForCausalLM" in json.loads(content["config.json"])["auto_map"]
+    assert json.loads(content["tokenizer_config.json"])["tokenizer_class"] == GrinMoeTokenizer.__name__
+
+
+def test_a_repository_that_would_leave_files_out(hub, clean):
+    api = HfApi()
+    api.create_repo("me/ignoring")
+    api.upload_file(path_or_fileobj=b"*.safetensors\n", path_in_repo=".gitignore", repo_id="me/ignoring")
+    api.upload_file(path_or_fileobj=b"weights", path_in_repo="x.safetensors", repo_id="me/ignoring")
+    assert "x.safetensors" not in hub.content("me/ignoring"), "the client says nothing"
+    received = len(hub.received)
+    with pytest.raises(ValueError, match=r"me/ignoring has a \.gitignore, by which the Hub leaves files out"):
+        push(clean, "me/ignoring")
+    assert hub.content("me/ignoring").keys() == {".gitattributes", ".gitignore"} and len(hub.received) == received
 
 
 @pytest.mark.parametrize("how", ["killed", "interrupted", "refused"])
@@ -347,7 +372,10 @@ def test_private(hub, pushed, clean):
     commits = len(hub.repos["me/tiny"].commits)
     with pytest.raises(ValueError, match="me/tiny is there and public: make it private"):
         push(clean, "me/tiny", private=True)
+    with pytest.raises(ValueError, match="me/tiny is there and public: make it private"):
+        push(clean, "me/tiny", private=True, revision="hidden")
     assert len(hub.repos["me/tiny"].commits) == commits
+    assert set(hub.repos["me/tiny"].branches) == {"main"}
     push(clean, "me/hidden")  # an option left out changes nothing
     assert hub.repos["me/hidden"].private
 
@@ -371,6 +399,16 @@ def test_tokens(hub, clean, monkeypatch, capsys):
         push(clean, "me/x")
     assert set(hub.repos) == repos
     assert len(hub.received) == received
+
+
+def test_no_hub_there(clean, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        endpoint = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    message = r"^me/x: the Hub was not reached: \[Errno \d+\] Connection refused\. The same command goes on: what has"
+    with pytest.raises(ValueError, match=message) as raised:
+        push(clean, "me/x")
+    assert str(raised.value).count("refused") == 1
 
 
 def test_the_hub_checks_the_card_before_the_weights_go(hub, model):
@@ -456,6 +494,11 @@ def rewrite(model, change, **fields):
     write_checkpoint(model, config, change(tensors, config))
 
 
+def rename(model):
+    rewrite(model, lambda tensors, config: tensors)
+    (model / "model.safetensors").rename(model / "grin.safetensors")
+
+
 def pickle(model):
     rewrite(model, lambda tensors, config: tensors)
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
@@ -485,6 +528,8 @@ SPOILS = {
     "being written": (lambda m: (m / "model-00004.part").touch(), r"model-00004.part is the name of something half-"),
     "fused": (lambda m: rewrite(m, fused), r"\(it is fused\): convert it by `grin-moe convert .*model NEW_FOLDER"),
     "phimoe": (lambda m: rewrite(m, lambda t, c: t, model_type="phimoe"), r"\(it is phimoe\): convert it by"),
+    "renamed": (rename, r"\(its weights are not in model.safetensors or an index\): convert it by"),
+    "prefix": (lambda m: rewrite(m, lambda t, c: {f"module.{n}": t[n] for n in t}), r"\(its tensors have a prefix"),
     "pickled": (pickle, r"weights in pickles, which can run code: `grin-moe convert .* --to hub --weights-only`"),
     "adapter": (lambda m: (m / "adapter_config.json").write_text("{}"), r"holds an adapter.* merge it by `grin-moe"),
     "no config": (lambda m: (m / "config.json").unlink(), r"model has no config.json: it is not the folder of"),
@@ -494,9 +539,10 @@ SPOILS = {
     "settings cut": (lambda m: cut(m, "generation_config.json"), r"generation_config.json does not hold JSON"),
     "no card": (lambda m: (m / "README.md").unlink(), r"has no README.md: write one with `grin-moe card .*--no-card"),
     "card's metadata": (lambda m: card(m, "---\na: [b\n---\n"), r"README.md: its metadata cannot be read: .*flow"),
-    "no picture": (lambda m: (m / "figures/loss.png").unlink(), r"README.md shows figures/loss.png, which is not in"),
-    "outside": (lambda m: card(m, CARD + "![x](../x.png)"), r"README.md shows \.\./x.png, which is not in"),
-    "absolute": (lambda m: card(m, f"{CARD}![x]({m.parent}/x.png)"), r"README.md shows /.*/x.png, which is not in"),
+    "no picture": (lambda m: (m / "figures/loss.png").unlink(), r"README.md shows what is not .*: figures/loss.png$"),
+    "outside": (lambda m: card(m, CARD + "![x](../x.png)"), r"README.md shows what is .*: \.\./x.png$"),
+    "absolute": (lambda m: card(m, f"{CARD}![x]({m.parent}/x.png)"), r"README.md shows what .*: /.*/x.png$"),
+    "two pictures": (lambda m: card(m, CARD + "![x](a.png) <img src='b.svg'>"), r"shows what .*: a.png, b.svg$"),
 }  # fmt: skip
 
 
@@ -530,6 +576,47 @@ def test_every_problem_is_named_at_once(hub, model):
         push(model, "me/refused-folder")
 
 
+def test_what_a_card_shows(model):
+    """Names with spaces, in brackets, by reference, in HTML; code shows nothing."""
+    for name in ("x y.png", "a.csv", "b.json", "c.png", "unused.png"):
+        (model / name).write_bytes(PICTURE if name.endswith("png") else b"{}")
+    text = """
+![p](<x y.png>) [![q](c.png)](a.csv "title") [results][r], `![no](no.png)`, ``` ![no](no.png) ```
+
+```markdown
+![no](no.png) <img src="no.png">
+```
+
+~~~
+![no](unused.png)
+~~~
+
+- item
+
+      [no](no.csv)
+
+<div><a href="https://example.org/no.png">there</a></div>
+
+[r]: b.json
+"""
+    card(model, f"---\nlicense: mit\n---\n{text}")
+    report = push(model, "me/x", dry_run=True)
+    assert report.problems == []
+    assert {"x y.png", "c.png", "a.csv", "b.json"} < report.files.keys()
+    assert {"unused.png", "figures/loss.png"} & report.files.keys() == set()
+
+
+def test_what_a_card_lacks_is_noted(model, capsys):
+    card(model, "---\ntags: [x]\n---\n**TO FILL IN:** this, and **TO FILL IN:** that")
+    notes = push(model, "me/x", dry_run=True).notes
+    assert len(notes) == 2
+    assert notes[0].startswith("README.md has 2 places") and notes[1].startswith("README.md names no license")
+    assert command("push", model, "me/x", "--dry-run") == 0, "it is no reason to refuse"
+    assert re.search(r"note +README\.md has 2 places", capsys.readouterr().out)
+    card(model, CARD)
+    assert push(model, "me/x", dry_run=True).notes == []
+
+
 def test_without_a_card(hub, clean):
     report = push(clean, "me/cardless", card=False)
     assert report.left == {"README.md": "as asked", "figures/": "not part of a model"}
@@ -543,29 +630,40 @@ def test_names(clean, tmp_path):
         push(tmp_path / "nowhere", "me/x", dry_run=True)
 
 
-SECRETS = {
-    "a Hugging Face token": HUB_TOKEN,
-    "a private key": "-----BEGIN " + "OPENSSH PRIVATE KEY-----",
-    "an AWS key": "AKIA" + "ABCDEFGHIJKLMNOP",
-    "a GitHub token": "ghp_" + "a1B2" * 9,
-    "an API key": "sk-" + "proj-a1B2" * 4,
-    "a password in a URL": "https://me:" + "hunter2@example.org",
-    "a line of .netrc": "machine huggingface.co login me " + "password x1",
-    "a password or key": 'WANDB_API_KEY="' + "0123456789abcdef" * 2 + '"',
-}
+HEX = "0123456789abcdef" * 3
+SECRETS = [
+    ("a Hugging Face token", HUB_TOKEN),
+    ("a private key", "-----BEGIN " + "OPENSSH PRIVATE KEY-----"),
+    ("a private key", "-----BEGIN " + "PGP PRIVATE KEY BLOCK-----"),
+    ("an AWS key", "AKIA" + "ABCDEFGHIJKLMNOP"),
+    ("a GitHub token", "ghp_" + "a1B2" * 9),
+    ("a GitLab or npm token", "npm_" + "a1B2" * 9),
+    ("a GitLab or npm token", "glpat-" + "a1B-" * 5),
+    ("an API key", "sk-" + "proj-a1B2" * 4),
+    ("a Weights & Biases key", f"wandb.login(key='{HEX[:40]}')"),
+    ("a Weights & Biases key", f"wandb login {HEX[:40]}"),
+    ("a password in a URL", "https://me:" + "hunter2@example.org"),
+    ("a line of .netrc", "machine huggingface.co login me " + "password x1"),
+    ("a password or key", f'WANDB_API_KEY="{HEX[:32]}"'),
+    ("a password or key", f"PRIVATE_KEY = {HEX[:16]}"),
+    ("a password or key", 'password: "correct horse, ' + 'battery!"'),
+    ("a token", f"MY_TOKEN={HEX[:16]}"),
+    ("a token", "auth-token: '~correct " + "(horse)!'"),
+]
 
 
-@pytest.mark.parametrize("kind", SECRETS)
-def test_secrets(model, kind):
+@pytest.mark.parametrize(("kind", "secret"), SECRETS)
+def test_secrets(model, kind, secret):
     """Found wherever text goes up; the line is named, the secret is not."""
-    secret = SECRETS[kind]
     (model / "figures" / "load.svg").write_text(f"<svg>\n\n<!-- {secret} --></svg>")
     (model / "README.md").write_text(f"{CARD}\n{secret}\n")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"note": secret}))
+    shard = model / weights(model)[1]
+    save_file(load_file(shard), shard, metadata={"format": "pt", "note": secret})
     problems = push(model, "me/x", dry_run=True).problems
     where = {problem.split(" holds what looks like ")[0] for problem in problems}
-    assert {"figures/load.svg, line 3", "README.md, line 8"} < where
+    assert {"figures/load.svg, line 3", "README.md, line 8", f"{shard.name}, line 1"} < where
     assert any(place.startswith("config.json, line ") for place in where)
     assert all(f"looks like {kind}: take it out" in problem for problem in problems)
     assert not any(secret in problem or secret[4:] in problem for problem in problems)
@@ -573,13 +671,22 @@ def test_secrets(model, kind):
 
 def test_what_is_no_secret(model):
     """Text about secrets, and what reads a little like one."""
-    about = """
+    about = f"""
     Set HF_TOKEN=hf_... or run `hf auth login`; hub_token: <HUB_TOKEN>; api_key = os.environ["WANDB_API_KEY"]
     hf_hub_download, sk-learn, the password: choose a long one, https://user@example.org, "eos_token": "<|endoftext|>"
+    next_token = scores_of_the_experts, max_new_tokens=1000000000000000, "pad_token": "<|placeholder6|>", wandb 0.21
+    api_key: "<your key of 32 digits>", password="${{HUB_PASSWORD_OF_MINE}}", wandb run of commit {HEX[:40]}
     sha256 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef, AKIA, secrets: none, machine translation
     """
     (model / "README.md").write_text(CARD + about)
+    shard = model / weights(model)[1]
+    shard.write_bytes(shard.read_bytes()[:-40] + f" {HUB_TOKEN}".encode())  # numbers, by chance
     assert push(model, "me/x", dry_run=True).problems == []
+
+
+def test_the_releases_tokenizer_has_no_secret(real_tokenizer_dir):
+    paths = [*real_tokenizer_dir.iterdir()]
+    assert [problem for path in paths for problem in find_secrets(path.name, path)] == []
 
 
 # The server

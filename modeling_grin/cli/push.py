@@ -68,6 +68,8 @@ def push(
             table.add_row("left", escape(f"{name}: {reason}"))
         for name in report.removed:
             table.add_row("removed", escape(name))
+        for note in report.notes:
+            table.add_row("note", escape(note))
         for problem in report.problems:
             table.add_row("[red]refused[/red]", escape(problem))
         console.print(table)

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from ..analysis import plot_expert_load
 from ..analysis.planner import Stage
 from ..configuration_grinmoe import GrinMoeConfig
+from . import TO_FILL_IN
 from .record import RUN_FILE, write_text
 
 # Beside the package, in the checkout as in the wheel.
@@ -36,20 +37,9 @@ TRAINER_STATE_FILE = "trainer_state.json"
 
 GRIN_MOE = "microsoft/GRIN-MoE"
 
-TO_FILL_IN = "**TO FILL IN:**"  # where a person has to say something
-
 SEAL = re.compile(r"\n<!-- grin-moe card ([0-9a-f]{64}): .* -->\n\Z")
 
-# https://huggingface.co/docs/hub/repositories-licenses
-LICENSES = """
-    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
-    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
-    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
-    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
-    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
-    lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense
-    zlib pddl lgpl-lr deepfloyd-if-license llama2 llama3 llama3.1 llama3.2 llama3.3 gemma unknown other
-    """.split()  # noqa: SIM905
+LICENSE = re.compile(r"[a-z0-9.+-]+")  # the form of the Hub's names, which it checks itself when a card is pushed
 
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # ISO 639-1 to 639-3, and the Hub's own
 
@@ -108,8 +98,12 @@ class Records:
         return self.read(RUN_FILE, "data, hyper-parameters, hardware and versions")
 
     @cached_property
+    def state(self) -> dict[str, Any]:
+        return self.read(TRAINER_STATE_FILE, "loss curve and steps")
+
+    @property
     def log(self) -> list[dict[str, Any]]:
-        return self.read(TRAINER_STATE_FILE, "loss curve and steps").get("log_history", [])
+        return self.state.get("log_history", [])
 
     @cached_property
     def adapter(self) -> dict[str, Any] | None:
@@ -252,11 +246,11 @@ def training_rows(records: Records) -> list[tuple[str, Any]]:
     """How long it took, and on what."""
     rows: list[tuple[str, Any]] = []
     end = next((entry for entry in reversed(records.log) if "train_runtime" in entry), None)
-    steps = [entry for entry in records.log if "loss" in entry]
-    if steps:
-        rows += [("optimizer steps", steps[-1]["step"]), ("epochs", steps[-1]["epoch"])]
-        if "num_tokens" in steps[-1]:
-            rows.append(("tokens", f"{steps[-1]['num_tokens']:,.0f}"))
+    if records.state:
+        rows += [("optimizer steps", records.state["global_step"]), ("epochs", records.state["epoch"])]
+    counted = next((entry for entry in reversed(records.log) if "num_tokens" in entry), None)
+    if counted:
+        rows.append((f"tokens (at step {counted['step']})", f"{counted['num_tokens']:,.0f}"))
     if end:
         duration = timedelta(seconds=round(end["train_runtime"]))
         rows.append(("wall time since the (last) start", str(duration)))
@@ -325,15 +319,26 @@ def limit_of(row: Mapping[str, Any]) -> float | None:
     return row["settings"].get("limit")
 
 
+def metric_of(row: Mapping[str, Any]) -> str:
+    """What a score is, and its unit if that is not percent."""
+    how = "" if row["filter"] == "none" else f", {row['filter']}"
+    return f"{row['metric']}{how}" + ("" if row["unit"] == "%" else f" ({row['unit']})")
+
+
+def in_unit(score: float, unit: str) -> float:
+    """A score as the table has it: of percentages two decimals, of others, whose size nobody knows, all digits."""
+    return round(float(score), 2) if unit == "%" else float(score)
+
+
 def evaluation_table(rows: Sequence[Mapping[str, Any]], base_rows: Sequence[Mapping[str, Any]]) -> str:
     """Scores beside those of the base model and of the paper, where there are any."""
-    of_base = {comparable(row): row["score"] for row in base_rows}
+    of_base = {comparable(row): in_unit(row["score"], row["unit"]) for row in base_rows}
     columns = {
         "task": [row["row"] for row in rows],
         "shots": ["/".join(map(str, row["shots"])) for row in rows],
-        "metric": [row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}" for row in rows],
-        "this model": [round(float(row["score"]), 2) for row in rows],
-        "base model": [round(float(of_base[key]), 2) if (key := comparable(row)) in of_base else "" for row in rows],
+        "metric": [metric_of(row) for row in rows],
+        "this model": [in_unit(row["score"], row["unit"]) for row in rows],
+        "base model": [of_base.get(comparable(row), "") for row in rows],
         PAPER: ["" if row["paper"] is None else float(row["paper"]) for row in rows],
     }
     used = {name: cells for name, cells in columns.items() if any(cell != "" for cell in cells)}
@@ -414,8 +419,8 @@ def make_metadata(
         license = "mit"
     if license is None:
         records.notes.append("no license, without which nobody may use the model: give one as --license")
-    elif license not in LICENSES:
-        raise ValueError(f"license={license} is not one of the Hub's names, such as mit, apache-2.0 or other")
+    elif not LICENSE.fullmatch(license):
+        raise ValueError(f"license={license} has not the form of the Hub's names, such as mit, apache-2.0 or other")
     if unknown := [code for code in language if not LANGUAGE.fullmatch(code)]:
         raise ValueError(f"language={unknown[0]} is no ISO 639 code, such as en")
     method = records.run.get("method")
@@ -467,7 +472,7 @@ def write_card(
         force: write over a card that a person wrote or edited. One that is as this function left it is written anew.
 
     Raises:
-        ValueError: there is such a card, no model, or a value that the Hub would refuse.
+        ValueError: there is such a card, no language model, or a value that the Hub would refuse.
     """
     folder = Path(folder)
     path = folder / "README.md"
@@ -479,6 +484,10 @@ def write_card(
         raise ValueError("base_evaluation stands beside the model's own scores: give those, too, as evaluation")
     records = Records(folder, Path(run) if run is not None else folder)
     config = records.config
+    if config is not None and any("ForSequenceClassification" in name for name in config.architectures or ()):
+        raise ValueError(
+            f"{folder} is a sequence classifier, and this card is for language models: write {path} yourself"
+        )
     name = folder.resolve().name if repo_id is None else check_repo_id(repo_id, "repo_id").rpartition("/")[2]
     rows = [] if evaluation is None else read_results(evaluation)["rows"]
     base_rows = [] if base_evaluation is None else read_results(base_evaluation)["rows"]
@@ -535,9 +544,8 @@ def write_card(
     digest = hashlib.sha256(text.encode()).hexdigest()
     for figure, plot in figures.items():
         save_figure(plot, folder / "figures" / f"{figure}.png")
-    write_text(
-        path, f"{text}\n<!-- grin-moe card {digest}: written anew by that command until somebody edits it -->\n"
-    )
+    seal = f"<!-- grin-moe card {digest}: written anew by that command until somebody edits it -->"
+    write_text(path, f"{text}\n{seal}\n")
     if blanks := text.count(TO_FILL_IN):
         records.notes.append(f"{blanks} places are for a person to fill in: look for {TO_FILL_IN}")
     return Card(str(path), [f"figures/{figure}.png" for figure in figures], records.notes)

@@ -6,6 +6,7 @@ whatever else its user has put there. Nothing is copied, and the folder is not w
 
 import json
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,26 +18,37 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from rich.markdown import Markdown
 from yaml import YAMLError
 
 from conversion import Checkpoint, open_checkpoint
 from conversion.conversion import CARRIED, config_for
 from conversion.forms import model_class_of
-from conversion.headers import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, PICKLE_SUFFIXES, read_json
+from conversion.headers import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    PICKLE_SUFFIXES,
+    WEIGHTS_FILE,
+    read_json,
+)
 from conversion.inspection import describe, verify_tensors
 from conversion.pickles import find_dcp_folder, find_pickles
 
 from .. import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel, __version__
 from ..tokenization_grinmoe import GrinMoeTokenizer
+from . import TO_FILL_IN
 
 CARD_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "README.md", "tokenizer.json", "tokenizer_config.json"
 WEIGHTS, CODE = "model*.safetensors", "*_grinmoe.py"
 # What a push says all of: files of these names that it does not bring are removed from the repository. Old shards
-# beside new ones would be loaded in their place.
-OWNED = (*(name for name in CARRIED if name[0].islower()), CONFIG_FILE, INDEX_FILE, WEIGHTS, CODE)
+# beside new ones would be loaded in their place, and beside an adapter its base model.
+ADAPTER = (ADAPTER_CONFIG_FILE, "adapter_model.*")
+OWNED = (*(name for name in CARRIED if name[0].islower()), CONFIG_FILE, INDEX_FILE, WEIGHTS, *ADAPTER, CODE)
 # What else goes up, where the card shows it or links to it: pictures and results.
 CARD_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".csv", ".json", ".jsonl"}
-CARD_LINK = re.compile(r"\]\(\s*<?([^)\s>]+)|\b(?:src|href)=[\"']([^\"']+)")
+HTML_LINK = re.compile(r"\b(?:src|href)=[\"']([^\"']+)")
+MACHINE_PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # settings of a tokenizer
 UNFINISHED = ("*.part", "*.partial", "*.tmp", "*.incomplete")  # names of what is still being written
 
 AUTO_CLASSES = {
@@ -45,18 +57,29 @@ AUTO_CLASSES = {
     GrinMoeForSequenceClassification: "AutoModelForSequenceClassification",
 }
 
+# What follows a word that names a secret: 16 characters in quotes that begin no special token and no placeholder.
+ASSIGNED = rb"[\\\"']*\s*[:=]\s*"
+QUOTED = rb"[\\\"']*[\"'](?![<\[{$])[^\"'\n]{16}"
+
 # What no file that goes up may hold: the forms that well-known services give their secrets, and words that name one.
 SECRETS = {
     "a Hugging Face token": rb"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
-    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----",
     "an AWS key": rb"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
     "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{50})",
+    "a GitLab or npm token": rb"\b(?:glpat-[A-Za-z0-9_-]{20}|npm_[A-Za-z0-9]{36})",
     "an API key": rb"\b(?:sk-[A-Za-z0-9_-]{32}|AIza[A-Za-z0-9_-]{35}|xox[abprs]-[A-Za-z0-9-]{20})",
+    "a Weights & Biases key": rb"(?i)\bwandb[\w.(-]*(?:\s+login)?[\\\"']*[\s:=(]+[\\\"']*[0-9a-f]{40}\b",
     "a password in a URL": rb"\bhttps?://[^\s/:@\"']+:[^\s/:@\"']+@",
     "a line of .netrc": rb"\bmachine\s+\S+\s+login\s+\S+\s+password\s+\S",
     "a password or key": (
-        rb"(?i)(?:password|passwd|secret|(?:api|access)[_-]?key|(?:hub|auth|access)[_-]?token)[\\\"']*\s*[:=]\s*"
-        rb"[\\\"']*[A-Za-z0-9/+_=-]{16}"
+        rb"(?i)(?:password|passwd|secret|(?:api|access|private)[_-]?key)"
+        rb"%b(?:%b|[a-z0-9/+_=-]{16})" % (ASSIGNED, QUOTED)
+    ),
+    # Without quotes one has a digit: `next_token = scores_of_experts` is code.
+    "a token": (
+        rb"(?i)(?:[_-]|hub|auth|access)token"
+        rb"%b(?:%b|(?=[a-z/+_=-]*[0-9])[a-z0-9/+_=-]{16})" % (ASSIGNED, QUOTED)
     ),
 }
 
@@ -73,6 +96,7 @@ class Push:
         files: what the repository holds then: name -> bytes.
         left: entries of the folder that stay behind -> why.
         problems: what stands against it, in sentences.
+        notes: what the card lacks, which does not.
         removed: files of an earlier push that this one has not brought.
         url, commit: of the repository and its newest commit; None before the upload.
         changed: whether the upload has made a commit; an equal folder makes none.
@@ -83,6 +107,7 @@ class Push:
     files: dict[str, int] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     url: str | None = None
     commit: str | None = None
@@ -131,20 +156,21 @@ def push(
 
 
 def gather(folder: Path, card: bool, report: Push, progress: Callable[[int, int], None]) -> dict[str, Source]:
-    """The files to send: name in the repository -> source. Fills the report's `files`, `left` and `problems`."""
+    """The files to send: name in the repository -> source. Fills the report's fields for a dry run."""
     problems = report.problems
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give that of a checkpoint")
     sources: dict[str, Source] = {}
-    # Each part names what is wrong with it, so that one run tells everything.
+    # Each part names what is wrong with it, so that one run tells everything. What is made for the Hub comes first,
+    # and stays where the card links to the file that it is made of.
     for part in (
         lambda: weights_and_config(folder, problems, progress),
         lambda: tokenizer_files(folder),
         lambda: carried_files(folder),
-        lambda: card_files(folder) if card else {},
+        lambda: card_files(folder, report.notes) if card else {},
     ):
         try:
-            sources |= part()
+            sources = part() | sources
         except ValueError as error:
             problems.append(str(error))
     sources |= {path.name: path for path in Path(__file__).parents[1].glob(CODE)}
@@ -155,8 +181,7 @@ def gather(folder: Path, card: bool, report: Push, progress: Callable[[int, int]
         if any(fnmatch(path.name, pattern) for pattern in UNFINISHED):
             problems.append(f"{path} is the name of something half-written: let its writer end, or delete it")
     for name, source in sources.items():
-        if not name.endswith(".safetensors"):
-            problems += find_secrets(name, source)
+        problems += find_secrets(name, source)
     return sources
 
 
@@ -181,10 +206,11 @@ def weights_and_config(folder: Path, problems: list[str], progress: Callable[[in
         raise ValueError(f"{folder} has no {CONFIG_FILE}: it is not the folder of a model")
     checkpoint = open_checkpoint(folder)
     if checkpoint.form != "hub" or not checkpoint.is_standard:
-        raise ValueError(
-            f"{folder} is not in the released layout (it is {checkpoint.form}): convert it by `{to_hub}`, and push "
-            "that"
-        )
+        reason = f"it is {checkpoint.form}"
+        if checkpoint.form == "hub":
+            is_named = any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+            reason = "its tensors have a prefix" if is_named else f"its weights are not in {WEIGHTS_FILE} or an index"
+        raise ValueError(f"{folder} is not in the released layout ({reason}): convert it by `{to_hub}`, and push that")
     found = describe(checkpoint)
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     verify_tensors(checkpoint.tensors.values(), found, lambda done: progress(done, total))
@@ -198,9 +224,7 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
     write."""
     model_class = model_class_of(checkpoint.tensors)
     auto_map = {"AutoConfig": class_path(GrinMoeConfig), AUTO_CLASSES[model_class]: class_path(model_class)}
-    values = {**config_for(checkpoint, "hub", None), "auto_map": auto_map}
-    values.pop("_name_or_path", None)  # which may be a path on the machine
-    return values
+    return {**config_for(checkpoint, "hub", None), "auto_map": auto_map}
 
 
 def class_path(cls: type) -> str:
@@ -233,6 +257,7 @@ def tokenizer_files(folder: Path) -> dict[str, Source]:
             )
     path = folder / TOKENIZER_CONFIG_FILE
     settings = read_json(path) if path.is_file() else {}
+    settings = {name: value for name, value in settings.items() if name not in MACHINE_PATHS}
     settings |= {"tokenizer_class": GrinMoeTokenizer.__name__}
     settings |= {"auto_map": {"AutoTokenizer": [class_path(GrinMoeTokenizer), None]}}
     return {TOKENIZER_FILE: folder / TOKENIZER_FILE, TOKENIZER_CONFIG_FILE: as_json(settings)}
@@ -253,8 +278,18 @@ def carried_files(folder: Path) -> dict[str, Source]:
     return {path.name: path for path in files}
 
 
-def card_files(folder: Path) -> dict[str, Source]:
-    """The card, and the pictures and results of the folder that it shows.
+def links_of(text: str) -> Iterator[str]:
+    """Addresses of the links and pictures of a Markdown text, those of its HTML among them; code has none."""
+    for block in Markdown(text).parsed:
+        for token in (block, *(block.children or [])):
+            if token.type.startswith("html_"):
+                yield from HTML_LINK.findall(token.content)
+            elif address := token.attrGet("src") or token.attrGet("href"):
+                yield str(address)
+
+
+def card_files(folder: Path, notes: list[str]) -> dict[str, Source]:
+    """The card, and the pictures and results of the folder that it shows. What a person should add is noted.
 
     Raises:
         ValueError: there is no card, its metadata are not YAML that can be read, or it shows what is not there.
@@ -263,19 +298,27 @@ def card_files(folder: Path) -> dict[str, Source]:
     if not path.is_file():
         raise ValueError(f"{folder} has no {CARD_FILE}: write one with `grin-moe card {folder}`, or give --no-card")
     try:
-        text = ModelCard.load(path).content
+        card = ModelCard.load(path)
     except (ValueError, YAMLError) as error:
         raise ValueError(f"{path}: its metadata cannot be read: {' '.join(str(error).split())}") from error
+    if blanks := card.text.count(TO_FILL_IN):
+        notes.append(f"{CARD_FILE} has {blanks} places for a person to fill in: look for {TO_FILL_IN}")
+    if card.data.license is None:
+        notes.append(f"{CARD_FILE} names no license, without which nobody may use the model")
     files: dict[str, Source] = {CARD_FILE: path}
-    for match in CARD_LINK.finditer(text):
-        link = urlsplit(match[1] or match[2])
+    missing = []
+    for address in links_of(card.text):
+        link = urlsplit(address)
         name = unquote(link.path)
         if link.scheme or link.netloc or Path(name).suffix.lower() not in CARD_SUFFIXES:
             continue
         shown = PurePosixPath(name)
         if shown.is_absolute() or ".." in shown.parts or not (folder / shown).is_file():
-            raise ValueError(f"{path} shows {name}, which is not in the folder")
-        files[str(shown)] = folder / shown
+            missing.append(name)
+        else:
+            files[str(shown)] = folder / shown
+    if missing:
+        raise ValueError(f"{path} shows what is not in the folder: {', '.join(missing)}")
     return files
 
 
@@ -304,9 +347,15 @@ def left_out(folder: Path, sources: dict[str, Source]) -> dict[str, str]:
     return left
 
 
+def read_text_of(path: Path) -> bytes:
+    """A file's bytes; of safetensors those of the header, which has what the writer noted."""
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little")) if path.suffix == ".safetensors" else file.read()
+
+
 def find_secrets(name: str, source: Source) -> Iterator[str]:
     """Where a file holds what looks like a secret, in sentences that do not repeat it."""
-    data = source if isinstance(source, bytes) else source.read_bytes()
+    data = source if isinstance(source, bytes) else read_text_of(source)
     for kind, pattern in SECRETS.items():
         for match in re.finditer(pattern, data):
             line = data.count(b"\n", 0, match.start()) + 1
@@ -319,12 +368,16 @@ def upload(sources: dict[str, Source], private: bool, revision: str | None, repo
     api.whoami()  # whether there is a token and the Hub knows it, before anything is asked of the repository
     url = api.create_repo(report.repo_id, private=private or None, exist_ok=True)
     report.repo_id, report.url = url.repo_id, str(url)
+    if private and not api.model_info(url.repo_id).private:
+        raise ValueError(f"{url.repo_id} is there and public: make it private in its settings, or push elsewhere")
     if revision is not None:
         api.create_branch(url.repo_id, branch=revision, exist_ok=True)
     before = api.model_info(url.repo_id, revision=revision)
-    if private and not before.private:
-        raise ValueError(f"{url.repo_id} is there and public: make it private in its settings, or push elsewhere")
     present = {file.rfilename for file in before.siblings or []}
+    if ".gitignore" in present:
+        raise ValueError(
+            f"{url.repo_id} has a .gitignore, by which the Hub leaves files out of a commit: delete it there"
+        )
     report.removed = sorted(
         name
         for name in present - sources.keys()
@@ -346,6 +399,13 @@ def upload(sources: dict[str, Source], private: bool, revision: str | None, repo
     report.commit, report.changed = commit.oid, commit.oid != before.sha
 
 
+def is_of_the_connection(error: BaseException | None) -> bool:
+    """Whether an error comes of a connection that was not made, was lost or timed out."""
+    while error is not None and not isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
     """What can go wrong with the Hub, as a ValueError of a sentence that says what to do."""
@@ -364,6 +424,8 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         elif status == 412:
             reason = "the repository has changed meanwhile: look what it holds, and push again"
         else:
-            causes = [str(cause).strip().partition("\n")[0] for cause in (error, error.__cause__) if cause]
-            reason = f"{' '.join(causes)} The same command goes on: what has arrived is not sent again"
+            causes = [str(cause).strip().partition("\n")[0].rstrip(".") for cause in (error, error.__cause__) if cause]
+            lost = "the Hub was not reached: " if is_of_the_connection(error) else ""
+            reason = f"{lost}{'; '.join(dict.fromkeys(causes))}. The same command goes on: what has arrived is not "
+            reason += "sent again"
         raise ValueError(f"{repo_id}: {reason}") from error

@@ -65,11 +65,16 @@ HYPERPARAMETERS = (  # of the recipes' arguments and the trainer's, in the order
 PACKAGES = ("grin-moe", "torch", "transformers", "accelerate", "datasets", "tokenizers", "trl", "peft")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a file under another name beside it, and rename that."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
+    temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_whole`, in UTF-8."""
+    write_whole(path, text.encode())
 
 
 def describe_source(name: str | None) -> dict[str, Any] | None:

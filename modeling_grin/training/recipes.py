@@ -27,7 +27,7 @@ from ..analysis.texts import find_files, load_data
 from ..configuration_grinmoe import GrinMoeConfig
 from ..modeling_grinmoe import GrinMoeForCausalLM, check_parallel_sizes
 from ..publishing.card import may_write_card, write_card
-from ..publishing.record import record_run
+from ..publishing.record import record_run, write_whole
 from . import add_lora, checks, last_complete_checkpoint, merge_lora
 from .checkpoints import find_problems
 from .pipeline import DEFAULT_SCHEDULE, SCHEDULES, check_pipeline, pipeline_model
@@ -404,15 +404,20 @@ def train_and_save(trainer: Trainer, arguments: RecipeArguments, method: str) ->
         method: pretraining, SFT or DPO, for the card.
     """
     folder = Path(trainer.args.output_dir)
-    leave_card = may_write_card(folder)  # before peft's save adds to it
     record_run(trainer, arguments, method)
     result = trainer.train(resume_from_checkpoint=resume_from(trainer.args))
     trainer.save_metrics("train", result.metrics)
     if trainer.eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
+    card = folder / "README.md"
+    edited = None if may_write_card(folder) else card.read_bytes()  # before peft's save writes into it
     trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero() and leave_card:
+    if not trainer.is_world_process_zero():
+        return
+    if edited is not None:
+        write_whole(card, edited)
+    else:
         with clear_errors():
             write_card(folder, force=True)
 
