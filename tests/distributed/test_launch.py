@@ -37,7 +37,7 @@ LAUNCHES = {
     "pipeline_interleaved": (
         "pretrain", "pipeline", 2, 2, 4, ["--pipeline_parallel_size", "2", "--pipeline_schedule", "Interleaved1F1B"]
     ),
-    "pipeline_tp": ("pretrain", "pipeline_tp", 8, 1, 4, ["--pipeline_parallel_size", "2"]),
+    "pipeline_tp": ("pretrain", "pipeline_tp", 4, 2, 4, ["--pipeline_parallel_size", "2"]),
 }  # fmt: skip
 
 
