@@ -47,8 +47,8 @@ def main(
         with torch.inference_mode(False):
             demo.main(output_dir, max_steps=max_steps, seed=0)
         model = output_dir / "trained"
+        (output_dir / "model.gguf").unlink(missing_ok=True)  # of the tiny model before
     path = output_dir / "model.gguf"
-    path.unlink(missing_ok=True)
     report = convert(model, path, to="gguf", dtype="f32")
     console.rule("In torch and in llama.cpp")
     for note in report.notes:

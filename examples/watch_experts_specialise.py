@@ -20,11 +20,12 @@ from rich.table import Table
 from transformers import DefaultDataCollator, TrainerCallback, TrainingArguments, set_seed
 
 from modeling_grin import GrinMoeForCausalLM, GrinMoeTokenizer
-from modeling_grin.analysis import collect_routing, routing_similarity, specialization
+from modeling_grin.analysis import batched, collect_routing, routing_similarity, specialization
 from modeling_grin.training import GrinMoeTrainer
-from recipes.demo import VOCAB_SIZE, pack, read_standard_library, tiny_config
+from recipes.demo import SEQUENCE_LENGTH, VOCAB_SIZE, pack, read_standard_library, tiny_config
 
 console = Console()
+MAX_ROWS = 10  # of a text, in a measurement
 
 
 class Watch(TrainerCallback):
@@ -35,7 +36,7 @@ class Watch(TrainerCallback):
         self.history = []
 
     def measure(self, step: int, model) -> None:
-        sets = {name: collect_routing(model, rows.iter(batch_size=16)) for name, rows in self.held_out.items()}
+        sets = {name: collect_routing(model, batched(rows, 16)) for name, rows in self.held_out.items()}
         self.history.append((step, specialization(sets, shuffles=99), routing_similarity(sets)[0, 1].item()))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -44,6 +45,19 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % (args.max_steps // self.times) == 0:
             self.measure(state.global_step, model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.history[-1][0] < state.global_step:
+            self.measure(state.global_step, model)
+
+
+def rows_of(texts: list[str], tokenizer: GrinMoeTokenizer) -> list[tuple[list[int], bool]]:
+    """The ids of texts in rows, each with whether it starts a text: specialisation shuffles whole texts."""
+    rows = []
+    for text in texts:
+        ids = tokenizer(text, verbose=False)["input_ids"][: MAX_ROWS * SEQUENCE_LENGTH]
+        rows += [(ids[start : start + SEQUENCE_LENGTH], start == 0) for start in range(0, len(ids), SEQUENCE_LENGTH)]
+    return rows
 
 
 def draw(history, path: Path) -> None:
@@ -80,10 +94,9 @@ def main(
     set_seed(seed)
     texts = {"code": read_standard_library()[:80], "prose": [topics[name] for name in sorted(topics)]}
     tokenizer = GrinMoeTokenizer.train_from_iterator(texts["code"] + texts["prose"], VOCAB_SIZE)
-    held_out = {name: pack(some[::8], tokenizer) for name, some in texts.items()}
+    held_out = {name: rows_of(some[::8], tokenizer) for name, some in texts.items()}
     training = [pack([text for i, text in enumerate(some) if i % 8], tokenizer) for some in texts.values()]
     rows = min(map(len, training))  # as much of one as of the other
-    held_out = {name: dataset.select(range(min(len(dataset), 100))) for name, dataset in held_out.items()}
 
     model = GrinMoeForCausalLM(tiny_config(tokenizer))
     watch = Watch(held_out, times=10)

@@ -3,13 +3,11 @@
     accelerate launch recipes/evaluate.py --config recipes/configs/evaluate_paper.yaml --model microsoft/GRIN-MoE
 
 A suite is a mapping in the YAML file: a row's name, the harness's task, its shots and metric. Each row is stored in
-output_dir/rows when it is done, with the commands that give it again, and is not run twice. `--help` lists every
+output_dir/rows when it is done, with the command that gives it again, and is not run twice. `--help` lists every
 argument.
 """
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import math
@@ -17,16 +15,16 @@ import os
 import platform
 import re
 import shlex
+import sys
 import time
-from argparse import ArgumentParser
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import get_max_memory
 from huggingface_hub import EvalResult
@@ -37,19 +35,20 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.markdown import Markdown
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoConfig
 
+from modeling_grin.publishing.record import write_text
 from modeling_grin.training.recipes import DTYPES, RecipeParser, clear_errors, errors_of
 
 console = Console()
 
 LOGIT_COPIES = 4  # of float32: logits and log-probabilities, and as much again for what led to them
 
-# The harness's own command knows the model only once this package is imported.
-HARNESS = "import modeling_grin; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+PACKAGES = ("grin-moe", "torch", "transformers", "tokenizers", "datasets", "accelerate", "lm_eval")
+
+COLUMNS = ("benchmark", "harness task", "shots", "metric", "score", "paper")
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Row:
     """A line of the suite: what to run, and what to put beside its score."""
 
     name: str
-    tasks: list[str]  # of the harness; the score of several is their mean, each example counting once
+    task: str  # of the harness, or a group with a mean of its own
     metric: str
     num_fewshot: int = 0
     filter: str = "none"  # of the harness: how an answer is found in what was generated
@@ -69,8 +68,8 @@ class Row:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise ValueError(f"suite: {self.name!r} names a file, too: use letters, digits, dots, - and _")
-        if not isinstance(self.tasks, list) or not self.tasks or not isinstance(self.num_fewshot, int):
-            raise ValueError(f"suite: {self.name} needs tasks, a list of the harness's names, and a whole num_fewshot")
+        if not isinstance(self.task, str) or not isinstance(self.num_fewshot, int):
+            raise ValueError(f"suite: {self.name} needs task, a name of the harness's, and a whole num_fewshot")
 
 
 @dataclass
@@ -113,9 +112,11 @@ class EvaluateArguments:
         known = [option.name for option in fields(Row)][1:]
         self.rows = []
         for name, given in self.suite.items():
+            if not isinstance(given, dict):
+                raise ValueError(f"suite: {name} must be a mapping with task and metric, and is {given!r}")
             if unknown := set(given) - set(known):
                 raise ValueError(f"suite: {name} has no setting {', '.join(unknown)}; there are {', '.join(known)}")
-            if missing := {"tasks", "metric"} - set(given):
+            if missing := {"task", "metric"} - set(given):
                 raise ValueError(f"suite: {name} lacks {', '.join(sorted(missing))}")
             self.rows.append(Row(name, **given))
         if unknown := set(self.tasks or []) - set(self.suite):
@@ -134,6 +135,11 @@ class EvaluateArguments:
         """Whether `row` is one of those to run."""
         return self.tasks is None or row.name in self.tasks
 
+    def model_name(self) -> str:
+        """The model's name on the Hub, or that of its folder, without where that is."""
+        path = Path(self.model_name_or_path)
+        return path.resolve().name if path.is_dir() else self.model_name_or_path
+
     def device(self) -> str:
         """Where the model goes, by torch's name."""
         accelerator = None if self.use_cpu else torch.accelerator.current_accelerator(check_available=True)
@@ -142,14 +148,9 @@ class EvaluateArguments:
     def model_args(self) -> dict[str, Any]:
         """The harness's arguments of the model."""
         given = {"pretrained": self.model_name_or_path, "revision": self.revision, "dtype": self.dtype}
+        flags = {"parallelize": self.parallelize, "add_bos_token": False}  # the release puts no <s> before a text
         chosen = {name: getattr(self, name) for name in ("attn_implementation", "experts_implementation")}
-        chosen |= {"parallelize": self.parallelize or None}
-        # The release puts no <s> before a text.
-        return {
-            **given,
-            "add_bos_token": False,
-            **{name: value for name, value in chosen.items() if value is not None},
-        }
+        return {**given, **flags, **{name: value for name, value in chosen.items() if value is not None}}
 
 
 # ---- The model, as the harness runs it ----
@@ -171,7 +172,7 @@ class GrinMoeLM(HFLM):
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         """The largest batch that fits.
 
-        The harness halves the size until there is no error. On a CPU there is none, the process is killed: there the
+        The harness lowers the size until there is no error. On a CPU there is none, the process is killed: there the
         size follows from the free memory.
         """
         if self.device.type != "cpu":
@@ -213,10 +214,11 @@ def leaf_configs(manager: TaskManager, name: str) -> Iterator[dict[str, Any]]:
 
 def make_task_manager(arguments: EvaluateArguments) -> TaskManager:
     """The harness's tasks: those of `include_path` alone if that suffices, since reading all takes a while."""
-    names = {name for row in arguments.rows if arguments.is_asked_for(row) for name in row.tasks}
     if arguments.include_path is not None:
         own = TaskManager(include_path=arguments.include_path, include_defaults=False)
-        if names <= set(own.all_tasks):
+        with suppress(KeyError):  # of a task that is the harness's
+            for row in filter(arguments.is_asked_for, arguments.rows):
+                list(leaf_configs(own, row.task))
             return own
     return TaskManager(include_path=arguments.include_path)
 
@@ -225,16 +227,11 @@ def check_tasks(arguments: EvaluateArguments, manager: TaskManager) -> None:
     """Raise ValueError if a task does not exist, or runs code that the model writes without leave."""
     unsafe = []
     for row in filter(arguments.is_asked_for, arguments.rows):
-        configs = []
-        for name in row.tasks:
-            if name not in manager.task_index:
-                raise ValueError(f"suite: {row.name}: the harness has no task {name}; `lm-eval ls tasks` lists all")
-            own = list(leaf_configs(manager, name))
-            if manager.task_index[name].cfg is None:
-                names = ", ".join(config["task"] for config in own)
-                raise ValueError(f"suite: {row.name}: {name} is a tag of several tasks; name them: {names}")
-            configs += own
-        if any(config.get("unsafe_code") for config in configs):
+        if row.task not in manager.task_index:
+            raise ValueError(f"suite: {row.name}: the harness has no task {row.task}; `lm-eval ls tasks` lists all")
+        if manager.task_index[row.task].cfg is None:
+            raise ValueError(f"suite: {row.name}: {row.task} is a tag of several tasks; name one, or write a group")
+        if any(config.get("unsafe_code") for config in leaf_configs(manager, row.task)):
             unsafe.append(row.name)
     if unsafe and not arguments.confirm_run_unsafe_code:
         raise ValueError(
@@ -250,20 +247,31 @@ def identify(arguments: EvaluateArguments) -> str:
         config = AutoConfig.from_pretrained(name, revision=arguments.revision)
     if not Path(name).is_dir():
         return str(config._commit_hash or arguments.revision)
-    patterns = ("*.safetensors", "*config.json", "tokenizer.json")
+    patterns = ("*.safetensors", "*config.json", "tokenizer.json", "*.jinja")  # which makes the prompts
     files = sorted(file for pattern in patterns for file in Path(name).glob(pattern))
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+
+
+def hash_of_tasks(folder: str | None) -> str | None:
+    """What tells the task files of `include_path` from others: their contents, but not the data that they name."""
+    if folder is None:
+        return None
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix in (".yaml", ".yml", ".py"))
+    contents = [(str(file.relative_to(folder)), file.read_text(encoding="utf-8")) for file in files]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 
 def settings_of(row: Row, arguments: EvaluateArguments, identity: str) -> dict[str, Any]:
     """What a stored score must have been measured with to stand for one measured now."""
     shared = ("limit", "apply_chat_template", "fewshot_as_multiturn", "seed", "dtype",
               "attn_implementation", "experts_implementation")  # fmt: skip
-    own = ("tasks", "metric", "num_fewshot", "filter", "unit", "gen_kwargs")
+    own = ("task", "metric", "num_fewshot", "filter", "unit", "gen_kwargs")
     return {
-        "model": arguments.model_name_or_path,
+        "model": arguments.model_name(),
         "identity": identity,
+        "lm_eval": version("lm_eval"),
+        "own_tasks": hash_of_tasks(arguments.include_path),
         **{name: getattr(arguments, name) for name in shared},
         **{name: getattr(row, name) for name in own},
     }
@@ -294,101 +302,32 @@ def read_stored(arguments: EvaluateArguments, identity: str) -> dict[str, dict[s
 # ---- A row ----
 
 
-def launcher() -> list[str]:
-    """How this run was launched, up to the script. Other processes would give other few-shot examples: the harness
-    draws them on each, in the order of its questions."""
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
-
-
-def own_command(row: Row, arguments: EvaluateArguments, config: str, batch_size: str) -> str:
-    """This recipe's command for one row: the config, and what was given otherwise."""
-    with open(config, encoding="utf-8") as file:
-        in_file = yaml.safe_load(file)
-    words = [*launcher(), "recipes/evaluate.py", "--config", config]
-    words += ["--model_name_or_path", arguments.model_name_or_path]
-    left_out = ("model_name_or_path", "suite", "tasks", "output_dir", "overwrite", "log_samples", "batch_size",
-                "max_batch_size", "rows")  # fmt: skip
-    for option in fields(arguments):
-        value = None if option.name in left_out else getattr(arguments, option.name)
-        if value is not None and value != in_file.get(option.name, option.default):
-            words += [f"--{option.name}", str(value)]
-    return shlex.join([*words, "--tasks", row.name, "--batch_size", batch_size, "--overwrite", "true"])
-
-
-def harness_command(row: Row, arguments: EvaluateArguments, batch_size: str, gen_kwargs: dict[str, Any]) -> str:
-    """The harness's own command for one row."""
-    python = ["python"] if launcher() == ["python"] else [*launcher(), "--no-python", "python"]
-    words = [*python, "-c", HARNESS, "run", "--model", "hf", "--model_args", json.dumps(arguments.model_args()),
-             "--tasks", ",".join(row.tasks), "--num_fewshot", str(row.num_fewshot), "--gen_kwargs",
-             json.dumps(gen_kwargs), "--batch_size", batch_size, "--device", arguments.device(),
-             "--seed", str(arguments.seed)]  # fmt: skip
-    if arguments.apply_chat_template:
-        words += ["--apply_chat_template", "--fewshot_as_multiturn", str(arguments.fewshot_as_multiturn).lower()]
-    for name in ("limit", "include_path"):
-        if getattr(arguments, name) is not None:
-            words += [f"--{name}", str(getattr(arguments, name))]
-    if arguments.confirm_run_unsafe_code:
-        words.append("--confirm_run_unsafe_code")
-    return shlex.join(words)
-
-
-def pool(parts: list[dict[str, Any]], row: Row, num_samples: list[int]) -> tuple[float, float | None]:
-    """The score over all examples of the row's tasks, and its standard error if each task has one; in the row's unit.
-
-    Raises:
-        ValueError: the harness measured something else.
-    """
-    key, scale = f"{row.metric},{row.filter}", 100.0 if row.unit == "%" else 1.0
-    for part in parts:
-        if key not in part:
-            measured = [name for name in part if "," in name and "_stderr" not in name]
-            raise ValueError(f"suite: {row.name} has no metric,filter {key}; the harness measured {measured}")
-    total = sum(num_samples)
-    score = sum(part[key] * n for part, n in zip(parts, num_samples, strict=True)) / total
-    errors = [part.get(f"{row.metric}_stderr,{row.filter}") for part in parts]
-    known = [error * n for error, n in zip(errors, num_samples, strict=True) if isinstance(error, float)]
-    stderr = math.hypot(*known) / total * scale if len(known) == len(parts) else None
-    return score * scale, stderr
-
-
-def environment(lm: GrinMoeLM) -> dict[str, Any]:
-    """Versions and hardware."""
-    packages = ("grin-moe", "torch", "transformers", "tokenizers", "datasets", "accelerate", "lm_eval")
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "hardware": {
-            "device": str(lm.device),
-            "processes": lm.world_size,
-            "gpus": devices,
-            "machine": platform.machine(),
-            "cpus": os.cpu_count(),
-        },
-    }
+def own_command(row: Row, arguments: EvaluateArguments, argv: list[str], batch_size: str) -> str:
+    """This recipe's command for one row: what was given, and then, since the last one counts, what was found."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # others would give other few-shot examples
+    launcher = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
+    found = ["--revision", arguments.revision, "--tasks", row.name, "--batch_size", batch_size, "--overwrite", "true"]
+    return shlex.join([*launcher, "recipes/evaluate.py", *argv, *found])
 
 
 def evaluate_row(
-    row: Row, arguments: EvaluateArguments, lm: GrinMoeLM, manager: TaskManager, config: str
+    row: Row, arguments: EvaluateArguments, lm: GrinMoeLM, manager: TaskManager, argv: list[str]
 ) -> tuple[dict[str, Any], dict[str, list]] | None:
     """Run one row: its result, and the examples by task if they are logged. None on ranks but the first.
 
     Raises:
-        ValueError: the harness cannot load a task or its data.
+        ValueError: the harness measured something else.
     """
-    try:
-        loaded = manager.load(list(row.tasks))
-    except Exception as error:  # of many types: no connection, a package that is missing, data that moved
-        raise ValueError(f"{row.name}: {' '.join(str(error).split()) or type(error).__name__}") from error
-    objects = [loaded["groups"].get(name) or loaded["tasks"][name] for name in row.tasks]
-    leaves = [item.get_all_tasks() if isinstance(item, Group) else [item] for item in objects]
+    loaded = manager.load([row.task])
+    task = loaded["groups"].get(row.task) or loaded["tasks"][row.task]
+    leaves = task.get_all_tasks() if isinstance(task, Group) else [task]
     gen_kwargs = {**row.gen_kwargs, "eos_token_id": lm.stop_token_ids()}
     lm.found_batch_sizes.clear()
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     start = time.time()
     results = simple_evaluate(
         model=lm,
-        tasks=objects,
+        tasks=[task],
         task_manager=manager,
         num_fewshot=row.num_fewshot,
         gen_kwargs=dict(gen_kwargs),
@@ -401,49 +340,45 @@ def evaluate_row(
     )
     if results is None:
         return None
-    num_samples = [sum(results["n-samples"][task.task_name]["effective"] for task in tasks) for tasks in leaves]
-    measured = {**results["results"], **results.get("groups", {})}
-    score, stderr = pool([measured[name] for name in row.tasks], row, num_samples)
+    figures = {**results["results"], **results.get("groups", {})}
+    measured, key = figures[row.task], f"{row.metric},{row.filter}"
+    if key not in measured:
+        known = [name for name in measured if "," in name and "_stderr" not in name]
+        raise ValueError(f"the suite's metric,filter {key} is not among what the harness measured, {known}")
+    scale = 100.0 if row.unit == "%" else 1.0
+    stderr = measured.get(f"{row.metric}_stderr,{row.filter}")
     batch_size = str(min(lm.found_batch_sizes, default=arguments.batch_size))
-    first = leaves[0][0].config
+    first = leaves[0].config
     result = {
         "row": row.name,
-        "tasks": row.tasks,
+        "tasks": [row.task],
         "task_versions": results["versions"],
         "dataset": {
             # What reads local files has no name of its own.
-            "path": row.tasks[0] if "data_files" in (first.dataset_kwargs or {}) else first.dataset_path,
-            "name": first.dataset_name if len(leaves) == len(leaves[0]) == 1 else None,
+            "path": row.task if "data_files" in (first.dataset_kwargs or {}) else first.dataset_path,
+            "name": first.dataset_name if len(leaves) == 1 else None,
             "split": first.test_split or first.validation_split,
         },
-        "shots": sorted({results["n-shot"][task.task_name] for tasks in leaves for task in tasks}),
+        "shots": sorted({results["n-shot"][leaf.task_name] for leaf in leaves}),
         "metric": row.metric,
         "filter": row.filter,
         "unit": row.unit,
-        "score": score,
-        "stderr": stderr,
-        "num_samples": sum(num_samples),
+        "score": measured[key] * scale,
+        "stderr": stderr * scale if isinstance(stderr, float) else None,
+        "num_samples": sum(results["n-samples"][leaf.task_name]["effective"] for leaf in leaves),
         "batch_size": batch_size,
         "seconds": round(time.time() - start, 1),
         "date": time.strftime("%Y-%m-%d", time.gmtime(start)),
-        "command": own_command(row, arguments, config, batch_size),
-        "harness_command": harness_command(row, arguments, batch_size, gen_kwargs),
+        "command": own_command(row, arguments, argv, batch_size),
         "stop_token_ids": gen_kwargs["eos_token_id"],
-        **environment(lm),
-        "harness_results": measured,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "hardware": {"device": str(lm.device), "gpus": torch.cuda.device_count(), "processes": lm.world_size},
+        "harness_results": figures,
     }
     return result, results.get("samples", {})
 
 
 # ---- Tables ----
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    incomplete = path.with_name(f".{path.name}.incomplete")
-    incomplete.write_text(text, encoding="utf-8")
-    incomplete.replace(path)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -459,16 +394,19 @@ def shots_of(result: dict[str, Any]) -> str:
 
 
 def cells_of(result: dict[str, Any]) -> list[str]:
-    """A line of the table: row, tasks, shots, metric, score, paper."""
-    error = "" if result["stderr"] is None else f" ± {result['stderr']:.1f}"
+    """A line of the table, by COLUMNS."""
+    digits, unit = (1, "") if result["unit"] == "%" else (3, f" {result['unit']}")
+    error = "" if result["stderr"] is None else f" ± {result['stderr']:.{digits}f}"
     metric = result["metric"] if result["filter"] == "none" else f"{result['metric']}, {result['filter']}"
-    unit = "" if result["unit"] == "%" else f" {result['unit']}"
-    paper = "" if result["paper"] is None else f"{result['paper']:.1f}"
+    paper = "" if result["paper"] is None else f"{result['paper']:.{digits}f}"
     return [result["row"], ", ".join(result["tasks"]), shots_of(result), metric,
-            f"{result['score']:.1f}{error}{unit}", paper]  # fmt: skip
+            f"{result['score']:.{digits}f}{error}{unit}", paper]  # fmt: skip
 
 
-COLUMNS = ("benchmark", "harness task", "shots", "metric", "score", "paper")
+def table_of(results: list[dict[str, Any]]) -> str:
+    """The scores beside the paper's, in Markdown."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells_of, results)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
 
 
 def model_index(results: list[dict[str, Any]], model_name: str) -> list[dict[str, Any]]:
@@ -495,63 +433,26 @@ def model_index(results: list[dict[str, Any]], model_name: str) -> list[dict[str
 
 
 def markdown(results: list[dict[str, Any]], arguments: EvaluateArguments) -> str:
-    """The table for a model card: what was run, what differs from the paper, how to run it again."""
-
-    def line(cells: Any) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
+    """The table for a model card: what was run, and what differs from the paper."""
     prompts = "in the chat format" if arguments.apply_chat_template else "as plain text"
     said = f"lm-evaluation-harness {version('lm_eval')}, {arguments.dtype}, prompts {prompts}."
     if arguments.limit is not None:
         said += f" **Not for comparison: limited to {arguments.limit:g} examples (below 1: that share) of each task.**"
-    lines = [said, "", line(COLUMNS), line(["---"] * len(COLUMNS)), *(line(cells_of(result)) for result in results)]
+    lines = [said, "", table_of(results)]
     if notes := [f"- {result['row']}: {result['differs']}" for result in results if result["differs"]]:
         lines += ["", "What differs from the paper, whose pipeline and prompts are not public:", "", *notes]
-    lines += ["", "To run one again:", "", "```bash", *(result["command"] for result in results), "```"]
     return "\n".join(lines) + "\n"
 
 
-def write_tables(results: list[dict[str, Any]], arguments: EvaluateArguments) -> None:
-    """results.json, results.csv and results.md in output_dir, of all rows that are done."""
-    folder = Path(arguments.output_dir)
-    name = arguments.model_name_or_path
-    name = Path(name).resolve().name if Path(name).is_dir() else name
-    short = [{key: value for key, value in result.items() if key != "harness_results"} for result in results]
+def write_tables(done: dict[str, dict[str, Any]], arguments: EvaluateArguments) -> str:
+    """results.json and results.md in output_dir, to be published, so that they have no paths. Returns the table."""
+    results = [done[row.name] for row in arguments.rows if row.name in done]
+    folder, name, kept_apart = Path(arguments.output_dir), arguments.model_name(), ("harness_results", "command")
+    short = [{key: value for key, value in result.items() if key not in kept_apart} for result in results]
     document = {"model": name, "rows": short, "model-index": model_index(results, name)}
     write_text(folder / "results.json", to_json(document, indent=2))
-    columns = (
-        "row",
-        "tasks",
-        "shots",
-        "metric",
-        "filter",
-        "score",
-        "stderr",
-        "unit",
-        "paper",
-        "num_samples",
-        "differs",
-    )
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(columns)
-    for result in results:
-        flat = {**result, "tasks": " ".join(result["tasks"]), "shots": shots_of(result)}
-        writer.writerow([flat[column] for column in columns])
-    write_text(folder / "results.csv", text.getvalue())
     write_text(folder / "results.md", markdown(results, arguments))
-
-
-def print_table(results: list[dict[str, Any]], arguments: EvaluateArguments) -> None:
-    """What results.md has, for a terminal."""
-    table = Table(title=f"{escape(arguments.model_name_or_path)}", title_justify="left", box=None)
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column in COLUMNS[4:] else "left", no_wrap=column in COLUMNS[4:])
-    for result in results:
-        table.add_row(*map(escape, cells_of(result)))
-    console.print(table)
-    console.print(f"{escape(str(Path(arguments.output_dir, 'results.md')))} says what differs from the paper; "
-                  "results.csv and results.json are beside it")  # fmt: skip
+    return table_of(results)
 
 
 # ---- The run ----
@@ -560,13 +461,6 @@ def print_table(results: list[dict[str, Any]], arguments: EvaluateArguments) -> 
 def parse(argv: list[str] | None = None) -> tuple[EvaluateArguments]:
     """The arguments of the command line, and of the YAML file that `--config` names."""
     return RecipeParser([EvaluateArguments], description=__doc__).parse_args_and_config(argv)
-
-
-def config_of(argv: list[str] | None) -> str:
-    """The path that `--config` names."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    return parser.parse_known_args(argv)[0].config
 
 
 def is_main() -> bool:
@@ -584,37 +478,46 @@ def load(arguments: EvaluateArguments) -> GrinMoeLM:
 
 
 def run(
-    rows: list[Row], arguments: EvaluateArguments, manager: TaskManager, identity: str, config: str
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Run `rows`, store each when it is done. Returns results by name, on the first rank, and what failed."""
+    rows: list[Row],
+    done: dict[str, dict[str, Any]],
+    arguments: EvaluateArguments,
+    manager: TaskManager,
+    identity: str,
+    argv: list[str],
+) -> list[str]:
+    """Run `rows`; the first rank adds each to `done`, and writes it and the tables. Returns what failed."""
     lm = load(arguments)
-    results: dict[str, dict[str, Any]] = {}
     failures: list[str] = []
     for number, row in enumerate(rows, 1):
         if is_main():
             console.rule(f"{row.name} ({number} of {len(rows)})", align="left")
         try:
-            measured = evaluate_row(row, arguments, lm, manager, config)
-        except ValueError as error:  # the others do not depend on it
-            failures.append(str(error))
-            continue
+            measured = evaluate_row(row, arguments, lm, manager, argv)
+        except Exception as error:  # of many types: no connection, a package that is missing, a metric that fails
+            if lm.world_size > 1:
+                raise  # other ranks may be waiting for this one
+            failures.append(f"{row.name}: {' '.join(str(error).split()) or type(error).__name__}")
+            continue  # the others do not depend on it
         if measured is None:
             continue
         result, samples = measured
         result |= {"settings": settings_of(row, arguments, identity), "paper": row.paper, "differs": row.differs}
-        path = Path(arguments.output_dir, "rows", f"{row.name}.json")
+        folder = Path(arguments.output_dir, "rows")
+        folder.mkdir(parents=True, exist_ok=True)
         for name, examples in samples.items():
-            write_text(path.with_name(f"{row.name}.{name}.jsonl"), "".join(map(to_json, examples)))
-        write_text(path, to_json(result, indent=2))
-        results[row.name] = result
+            write_text(folder / f"{row.name}.{name}.jsonl", "".join(map(to_json, examples)))
+        write_text(folder / f"{row.name}.json", to_json(result, indent=2))
+        done[row.name] = result
+        write_tables(done, arguments)
     if lm.world_size > 1:
         lm.accelerator.end_training()  # all ranks leave the process group before they exit
-    return results, failures
+    return failures
 
 
 def main(argv: list[str] | None = None) -> None:
     """Check, load, run the rows that are not done yet, and leave rows and tables in output_dir."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of shots that are set as they are meant to be
+    argv = sys.argv[1:] if argv is None else argv
     with clear_errors():
         (arguments,) = parse(argv)
         manager = make_task_manager(arguments)
@@ -624,17 +527,14 @@ def main(argv: list[str] | None = None) -> None:
             arguments.revision = identity  # so that what is loaded, and named in the commands, stays the same
         done = read_stored(arguments, identity)
         todo = [row for row in arguments.rows if arguments.is_asked_for(row) and row.name not in done]
-        failures: list[str] = []
-        if todo:
-            measured, failures = run(todo, arguments, manager, identity, config_of(argv))
-            done |= measured
+        failures = run(todo, done, arguments, manager, identity, argv) if todo else []
         if is_main() and done:
-            results = [done[row.name] for row in arguments.rows if row.name in done]
-            write_tables(results, arguments)
-            print_table(results, arguments)
+            console.print(Markdown(write_tables(done, arguments)))
+            console.print(Path(arguments.output_dir, "results.md"), "says what differs from the paper", markup=False)
         if failures:
             raise ValueError(f"{len(failures)} of {len(todo)} rows failed: {'; '.join(failures)}")
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, in which this file would pass for the package `evaluate` that tasks import
     record(main)()  # a launcher then reports the error of the rank that failed

@@ -1,6 +1,7 @@
 """The study of routing, against plain loops, enumeration and closed forms; its files, and the command."""
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -95,8 +96,13 @@ def oracle(release, rows, tmp_path_factory):
     return [[(z, *route_by_loop(z)) for z in layer] for layer in logits]
 
 
+def batches_of(rows, batch_size):
+    """Of rows that are a text each."""
+    return batched([(row, True) for row in rows], batch_size)
+
+
 def test_counts_equal_a_plain_loop(model, rows, oracle):
-    counts = collect_routing(model.train(), batched(rows, 4))
+    counts = collect_routing(model.train(), batches_of(rows, 4))
     assert model.training, "left as it was"
     assert counts.num_tokens == len(oracle[0]) == sum(map(len, rows))
     sums = counts.sums
@@ -130,37 +136,39 @@ def test_counts_equal_a_plain_loop(model, rows, oracle):
             sums.load_entropy()[layer], -(share * np.log(share)).sum() / math.log(EXPERTS), 1e-6
         )
     assert 10 < near_ties < 200, "of both kinds"
-    assert torch.equal(expert_load(model, batched(rows, 4)), counts.load())
+    assert torch.equal(expert_load(model, batches_of(rows, 4)), counts.load())
 
 
 def test_batches_and_their_order_make_no_difference(model, rows):
-    reference = collect_routing(model, batched(rows, 1))
+    reference = collect_routing(model, batches_of(rows, 1))
     shuffled = random.Random(1).sample(rows, len(rows))
     assert shuffled != rows
-    for other in (collect_routing(model, batched(rows, 9)), collect_routing(model, batched(shuffled, 3))):
+    for other in (collect_routing(model, batches_of(rows, 9)), collect_routing(model, batches_of(shuffled, 3))):
         assert torch.equal(other.pairs, reference.pairs)
         assert torch.equal(other.sums.near_ties, reference.sums.near_ties)
         torch.testing.assert_close(other.sums.probs, reference.sums.probs, rtol=1e-6, atol=1e-6)
-    assert torch.equal(collect_routing(model, batched(rows, 9)).chunks(), reference.chunks())
+    assert torch.equal(collect_routing(model, batches_of(rows, 9)).chunks(), reference.chunks())
 
 
-def synthetic(choices, lengths, num_experts=EXPERTS):
+def synthetic(choices, lengths, num_experts=EXPERTS, rows_per_text=1):
     """Counts of rows of one layer: `choices` `[T, K]` are the experts of their tokens, one row after the other."""
     counts, start = RoutingCounts(1, num_experts), 0
-    for length in lengths:
+    for number, length in enumerate(lengths):
         experts = choices[start : start + length]
         logits = torch.zeros(length, num_experts).scatter(1, experts, 1.0)
-        counts.add((logits,), (experts,), torch.ones(1, length, dtype=torch.bool), 0.01)
+        starts = None if rows_per_text == 1 else torch.tensor([number % rows_per_text == 0])
+        counts.add((logits,), (experts,), torch.ones(1, length, dtype=torch.bool), 0.01, starts)
         start += length
     return counts
 
 
-def test_chunks_are_neighbouring_rows():
+@pytest.mark.parametrize("rows_per_text", [1, 7])
+def test_chunks_are_neighbouring_texts(rows_per_text):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 9, (700,), generator=generator).tolist()
     choices = torch.rand(sum(lengths), EXPERTS, generator=generator).topk(TOP_K).indices
-    counts = synthetic(choices, lengths)
-    starts = [0, *itertools.accumulate(lengths)]
+    counts = synthetic(choices, lengths, rows_per_text=rows_per_text)
+    starts = [0, *itertools.accumulate(lengths)][::rows_per_text]
     size = counts.chunk_tokens
     assert size == 2 ** math.ceil(math.log2((starts[-2] + 1) / 128))
     for asked in (size, 8 * size):
@@ -171,6 +179,27 @@ def test_chunks_are_neighbouring_rows():
             )
         assert torch.equal(counts.chunks(asked), torch.stack(list(expected.values())).unsqueeze(1))
     assert len(counts.chunks(8 * size)) < len(counts.chunks()) <= 128
+
+
+def by_text(rows):
+    """The rows of each text."""
+    starts = [i for i, (_, starts) in enumerate(rows) if starts]
+    return [rows[start:end] for start, end in itertools.pairwise([*starts, len(rows)])]
+
+
+def test_rows_of_a_text_stay_in_its_chunk(model, trained_tokenizer, tmp_path):
+    """From the file to the chunks: a text of many rows is one chunk, however the rows fall into batches."""
+    texts = ["x = 1\n" * 60, "y = [2, 3]\n" * 40, "z\n"]
+    path = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    rows = list(token_rows(path, trained_tokenizer, 16))
+    assert [starts for _, starts in rows].count(True) == 3 < len(rows) / 4
+    (one, two) = (collect_routing(model, batched(rows, size)) for size in (4, 5))
+    own = [collect_routing(model, batched(part, 4)).sums.choices.long() for part in by_text(rows)]
+    merged = one.chunks()
+    assert torch.equal(merged, two.chunks()) and torch.equal(merged.sum(dim=0), sum(own))
+    assert torch.equal(merged[0], own[0]) and 1 < len(merged) <= 3
+    several = collect_routing(model, batches_of([row for row, _ in rows], 4))
+    assert len(several.chunks()) > 3, "where each row is a text"
 
 
 def test_memory_does_not_grow_with_the_tokens():
@@ -238,13 +267,14 @@ def test_similarity_and_clusters(tmp_path):
     assert tree[0, 2].item() == pytest.approx(1 - max(similarity[0, 2], similarity[1, 3]).item())
 
 
-def draw(generator, favourite, num_texts, length, strength=0.0, per_text=0.0):
+def draw(generator, favourite, num_texts, length, strength=0.0, per_text=0.0, rows_per_text=1):
     """Counts of texts whose tokens like a set's favourite expert, and each text one of its own."""
     logits = torch.randn(num_texts, length, EXPERTS, generator=generator)
     logits[:, :, favourite] += strength
     own = torch.randint(EXPERTS, (num_texts,), generator=generator)
     logits += per_text * torch.nn.functional.one_hot(own, EXPERTS).unsqueeze(1)
-    return synthetic(logits.flatten(0, 1).topk(TOP_K).indices, [length] * num_texts)
+    rows = [length // rows_per_text] * rows_per_text * num_texts
+    return synthetic(logits.flatten(0, 1).topk(TOP_K).indices, rows, rows_per_text=rows_per_text)
 
 
 def test_specialised_experts_are_found():
@@ -311,12 +341,13 @@ def test_shuffles_equal_enumeration():
     np.testing.assert_allclose(special.p_value[0], (every >= observed - 1e-12).mean(0), atol=0.04)  # 5 deviations
 
 
-def test_alike_sets_have_no_specialised_experts():
+@pytest.mark.parametrize("rows_per_text", [1, 8])
+def test_alike_sets_have_no_specialised_experts(rows_per_text):
     """Also where the tokens of a text are alike: sets differ by chance then, and tokens must not be shuffled."""
     generator = torch.Generator().manual_seed(5)
     p_values, scores = [], []
     for _ in range(40):
-        sets = {name: draw(generator, 0, 30, 40, per_text=4.0) for name in "xyz"}
+        sets = {name: draw(generator, 0, 30, 40, per_text=4.0, rows_per_text=rows_per_text) for name in "xyz"}
         special = specialization(sets, shuffles=49, seed=len(scores))
         p_values.append(special.p_value)
         scores.append(special.score)
@@ -334,6 +365,9 @@ def test_a_single_chunk_proves_nothing():
     assert special.p_value.min() == 1 and special.score.abs().max() < 1e-9 and not special.deviations.any()
     with pytest.raises(ValueError, match="at least two"):
         specialization({"x": draw(generator, 0, 1, 50)})
+    first, second = draw(generator, 0, 5, 50), draw(generator, 1, 5, 50)
+    with pytest.raises(ValueError, match="a sum of counts has no chunks"):
+        specialization({"x": first + second, "y": second})
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +396,7 @@ def chosen_sets(model, rows):
 
 def test_comparison(model, changed, rows):
     other = GrinMoeForCausalLM.from_pretrained(changed)
-    comparison = compare_routing(model, other, batched(rows, 4))
+    comparison = compare_routing(model, other, batches_of(rows, 4))
     before, after = chosen_sets(model, rows), chosen_sets(other, rows)
     for layer in range(LAYERS):
         pairs = list(zip(before[layer], after[layer], strict=True))
@@ -373,7 +407,7 @@ def test_comparison(model, changed, rows):
         assert comparison.overlap_by_chance()[layer].item() == pytest.approx(sum(chance) / len(chance))
     assert comparison.agreement()[0] == 1 and 0.2 < comparison.agreement()[1] < 0.9
     torch.testing.assert_close(
-        comparison.load_difference(), expert_load(other, batched(rows, 4)) - expert_load(model, batched(rows, 4))
+        comparison.load_difference(), expert_load(other, batches_of(rows, 4)) - expert_load(model, batches_of(rows, 4))
     )
     assert comparison.load_similarity()[0].item() == pytest.approx(1) and comparison.load_similarity()[1] < 0.9999
     twice = comparison + comparison
@@ -403,26 +437,32 @@ def test_rows_of_texts(trained_tokenizer, tmp_path, monkeypatch):
     tokenizer = trained_tokenizer
     ids = tokenizer(TEXT)["input_ids"]
     chat = tokenizer.apply_chat_template(MESSAGES, return_dict=True)["input_ids"]
+
+    def rows_of(name, *sizes):
+        return [row for row, _ in token_rows(name, tokenizer, *sizes)]
+
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": TEXT * 3}, {"text": ""}, {"text": TEXT}])
     long = tokenizer(TEXT * 3)["input_ids"]
-    assert list(token_rows(text, tokenizer, 7)) == [long[i : i + 7] for i in range(0, len(long), 7)] + [
+    later = [False] * (math.ceil(len(long) / 7) - 1)
+    assert [starts for _, starts in token_rows(text, tokenizer, 7)][: len(later) + 2] == [True, *later, True]
+    assert rows_of(text, 7) == [long[i : i + 7] for i in range(0, len(long), 7)] + [
         ids[i : i + 7] for i in range(0, len(ids), 7)
     ]
-    assert list(token_rows(text, tokenizer, 1000)) == [long, ids]
-    assert list(token_rows(text, tokenizer, 1000, len(long) + 2)) == [long, ids[:2]]
-    assert list(token_rows(text, tokenizer, 1000, len(long))) == [long]
-    assert list(token_rows(write_jsonl(tmp_path / "chat.jsonl", [{"messages": MESSAGES}]), tokenizer, 1000)) == [chat]
+    assert rows_of(text, 1000) == [long, ids]
+    assert rows_of(text, 1000, len(long) + 2) == [long, ids[:2]]
+    assert rows_of(text, 1000, len(long)) == [long]
+    assert rows_of(write_jsonl(tmp_path / "chat.jsonl", [{"messages": MESSAGES}]), 1000) == [chat]
     pq.write_table(pa.table({"text": [TEXT, TEXT * 3]}), tmp_path / "rows.parquet")
-    assert list(token_rows(str(tmp_path / "rows.parquet"), tokenizer, 1000)) == [ids, long]
+    assert rows_of(str(tmp_path / "rows.parquet"), 1000) == [ids, long]
     (tmp_path / "code").mkdir()
     for name in ("a.py", "b.py"):
         (tmp_path / "code" / name).write_text(TEXT)
     for name in ("code", "code/*.py"):
-        assert list(token_rows(str(tmp_path / name), tokenizer, 1000)) == [ids, ids]
+        assert rows_of(str(tmp_path / name), 1000) == [ids, ids]
     # A text of any length is tokenized in pieces, of whole lines where that is possible.
     monkeypatch.setattr(texts, "MAX_PIECE", 20)
     assert list(texts.split_text("ab\n" + "c" * 30)) == ["ab\n", "c" * 20, "c" * 10]
-    (row,) = token_rows(write_jsonl(tmp_path / "long.jsonl", [{"text": TEXT * 3}]), tokenizer, 1000)
+    (row,) = rows_of(write_jsonl(tmp_path / "long.jsonl", [{"text": TEXT * 3}]), 1000)
     assert tokenizer.decode(row) == TEXT * 3
 
 
@@ -597,6 +637,12 @@ def test_single_set_of_a_phimoe_checkpoint(reported, release, tmp_path, monkeypa
     result = CliRunner().invoke(app, ["routing", "phimoe", "--data", "chats=chats.jsonl", "--dtype", "float32"])
     assert result.exit_code == 0, (result.output, result.exception)
     assert "routing/report.html" in result.stdout and "chats" in result.stdout
+    Path("tuned").symlink_to("phimoe")
+    absolute = [f"chats={tmp_path / 'chats.jsonl'}", "--against", str(tmp_path / "tuned"), "--dtype", "float32"]
+    result = CliRunner().invoke(app, ["routing", str(tmp_path / "phimoe"), "--output-dir", "a", "--data", *absolute])
+    page = Path("a/report.html").read_text(encoding="utf-8")
+    assert all(text in page for text in ("chats.jsonl", "Routing of phimoe", "Against tuned"))
+    assert str(tmp_path) not in page
     assert not Path("routing/similarity.csv").exists() and Path("routing/pairs.png").is_file()
     for arguments, message in (
         (["--order", "sorted"], "--order sorted is none of clustered, given"),
@@ -606,6 +652,31 @@ def test_single_set_of_a_phimoe_checkpoint(reported, release, tmp_path, monkeypa
     ):
         result = CliRunner().invoke(app, ["routing", "phimoe", "--data", "chats=chats.jsonl", *arguments])
         assert isinstance(result.exception, ValueError) and message in str(result.exception)
+
+
+def test_a_second_study_leaves_nothing_of_the_first(tmp_path):
+    generator = torch.Generator().manual_seed(9)
+    sets = {name: draw(generator, 0, 3, 20) for name in "xy"}
+    (tmp_path / "notes.txt").touch()
+    report.write_report(report.RoutingStudy("m", sets), tmp_path)
+    assert (tmp_path / "similarity.csv").is_file() and (tmp_path / "specialization.svg").is_file()
+    report.write_report(report.RoutingStudy("m", {"x": sets["x"]}), tmp_path)
+    tables, pictures = {"load.csv", "layers.csv", "pairs.csv"}, ("expert_load", "layers", "pairs")
+    files = tables | {f"{name}{kind}" for name in pictures for kind in (".png", ".svg")}
+    assert {path.name for path in tmp_path.iterdir()} == files | {"report.html", "notes.txt"}
+
+
+def test_many_and_small_panels():
+    """Up to sixteen sets are four to a row, more are eight. Titles fit. A panel with nothing below has its ticks."""
+    load = torch.full((2, EXPERTS), 1 / EXPERTS, dtype=torch.float64)
+    for count, columns in ((16, 4), (17, 8)):
+        panels = figures.draw_loads({str(number): load for number in range(count)}).axes[:count]
+        assert sum(axes.get_position().y1 == panels[0].get_position().y1 for axes in panels) == columns
+        shown = [axes.xaxis.get_tick_params()["labelbottom"] for axes in panels]
+        assert shown == [False] * (count - columns) + [True] * columns
+    figure = figures.draw_pairs(torch.full((1, 3, 3), 20.0), torch.full((1, 3, 3), 20.0))
+    figure.savefig(io.BytesIO())
+    assert figure._suptitle.get_window_extent().x0 > 0
 
 
 def test_pictures_show_the_numbers():

@@ -40,7 +40,7 @@ def plot_expert_load(load: torch.Tensor, path: str | Path, title: str = "Expert 
 def draw_loads(loads: Mapping[str, torch.Tensor]) -> Figure:
     """The load `[L, E]` of each set, side by side on one colour scale."""
     norm = load_norm(torch.stack(list(loads.values())))
-    figure, panels = small_multiples(len(loads), next(iter(loads.values())))
+    figure, panels = small_multiples(len(loads), next(iter(loads.values())), columns=4 if len(loads) <= 16 else 8)
     for axes, (name, load) in zip(panels, loads.items(), strict=True):
         image = axes.imshow(load.numpy(), cmap="RdBu_r", norm=norm, aspect="auto")
         axes.set_title(name)
@@ -176,7 +176,8 @@ def small_multiples(
     columns = min(columns, count)
     rows = ceil(count / columns)
     height, width = (max(1.3, cell * size) for size in matrix.shape)
-    figure = Figure(figsize=(columns * (width + 0.35) + 1.8, rows * (height + 0.45) + 1), layout="constrained")
+    size = (max(7.5, columns * (width + 0.35) + 1.8), rows * (height + 0.45) + 1)  # at least as wide as the title
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     panels = list(grid.flatten())
     for axes in panels[count:]:
@@ -184,6 +185,8 @@ def small_multiples(
     for axes in panels[:count]:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    for axes in panels[max(0, count - columns) : count]:  # nothing below
+        axes.tick_params(labelbottom=True)
     figure.supxlabel("expert")
     figure.supylabel(vertical)
     return figure, panels[:count]

@@ -25,6 +25,9 @@ TOP = 12  # rows of the report's tables of experts and of pairs
 ORDERS = ("clustered", "given")
 ALL_SETS = "all sets"  # together, in the tables
 TEMPLATE = "report.html"  # beside this file
+PICTURES = ("expert_load", "expert_load_by_set", "similarity", "specialization", "layers", "pairs", "agreement",
+            "load_difference")  # fmt: skip
+TABLES = ("load", "layers", "pairs", "similarity", "specialization", "comparison", "load_difference")
 
 
 @dataclass
@@ -128,7 +131,7 @@ def write_figure(path: Path, figure: Figure) -> str:
 
 
 def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
-    """Write `report.html`, the figures as PNG and SVG, and the tables as CSV to `folder`.
+    """Write `report.html`, the figures as PNG and SVG, and the tables as CSV to `folder`, for those of an earlier one.
 
     Returns:
         The study's main figures, as they can be written to JSON.
@@ -140,6 +143,9 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"order={study.order} is none of {', '.join(ORDERS)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (TEMPLATE, *(f"{name}{kind}" for name in PICTURES for kind in (".png", ".svg")),
+                 *(f"{name}.csv" for name in TABLES)):  # fmt: skip
+        (folder / name).unlink(missing_ok=True)  # this study may have fewer of them
     total = reduce(add, study.sets.values())
     everything = {**study.sets, ALL_SETS: total} if len(study.sets) > 1 else study.sets
     pictures: dict[str, str] = {}
@@ -178,7 +184,7 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
     ]
     loader = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(TEMPLATE)
-    write_file(folder / "report.html", template.render(context).encode())
+    write_file(folder / TEMPLATE, template.render(context).encode())
     return summary
 
 

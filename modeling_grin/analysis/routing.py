@@ -118,7 +118,7 @@ class RoutingCounts:
 
     def __init__(self, num_layers: int, num_experts: int):
         self._columns = torch.zeros(num_layers, 2 * num_experts + 4, dtype=torch.float64)
-        self._num_tokens = 0
+        self._num_tokens = self._text_start = 0
         self._chunks = torch.zeros(MAX_CHUNKS, num_layers, num_experts, dtype=torch.int64)
         self.chunk_tokens = 1
         """Tokens from the start of a chunk to that of the next; a power of two that grows with the texts."""
@@ -141,8 +141,13 @@ class RoutingCounts:
         selected_experts: tuple[torch.Tensor, ...],
         counted: torch.Tensor,
         jitter_eps: float,
+        starts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Count a forward pass, given as to `routing_columns`, but `counted` `[batch, sequence]`.
+
+        Args:
+            starts: whether a row starts a text, bool `[batch]`; the others go on with that of the row before. By
+                default each is a text of its own.
 
         Returns:
             Which experts each token chose, bool `[L, T, E]` on the routers' device; none for padding.
@@ -152,27 +157,35 @@ class RoutingCounts:
         self._columns += columns.sum(dim=1, dtype=torch.float64).cpu()
         self.pairs += (chosen.mT @ chosen).long().cpu()  # exact in float32 below 2^24 tokens of a forward pass
         rows = chosen.unflatten(1, counted.shape).sum(dim=2).long().cpu().transpose(0, 1)  # [batch, L, E]
-        for row, num_tokens in zip(rows, counted.sum(dim=-1).tolist(), strict=True):
-            self._add_to_chunk(row, num_tokens)
+        start_text = [True] * len(rows) if starts is None else starts.tolist()
+        for row, num_tokens, starts_text in zip(rows, counted.sum(dim=-1).tolist(), start_text, strict=True):
+            self._add_to_chunk(row, num_tokens, starts_text)
         return chosen > 0
 
-    def _add_to_chunk(self, row: torch.Tensor, num_tokens: int) -> None:
-        while self._num_tokens // self.chunk_tokens >= MAX_CHUNKS:
+    def _add_to_chunk(self, row: torch.Tensor, num_tokens: int, starts_text: bool) -> None:
+        if starts_text:
+            self._text_start = self._num_tokens
+        while self._text_start // self.chunk_tokens >= MAX_CHUNKS:
             self._chunks = torch.cat([in_pairs(self._chunks), torch.zeros_like(self._chunks[::2])])
             self.chunk_tokens *= 2
-        self._chunks[self._num_tokens // self.chunk_tokens] += row
+        self._chunks[self._text_start // self.chunk_tokens] += row
         self._num_tokens += num_tokens
 
     def chunks(self, chunk_tokens: int | None = None) -> torch.Tensor:
-        """Choices of each expert in chunks of consecutive rows, int64 `[C, L, E]`, C at most MAX_CHUNKS.
+        """Choices of each expert in chunks of consecutive texts, int64 `[C, L, E]`, C at most MAX_CHUNKS.
 
-        A row belongs to the chunk in which it starts, as a whole; chunks that none starts in are left out. That
+        A text belongs to the chunk in which it starts, as a whole; chunks that none starts in are left out. That
         neighbours stay together is what makes the chunks fit to be shuffled: tokens and texts that are near each
         other are alike, and as many independent ones would promise too much.
 
         Args:
             chunk_tokens: a power of two, at least `self.chunk_tokens`, which is the default.
+
+        Raises:
+            ValueError: the counts are a sum.
         """
+        if not len(self._chunks):
+            raise ValueError("specialization needs the counts of each set as collected: a sum of counts has no chunks")
         chunks, size = self._chunks, self.chunk_tokens
         while size < (chunk_tokens or size):
             chunks, size = in_pairs(torch.cat([chunks, torch.zeros_like(chunks[: len(chunks) % 2])])), 2 * size
@@ -201,6 +214,7 @@ class RoutingCounts:
     def __add__(self, other: "RoutingCounts") -> "RoutingCounts":
         """Of the texts of both, without chunks, which are of one set."""
         total = RoutingCounts(*self.pairs.shape[:2])
+        total._chunks = total._chunks[:0]
         total._columns, total.pairs = self._columns + other._columns, self.pairs + other.pairs
         total._num_tokens = self._num_tokens + other._num_tokens
         return total
@@ -227,14 +241,15 @@ def inference(*models: PreTrainedModel) -> Iterator[None]:
 
 def run_routers(
     model: PreTrainedModel, batch: Mapping[str, torch.Tensor]
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor, float]:
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor, float, torch.Tensor | None]:
     """What `RoutingCounts.add` takes, of one batch; the logits of the vocabulary are not computed."""
     inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask") if key in batch}
     decoder = model.get_decoder()  # also that of a PEFT model
     batch_size, length = inputs["input_ids"].shape
     outputs = decoder(**inputs, use_cache=False, output_router_logits=True, output_selected_experts=True)
     counted = counted_tokens(inputs.get("attention_mask"), batch_size, length, model.device)
-    return outputs.router_logits, outputs.selected_experts, counted, model.config.router_jitter_noise
+    logits, experts, eps = outputs.router_logits, outputs.selected_experts, model.config.router_jitter_noise
+    return logits, experts, counted, eps, batch.get("starts")
 
 
 def empty_counts(model: PreTrainedModel) -> RoutingCounts:
@@ -251,8 +266,8 @@ def collect_routing(model: PreTrainedModel, batches: Iterable[Mapping[str, torch
 
     Args:
         model: a GRIN-MoE model, with or without a head; it is evaluated in eval mode and left as it was.
-        batches: model inputs, `input_ids` and, if there is padding, `attention_mask` `[batch, sequence]`; they are
-            read once and not kept.
+        batches: model inputs, `input_ids` and, if there is padding, `attention_mask` `[batch, sequence]`; and, if a
+            text may take several rows, `starts` `[batch]`, as in `RoutingCounts.add`. They are read once and not kept.
 
     Raises:
         ValueError: there is not a single token in `batches`.
@@ -352,7 +367,7 @@ def compare_routing(
 def token_routing(model: PreTrainedModel, input_ids: torch.Tensor) -> list[Routing]:
     """Each layer's inference routing of one text's tokens, int64 `[T]`: `experts` and `weights`, both `[T, K]`."""
     with inference(model):
-        router_logits, *_, jitter_eps = run_routers(model, {"input_ids": input_ids.unsqueeze(0)})
+        router_logits, _, _, jitter_eps, _ = run_routers(model, {"input_ids": input_ids.unsqueeze(0)})
         config = model.config
         return [
             route(

@@ -68,8 +68,6 @@ class Specialization(NamedTuple):
     """f_s(e) / mean over sets of f_s(e), `[S, L, E]`: S if only this set uses the expert, 0 if it does not."""
     layer_score: torch.Tensor
     """The score of a layer's mutual information between set and expert, `[L]`."""
-    layer_p_value: torch.Tensor
-    """`[L]`."""
     num_chunks: list[int]
     """Of each set."""
 
@@ -88,14 +86,14 @@ def set_information(choices: torch.Tensor) -> torch.Tensor:
 def specialization(sets: Mapping[str, RoutingCounts], shuffles: int = 999, seed: int = 0) -> Specialization:
     """Which experts are used more by some sets than by others, beyond what chance explains.
 
-    Whole chunks of text are shuffled (`RoutingCounts.chunks`), those of all sets of the same number of tokens.
+    Whole chunks of texts are shuffled (`RoutingCounts.chunks`), those of all sets of the same number of tokens.
 
     Args:
         sets: at least two.
         shuffles: p-values are at least 1 / (shuffles + 1).
 
     Raises:
-        ValueError: there are fewer than two sets.
+        ValueError: there are fewer than two sets, or one is a sum of counts.
     """
     from scipy.stats import false_discovery_control  # takes a second to import
 
@@ -138,6 +136,5 @@ def specialization(sets: Mapping[str, RoutingCounts], shuffles: int = 999, seed:
         false_discovery=adjusted.view(load.shape[1:]),
         preference=torch.where(average > 0, load / average, 1),
         layer_score=score[:, -1],
-        layer_p_value=p_value[:, -1],
         num_chunks=num_chunks,
     )

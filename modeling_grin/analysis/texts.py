@@ -130,11 +130,11 @@ def tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, name: s
 
 def token_rows(
     name: str, tokenizer: PreTrainedTokenizerBase, sequence: int, max_tokens: int | None = None
-) -> Iterator[list[int]]:
+) -> Iterator[tuple[list[int], bool]]:
     """The ids of the texts and conversations of `stream_data`, in rows of at most `sequence` tokens.
 
-    A longer text is cut into several rows, and no row holds two texts. Read as they are needed: of the texts, a single
-    one is in memory at a time.
+    A longer text is cut into several rows, and no row holds two texts: with each row comes whether it starts one. Read
+    as they are needed: of the texts, a single one is in memory at a time.
 
     Args:
         name: as in `stream_data`; rows have `messages`, for the chat template, or `text`.
@@ -146,9 +146,10 @@ def token_rows(
     left, seen = max_tokens, False
     for row in stream_data(name):
         ids = chain.from_iterable(tokenize(row, tokenizer, name))
+        starts_text = True
         while piece := list(islice(ids, sequence if left is None else min(sequence, left))):
-            yield piece
-            seen = True
+            yield piece, starts_text
+            seen, starts_text = True, False
             left = None if left is None else left - len(piece)
         if left == 0:
             return
@@ -156,12 +157,14 @@ def token_rows(
         raise ValueError(f"{name}: there is no text in it")
 
 
-def batched(rows: Iterable[list[int]], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Rows of ids as model inputs, `[batch, sequence]`, padded on the right."""
+def batched(rows: Iterable[tuple[list[int], bool]], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The rows of `token_rows` as model inputs, `[batch, sequence]`, padded on the right, and as `starts`, bool
+    `[batch]`, which of them start a text."""
     rows = iter(rows)
     while batch := list(islice(rows, batch_size)):
-        length = max(map(len, batch))
+        length = max(len(ids) for ids, _ in batch)
         yield {
-            "input_ids": torch.tensor([row + [0] * (length - len(row)) for row in batch]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in batch]),
+            "input_ids": torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in batch]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in batch]),
+            "starts": torch.tensor([starts for _, starts in batch]),
         }

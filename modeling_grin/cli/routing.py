@@ -97,6 +97,11 @@ def parse_data(data: list[str]) -> dict[str, str]:
     return sets
 
 
+def shown(name: str) -> str:
+    """What the report calls a model or texts: as they were given, but for the folders of an absolute path."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 def routing(
     model: Annotated[str, typer.Argument(help="folder or Hub name of a GRIN-MoE or Phimoe checkpoint")],
     data: Annotated[
@@ -159,7 +164,11 @@ def routing(
         raise ValueError(f"--sequence {sequence} is more than the model's context of {context} tokens")
     length = sequence or min(SEQUENCE, context)
 
-    study = RoutingStudy(model, {}, sources=sets, against=against, order=order)
+    sources = {name: shown(path) for name, path in sets.items()}
+    titles = [shown(name) for name in names]
+    if len({*titles}) < len(names):
+        titles = names  # which differ in their folders alone
+    study = RoutingStudy(titles[0], {}, sources=sources, against=None if against is None else titles[1], order=order)
     with counting(as_json) as progress:
         for name, path in sets.items():
             rows = token_rows(path, tokenizer, length, max_tokens)
@@ -169,8 +178,8 @@ def routing(
             else:
                 study.comparisons[name] = compare_routing(models[0], models[1], batches)
                 study.sets[name] = study.comparisons[name].before
-            viewed = list(token_rows(path, tokenizer, length, VIEWED_TOKENS))
-            for loaded, which in zip(models, names, strict=True):
+            viewed = [ids for ids, _ in token_rows(path, tokenizer, length, VIEWED_TOKENS)]
+            for loaded, which in zip(models, titles, strict=True):
                 title = name if against is None else f"{name}, {which}"
                 study.views.append(view_tokens(title, loaded, tokenizer, viewed))
     with errors.status("shuffling texts and drawing"):

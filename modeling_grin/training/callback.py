@@ -185,7 +185,9 @@ class RoutingCallback(TrainerCallback):
 
     def _draw(self, load: torch.Tensor) -> None:
         figure = draw_expert_load(load, f"Expert load, step {self._load_step}")
-        figure.savefig(self._folder / "expert_load.png")
+        part = self._folder / ".expert_load.png.part"  # who looks meanwhile sees the last one whole
+        figure.savefig(part, format="png")
+        part.replace(self._folder / "expert_load.png")
         for callback in self._handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_figure("train/routing/expert_load", figure, self._load_step)
