@@ -334,10 +334,8 @@ def config_for(checkpoint: Checkpoint, to: str, dtype: str | None) -> dict[str, 
         values = phimoe_config(config)
         if model_class is not GrinMoeForCausalLM:
             values["architectures"] = [checks.STOCK_CLASSES[model_class].__name__]
-    else:
-        values = {**json.loads(config.to_json_string(use_diff=False)), "architectures": [model_class.__name__]}
-    values.pop("_name_or_path", None)  # which may be a path on the machine
-    return values
+        return values
+    return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [model_class.__name__]}
 
 
 def carry_files(checkpoint: Checkpoint, beside: Sequence[Path], folder: Path, to: str, report: Report) -> None:

@@ -125,7 +125,6 @@ def test_every_form_to_every_other(tmp_path, form, to, name):
         converted = GrinMoeForCausalLM.from_pretrained(tmp_path / "result", dtype="float32")
     written = json.loads((tmp_path / "result" / "config.json").read_text())
     assert written["router_jitter_noise"] == config["router_jitter_noise"]
-    assert "_name_or_path" not in written, "it may be a path on the machine"
     with torch.no_grad():
         expected, found = ours.eval()(ids).logits, converted.eval()(ids).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
