@@ -36,8 +36,9 @@ $(READY): setup.py constraints.txt
 demo: $(READY) ## Train, save, reload and generate with a tiny GRIN on real text (DEMO_ARGS="...")
 	$(PY) recipes/demo.py $(DEMO_ARGS)
 
+# Files in alphabetical order: those with several processes, which take longest, come first and leave no gap at the end.
 test: $(READY) ## Run the tests (PYTEST_ARGS="...", WORKERS=2)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-llama: $(READY) ## Build llama-cpp-python (4 minutes) and run the tests that need it
 	CMAKE_ARGS="$(LLAMA_CMAKE_ARGS)" CMAKE_BUILD_PARALLEL_LEVEL=$(WORKERS) \
