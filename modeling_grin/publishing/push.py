@@ -224,7 +224,9 @@ def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
     write."""
     model_class = model_class_of(checkpoint.tensors)
     auto_map = {"AutoConfig": class_path(GrinMoeConfig), AUTO_CLASSES[model_class]: class_path(model_class)}
-    return {**config_for(checkpoint, "hub", None), "auto_map": auto_map}
+    values = {**config_for(checkpoint, "hub", None), "auto_map": auto_map}
+    values.pop("_name_or_path", None)  # which may be a path on the machine
+    return values
 
 
 def class_path(cls: type) -> str:
