@@ -39,7 +39,7 @@ from rich.markdown import Markdown
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoConfig
 
-from modeling_grin.publishing.record import write_text
+from modeling_grin.files import write_whole
 from modeling_grin.training.recipes import DTYPES, RecipeParser, clear_errors, errors_of
 
 console = Console()
@@ -450,8 +450,8 @@ def write_tables(done: dict[str, dict[str, Any]], arguments: EvaluateArguments) 
     folder, name, kept_apart = Path(arguments.output_dir), arguments.model_name(), ("harness_results", "command")
     short = [{key: value for key, value in result.items() if key not in kept_apart} for result in results]
     document = {"model": name, "rows": short, "model-index": model_index(results, name)}
-    write_text(folder / "results.json", to_json(document, indent=2))
-    write_text(folder / "results.md", markdown(results, arguments))
+    write_whole(folder / "results.json", to_json(document, indent=2))
+    write_whole(folder / "results.md", markdown(results, arguments))
     return table_of(results)
 
 
@@ -505,8 +505,8 @@ def run(
         folder = Path(arguments.output_dir, "rows")
         folder.mkdir(parents=True, exist_ok=True)
         for name, examples in samples.items():
-            write_text(folder / f"{row.name}.{name}.jsonl", "".join(map(to_json, examples)))
-        write_text(folder / f"{row.name}.json", to_json(result, indent=2))
+            write_whole(folder / f"{row.name}.{name}.jsonl", "".join(map(to_json, examples)))
+        write_whole(folder / f"{row.name}.json", to_json(result, indent=2))
         done[row.name] = result
         write_tables(done, arguments)
     if lm.world_size > 1:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import modeling_grin
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeTokenizer, cli
+from modeling_grin.files import PART
 from modeling_grin.publishing.push import find_secrets, push
 
 PACKAGE = Path(modeling_grin.__file__).parent
@@ -525,6 +526,7 @@ SPOILS = {
     "a shard missing": (lambda m: (m / weights(m)[2]).unlink(), r"model-00003-of-00003.safetensors cannot be read"),
     "no index": (lambda m: (m / "model.safetensors.index.json").unlink(), r"3 weight files .* and no model.safet"),
     "NaN": (spoil_with_nan, r"holds 1 NaN or infinite values"),
+    "being written here": (lambda m: (m / f"{PART}x.json").touch(), r"\.part-x.json is the name of something half-w"),
     "being written": (lambda m: (m / "model-00004.part").touch(), r"model-00004.part is the name of something half-"),
     "fused": (lambda m: rewrite(m, fused), r"\(it is fused\): convert it by `grin-moe convert .*model NEW_FOLDER"),
     "phimoe": (lambda m: rewrite(m, lambda t, c: t, model_type="phimoe"), r"\(it is phimoe\): convert it by"),

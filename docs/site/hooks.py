@@ -40,7 +40,7 @@ REFERENCE = {  # page: what it says, and the modules it shows
         "modeling_grin.training.layouts", "modeling_grin.training.pipeline", "modeling_grin.training.recipes",
     ]),
     "analysis": ("Analysis", "Studies of routing and of router gradients, and the planner of many devices.", [
-        "modeling_grin.analysis.routing", "modeling_grin.analysis.specialization", "modeling_grin.analysis.texts",
+        "modeling_grin.analysis.routing", "modeling_grin.analysis.specialization", "modeling_grin.data",
         "modeling_grin.analysis.figures", "modeling_grin.analysis.report", "modeling_grin.analysis.gradients",
         "modeling_grin.analysis.planner",
     ]),

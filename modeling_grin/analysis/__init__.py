@@ -1,5 +1,6 @@
 """Studies of a model's routing."""
 
+from ..data import batched, token_rows
 from .figures import plot_expert_load
 from .routing import (
     RoutingComparison,
@@ -10,7 +11,6 @@ from .routing import (
     token_routing,
 )
 from .specialization import Specialization, routing_similarity, specialization
-from .texts import batched, token_rows
 
 __all__ = [
     "RoutingComparison",

@@ -3,7 +3,6 @@
 import base64
 import csv
 import io
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -16,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..files import write_whole
 from . import figures
 from .figures import MIN_EXPECTED, SIGNIFICANT
 from .routing import RoutingComparison, RoutingCounts, token_routing
@@ -105,20 +105,13 @@ def split_by_token(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int])
     return pieces
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename: the file is there as a whole, or as it was."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
-
-
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A CSV file; floats with 9 digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-    write_file(path, text.getvalue().encode())
+    write_whole(path, text.getvalue())
 
 
 def write_figure(path: Path, figure: Figure) -> str:
@@ -126,7 +119,7 @@ def write_figure(path: Path, figure: Figure) -> str:
     for suffix, settings in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 120})):
         content = io.BytesIO()
         figure.savefig(content, format=suffix[1:], **settings)
-        write_file(path.with_suffix(suffix), content.getvalue())
+        write_whole(path.with_suffix(suffix), content.getvalue())
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
@@ -184,7 +177,7 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
     ]
     loader = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(TEMPLATE)
-    write_file(folder / TEMPLATE, template.render(context).encode())
+    write_whole(folder / TEMPLATE, template.render(context))
     return summary
 
 

@@ -150,7 +150,7 @@ def routing(
 
     from ..analysis.report import ORDERS, RoutingStudy, view_tokens, write_report
     from ..analysis.routing import collect_routing, compare_routing
-    from ..analysis.texts import batched, token_rows
+    from ..data import batched, token_rows
 
     sets = parse_data(data)
     if order not in ORDERS:

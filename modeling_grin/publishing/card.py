@@ -27,8 +27,9 @@ from matplotlib.figure import Figure
 from ..analysis import plot_expert_load
 from ..analysis.planner import Stage
 from ..configuration_grinmoe import GrinMoeConfig
+from ..files import replacing, write_whole
 from . import TO_FILL_IN
-from .record import RUN_FILE, write_text
+from .record import RUN_FILE
 
 # Beside the package, in the checkout as in the wheel.
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
@@ -169,14 +170,6 @@ def draw_loss(log: Sequence[Mapping[str, Any]], label: str = "loss (nats per tok
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
     return figure
-
-
-def save_figure(plot: Callable[[Path], None], path: Path) -> None:
-    """Have a picture drawn under another name beside it, and rename that."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    plot(temporary)
-    temporary.replace(path)
 
 
 # ---- Tables: rows of cells, which the template sets ----
@@ -543,9 +536,11 @@ def write_card(
     text = str(card)
     digest = hashlib.sha256(text.encode()).hexdigest()
     for figure, plot in figures.items():
-        save_figure(plot, folder / "figures" / f"{figure}.png")
+        (folder / "figures").mkdir(exist_ok=True)
+        with replacing(folder / "figures" / f"{figure}.png") as part:
+            plot(part)
     seal = f"<!-- grin-moe card {digest}: written anew by that command until somebody edits it -->"
-    write_text(path, f"{text}\n{seal}\n")
+    write_whole(path, f"{text}\n{seal}\n")
     if blanks := text.count(TO_FILL_IN):
         records.notes.append(f"{blanks} places are for a person to fill in: look for {TO_FILL_IN}")
     return Card(str(path), [f"figures/{figure}.png" for figure in figures], records.notes)

@@ -36,6 +36,7 @@ from conversion.inspection import describe, verify_tensors
 from conversion.pickles import find_dcp_folder, find_pickles
 
 from .. import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel, __version__
+from ..files import PART
 from ..tokenization_grinmoe import GrinMoeTokenizer
 from . import TO_FILL_IN
 
@@ -49,7 +50,7 @@ OWNED = (*(name for name in CARRIED if name[0].islower()), CONFIG_FILE, INDEX_FI
 CARD_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".csv", ".json", ".jsonl"}
 HTML_LINK = re.compile(r"\b(?:src|href)=[\"']([^\"']+)")
 MACHINE_PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # settings of a tokenizer
-UNFINISHED = ("*.part", "*.partial", "*.tmp", "*.incomplete")  # names of what is still being written
+UNFINISHED = (f"{PART}*", "*.part", "*.partial", "*.tmp", "*.incomplete")  # names of what is still being written
 
 AUTO_CLASSES = {
     GrinMoeModel: "AutoModel",

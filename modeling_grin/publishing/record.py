@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..files import write_whole
+
 if TYPE_CHECKING:  # needs what only training installs
     from transformers import Trainer
 
@@ -63,18 +65,6 @@ HYPERPARAMETERS = (  # of the recipes' arguments and the trainer's, in the order
 )
 
 PACKAGES = ("grin-moe", "torch", "transformers", "accelerate", "datasets", "tokenizers", "trl", "peft")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under another name beside it, and rename that."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_whole`, in UTF-8."""
-    write_whole(path, text.encode())
 
 
 def describe_source(name: str | None) -> dict[str, Any] | None:
@@ -152,4 +142,4 @@ def record_run(trainer: "Trainer", arguments: "RecipeArguments", method: str) ->
     }  # fmt: skip
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / RUN_FILE, json.dumps(record, indent=2) + "\n")
+    write_whole(folder / RUN_FILE, json.dumps(record, indent=2) + "\n")

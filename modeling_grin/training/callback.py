@@ -13,6 +13,7 @@ from transformers.integrations import TensorBoardCallback
 
 from ..analysis.figures import draw_expert_load
 from ..analysis.routing import RoutingSums, routing_sums
+from ..files import replacing
 
 PICTURE_INTERVAL = 200  # times what a picture takes to draw, before the next: at most 0.5 % of a run's time
 MAX_PENDING_STEPS = 256  # kept on the device, before they are added up however far away the next log is
@@ -22,10 +23,8 @@ def drop_lines_after(step: int, path: Path) -> None:
     """Leave out of `layers.jsonl` the steps that are yet to be taken, and a line that was not written to its end."""
     if not path.exists():
         return
-    rest = path.with_suffix(".jsonl.tmp")
-    with path.open(encoding="utf-8") as lines, rest.open("w", encoding="utf-8") as file:
+    with replacing(path) as rest, path.open(encoding="utf-8") as lines, rest.open("w", encoding="utf-8") as file:
         file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
-    rest.replace(path)
 
 
 class RoutingCallback(TrainerCallback):
@@ -185,9 +184,8 @@ class RoutingCallback(TrainerCallback):
 
     def _draw(self, load: torch.Tensor) -> None:
         figure = draw_expert_load(load, f"Expert load, step {self._load_step}")
-        part = self._folder / ".expert_load.png.part"  # who looks meanwhile sees the last one whole
-        figure.savefig(part, format="png")
-        part.replace(self._folder / "expert_load.png")
+        with replacing(self._folder / "expert_load.png") as part:  # who looks meanwhile sees the last one whole
+            figure.savefig(part)
         for callback in self._handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_figure("train/routing/expert_load", figure, self._load_step)

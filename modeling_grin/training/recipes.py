@@ -23,11 +23,12 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 from transformers.distributed import DistributedConfig
 from trl import TrlParser
 
-from ..analysis.texts import find_files, load_data
 from ..configuration_grinmoe import GrinMoeConfig
+from ..data import find_files, load_data
+from ..files import write_whole
 from ..modeling_grinmoe import GrinMoeForCausalLM, check_parallel_sizes
 from ..publishing.card import may_write_card, write_card
-from ..publishing.record import record_run, write_whole
+from ..publishing.record import record_run
 from . import add_lora, checks, last_complete_checkpoint, merge_lora
 from .checkpoints import find_problems
 from .pipeline import DEFAULT_SCHEDULE, SCHEDULES, check_pipeline, pipeline_model
