@@ -21,7 +21,7 @@ from checkpoints import released_config, released_tensors, write_checkpoint
 from transformers import PhimoeConfig, PhimoeForCausalLM
 from typer.testing import CliRunner
 
-from modeling_grin import GrinMoeForCausalLM
+from modeling_grin import GrinMoeForCausalLM, data
 from modeling_grin.analysis import (
     RoutingCounts,
     batched,
@@ -32,7 +32,6 @@ from modeling_grin.analysis import (
     report,
     routing_similarity,
     specialization,
-    texts,
     token_routing,
     token_rows,
 )
@@ -460,8 +459,8 @@ def test_rows_of_texts(trained_tokenizer, tmp_path, monkeypatch):
     for name in ("code", "code/*.py"):
         assert rows_of(str(tmp_path / name), 1000) == [ids, ids]
     # A text of any length is tokenized in pieces, of whole lines where that is possible.
-    monkeypatch.setattr(texts, "MAX_PIECE", 20)
-    assert list(texts.split_text("ab\n" + "c" * 30)) == ["ab\n", "c" * 20, "c" * 10]
+    monkeypatch.setattr(data, "MAX_PIECE", 20)
+    assert list(data.split_text("ab\n" + "c" * 30)) == ["ab\n", "c" * 20, "c" * 10]
     (row,) = rows_of(write_jsonl(tmp_path / "long.jsonl", [{"text": TEXT * 3}]), 1000)
     assert tokenizer.decode(row) == TEXT * 3
 
