@@ -1,6 +1,6 @@
-"""Files that are there as a whole, or as they were."""
+"""Files that are there as a whole, or as they were; and links that lead out of a folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,3 +19,36 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file at once, text in UTF-8."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+# Where files of a checkpoint lie that are read or copied: beside the weights, or in what transformers and accelerate
+# give a folder of its own.
+CHECKPOINT_FILES = ("*", "additional_chat_templates/*", "pytorch_model_fsdp_*/*")
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a file of `folder`, links resolved, lies in it, or among the blobs of the Hub's cache that it is of."""
+    root = folder.resolve()
+    # Not resolved: where `blobs` is itself a link, that is followed out of the cache.
+    roots = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+    return any(path.resolve().is_relative_to(root) for root in roots)
+
+
+def describe_links(folder: Path, deeper: Iterable[Path] = ()) -> str | None:
+    """A sentence on the files of a checkpoint that are links out of its folder; None where there are none.
+
+    A checkpoint from somebody else may hold `LICENSE -> /home/me/.ssh/id_rsa`. Those in the Hub's cache are links to
+    its blobs.
+
+    Args:
+        deeper: files in folders of it that are copied, too.
+    """
+    files = {path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern) if path.is_file()} | {*deeper}
+    outside = sorted(path for path in files if not is_within(path, folder))
+    if not outside:
+        return None
+    shown = ", ".join(f"{path.relative_to(folder)} (to {path.resolve()})" for path in outside[:5])
+    return (
+        f"{folder} has {len(outside)} file(s) that are links out of it: {shown}{', ...' * (len(outside) > 5)}; if "
+        "they belong to the checkpoint, copy them there (`cp -rL` copies a folder so), else delete the links"
+    )

@@ -1,6 +1,7 @@
 """Conversion between the forms that live in safetensors, against files written without the code under test."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -420,6 +421,67 @@ def test_what_lies_beside_the_weights(tmp_path, source, trained_tokenizer):
     for name in report.carried:
         if name != "tokenizer_config.json":
             assert (tmp_path / "result" / name).read_bytes() == (source / name).read_bytes()
+
+
+def link(path: Path, target: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(target)
+
+
+LINKS_OUT = {
+    "LICENSE": "secret",
+    "README.md": "../secret",  # as it lies beside the folder
+    "tokenizer.json": "/etc/hostname",
+    "generation_config.json": "secret",
+    "config.json": "config.json",
+    "model.safetensors": "model.safetensors",
+    "additional_chat_templates/tools.jinja": "secret",
+    "additional_chat_templates": "folder",
+    "pytorch_model_fsdp_0": "folder",
+}
+
+
+@pytest.mark.parametrize("name", LINKS_OUT)
+def test_links_out_of_the_folder_are_refused(tmp_path, source, name):
+    """Converted or uploaded, what they point to would be given away. The folder itself may be a link."""
+    (tmp_path / "folder").mkdir()
+    for file in ("secret", "folder/.metadata"):
+        (tmp_path / file).write_text("of the user")
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(source / file, tmp_path / file)
+    target = Path(LINKS_OUT[name])
+    link(source / name, target if ".." in target.parts else tmp_path / target)
+    (tmp_path / "linked").symlink_to(source)
+    for folder in (source, tmp_path / "linked"):
+        with pytest.raises(ConversionError, match=rf"links out of it: {name}\S* \(to /.*delete the links"):
+            convert(folder, tmp_path / "result", to="hub")
+    config = released_config()
+    other = write_checkpoint(tmp_path / "other", config, released_tensors(config))
+    with pytest.raises(ConversionError, match=r"links out of it"):  # a folder that only the config is taken from, too
+        convert(other, tmp_path / "result", to="hub", config=source)
+    assert not (tmp_path / "result").exists()
+
+
+def test_links_within_the_folder_and_to_the_hubs_blobs_are_followed(tmp_path, source):
+    """As the Hub's cache has them; but no `blobs` that is a link itself."""
+    repository = tmp_path / "models--me--tiny"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (source / "LICENSE").write_text("MIT")
+    for number, path in enumerate(sorted(source.iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    (snapshot / "NOTICE").symlink_to("LICENSE")
+    (snapshot / "runs").symlink_to(tmp_path)  # no part of the model, and left
+    report = convert(snapshot, tmp_path / "result", to="hub")
+    assert report.carried == ["LICENSE", "NOTICE"]
+    assert not any(path.is_symlink() for path in (tmp_path / "result").iterdir())
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConversionError, match=r"4 file\(s\) that are links out"):
+        convert(snapshot, tmp_path / "again", to="hub")
 
 
 @pytest.mark.parametrize("kind", ["trained", "real"])

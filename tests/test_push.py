@@ -521,7 +521,20 @@ def card(model, text):
     (model / "README.md").write_text(text)
 
 
+def link(model, name, target):
+    (model.parent / "pictures").mkdir()
+    (model.parent / "pictures" / "loss.png").write_bytes(PICTURE)
+    (model.parent / "pictures" / "load.svg").write_text("<svg/>")
+    shutil.move(model / name, model.parent / "moved")  # what is sent as bytes is made of it
+    (model / name).symlink_to(target)
+
+
 SPOILS = {
+    "a link": (lambda m: link(m, "LICENSE", "/etc/hostname"), r"1 file.* are links out of it: LICENSE \(to /etc/"),
+    "a linked config": (lambda m: link(m, "config.json", "../moved"), r"links out of it: config.json \(to .*d\)"),
+    "linked settings": (lambda m: link(m, "tokenizer_config.json", "../moved"), r"of it: tokenizer_config.json \("),
+    "a linked picture": (lambda m: link(m, "figures/loss.png", "../../x.png"), r"it: figures/loss.png \(to .*/x.p"),
+    "linked pictures": (lambda m: link(m, "figures", "../pictures"), r"2 file.* it: figures/load.svg \(to .*pict"),
     "cut off": (lambda m: spoil_shard(m, lambda data: data[:-1]), r"model-00002.* was cut off"),
     "a shard missing": (lambda m: (m / weights(m)[2]).unlink(), r"model-00003-of-00003.safetensors cannot be read"),
     "no index": (lambda m: (m / "model.safetensors.index.json").unlink(), r"3 weight files .* and no model.safet"),

@@ -36,7 +36,7 @@ from conversion.inspection import describe, verify_tensors
 from conversion.pickles import find_dcp_folder, find_pickles
 
 from .. import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel, __version__
-from ..files import PART
+from ..files import PART, describe_links
 from ..tokenization_grinmoe import GrinMoeTokenizer
 from . import TO_FILL_IN
 
@@ -174,6 +174,8 @@ def gather(folder: Path, card: bool, report: Push, progress: Callable[[int, int]
             sources = part() | sources
         except ValueError as error:
             problems.append(str(error))
+    if problem := describe_links(folder, [path for path in sources.values() if isinstance(path, Path)]):
+        problems.append(problem)
     sources |= {path.name: path for path in Path(__file__).parents[1].glob(CODE)}
 
     report.files = {name: size(source) for name, source in sorted(sources.items())}
