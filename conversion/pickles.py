@@ -10,9 +10,11 @@ import io
 import json
 import math
 import operator
+import os
 import pickle
 import threading
-from collections import OrderedDict
+import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -22,9 +24,10 @@ from typing import IO, Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
-from torch.distributed.checkpoint.utils import _create_file_view
 
-from .headers import read_safetensors_header
+from modeling_grin.files import check_archive
+
+from .headers import MAX_DIMENSIONS, MAX_HEADER_BYTES, _shown, read_safetensors_header
 from .tensors import ConversionError, StoredTensor
 
 DCP_INDEX = ".metadata"
@@ -33,26 +36,29 @@ SAFETENSORS_SHARDS = "shard-*-model-*-of-*.safetensors"  # torch's HuggingFaceSt
 SHARDING_INFO = "DCP_SHARDING_INFO"  # in the metadata of these
 PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp.bin")
 
+PICKLE_ENTRY = "data.pkl"  # of the archive that torch.save writes
 ZIP_MAGIC = b"PK\x03\x04"  # what torch.save's files begin with
 
 # Parts of the names under which trainers save what an optimizer keeps; no module of the model is called so.
 OF_OPTIMIZERS = {"optim", "optimizer", "optimizers", "state", "param_groups"}
 TORCH_ADVICE = ("Weights only load failed", "(1)", "(2)")  # of torch.load, before the reason
 
+MAX_INDEX_BYTES = 2**28  # of DCP: some 100 bytes for each part of a tensor that a rank has
+MAX_PICKLE_BYTES = MAX_HEADER_BYTES  # of torch.save: some 100 bytes for each tensor
+MAX_ITEMS = MAX_DIMENSIONS
+MAX_CHUNKS = 2**14  # of a tensor, one for each rank: they are compared with one another
+
 COMPARED_CHUNKS = 256  # with all others at once: an index may have very many
 CACHED_TENSORS = 2  # a layer's fused matrices, whose parts are asked for one by one
 
 
 class Record:
-    """Stands for an object in DCP's index: its `state` and no code."""
+    """Stands for an object in a pickle: its `state` and no code."""
 
     state: Any = None
 
     def __init__(self, *args: Any) -> None:
         pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
 
 
 # All that DCP's index is made of, torch.Size and dtypes aside: (module, name) -> what is made in its place.
@@ -78,8 +84,85 @@ DCP_CLASSES = {
 }
 
 
-class IndexUnpickler(pickle._Unpickler):
-    """Python's unpickler in Python: the one in C sets aside whatever memory a number in the file asks for."""
+# What hashes or sets aside whatever the file asks for, and is in no file of torch's.
+REFUSED_OPCODES = (
+    pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.NEXT_BUFFER,
+    pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX,
+    pickle.PERSID,
+)  # fmt: skip
+
+
+class BoundedUnpickler(pickle._Unpickler):
+    """Makes records without code, in time and memory that are bounded by the length of the pickle.
+
+    It is Python's unpickler in Python: the one in C sets aside whatever memory a number in the file asks for. Tuples
+    are no keys: 60 of them, each of the one before twice, take 120 bytes, and 2^60 steps to hash. None of what is
+    copied (arguments, sizes, states) has more than `MAX_ITEMS`, for it could be copied as often as the file is long.
+    """
+
+    dispatch = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code not in b"".join(REFUSED_OPCODES)
+    }
+
+    def check(self, condition: bool, what: str) -> None:
+        if not condition:
+            raise TypeError(what)
+
+    def load_tuple(self) -> None:
+        items = self.pop_mark()
+        self.check(len(items) <= MAX_ITEMS, f"a tuple of {len(items)}")
+        self.append(tuple(items))
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items([key, value])
+
+    def load_setitems(self) -> None:
+        self.set_items(self.pop_mark())
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        self.check(isinstance(target, dict), "items of no dictionary")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.check(isinstance(key, (str, int, Record)), f"a {type(key).__name__} as a key")
+            target[key] = value
+
+    def load_reduce(self) -> None:
+        args, function = self.stack.pop(), self.stack[-1]
+        self.check(isinstance(args, tuple) and isinstance(function, type), "a call of no class")
+        sized = [arg for arg in args if isinstance(arg, (list, dict))]
+        self.check(all(len(arg) <= MAX_ITEMS for arg in sized), "a call with too much")
+        self.check(function is not OrderedDict or not args, "a dictionary made of a list")
+        self.stack[-1] = function(*args)
+
+    def load_newobj(self) -> None:
+        args, cls = self.stack.pop(), self.stack[-1]
+        self.check(isinstance(cls, type) and issubclass(cls, Record), "a new object of another class")
+        self.stack[-1] = cls(*args)
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Record):
+            target.state = state
+        else:  # what state_dict() returns has `_metadata`
+            self.check(isinstance(target, OrderedDict) and isinstance(state, dict), "a state of another object")
+            self.check(len(state) <= MAX_ITEMS, "a state with too much")
+
+    dispatch |= {
+        code[0]: load
+        for code, load in (
+            (pickle.TUPLE, load_tuple),
+            (pickle.SETITEM, load_setitem),
+            (pickle.SETITEMS, load_setitems),
+            (pickle.REDUCE, load_reduce),
+            (pickle.NEWOBJ, load_newobj),
+            (pickle.BUILD, load_build),
+        )
+    }
+
+
+class IndexUnpickler(BoundedUnpickler):
+    """Of DCP's index."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
@@ -94,6 +177,20 @@ class IndexUnpickler(pickle._Unpickler):
                 f"asks for {module}.{name}, which torch does not write there; do not trust this checkpoint"
             )
         return known[module, name]
+
+
+class TensorsUnpickler(BoundedUnpickler):
+    """Of a file that torch.save wrote: whether torch's restricted unpickler will end. That decides what it makes."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module.partition(".")[0] != "torch":  # others that torch allows, such as bytearray, take any size
+            raise ConversionError(f"asks for {module}.{name}, which is no tensor's; do not trust this checkpoint")
+        return type(name, (Record,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        return Record()
 
 
 @dataclass(frozen=True)
@@ -226,6 +323,8 @@ def read_dcp_index(folder: Path) -> dict[str, ShardedTensor]:
     """The tensors that DCP's `.metadata` describes, unread, by name."""
     path = folder / DCP_INDEX
     try:
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise ConversionError(f"has {path.stat().st_size} bytes, more than the {MAX_INDEX_BYTES} that it may have")
         return dict(parse_dcp_index(IndexUnpickler(io.BytesIO(path.read_bytes())).load(), folder))
     except ConversionError as error:
         raise ConversionError(f"{path} {error}") from error
@@ -237,14 +336,23 @@ def read_dcp_index(folder: Path) -> dict[str, ShardedTensor]:
 
 def parse_dcp_index(index: Any, folder: Path) -> Iterator[tuple[str, ShardedTensor]]:
     """Name and chunks of every tensor of an index; any exception means that it is not one."""
-    places = {  # (tensor, offsets) -> where its bytes are
-        (place.state["fqn"], place.state.get("offset")): info.state
-        for place, info in index.state["storage_data"].items()
-    }
+    places: dict[tuple[str, Any], Any] = {}  # (tensor, offsets) -> where its bytes are
+    counts: Counter[str] = Counter()
+    for place, info in index.state["storage_data"].items():
+        name, offsets = place.state["fqn"], place.state.get("offset")
+        if type(name) is not str or type(offsets) not in (torch.Size, type(None)):
+            raise TypeError("a place of no tensor")
+        places[name, offsets] = info.state
+        counts[name] += 1
     for name, description in index.state["state_dict_metadata"].items():
         if type(description).__name__ != "TensorStorageMetadata" or not is_weight(name):
             continue
         shape, dtype = description.state["size"], description.state["properties"].state[0]
+        count = len(description.state["chunks"])
+        if count > counts[name]:
+            raise ConversionError(f"lacks a part of {name}, which has {count}: copy the whole folder again")
+        if count > MAX_CHUNKS:
+            raise ConversionError(f"has {count} parts of {name}, more than the {MAX_CHUNKS} that are compared")
         boxes = [(chunk.state["offsets"], chunk.state["sizes"]) for chunk in description.state["chunks"]]
         if not isinstance(dtype, torch.dtype) or {torch.Size} != set(map(type, (shape, *chain(*boxes)))):
             raise TypeError(f"{name} has no dtype, or no shape")
@@ -257,14 +365,43 @@ def parse_dcp_index(index: Any, folder: Path) -> Iterator[tuple[str, ShardedTens
         yield name, ShardedTensor(f"{name} in {folder}", tuple(shape), dtype, chunks)
 
 
+class FilePart(io.RawIOBase):
+    """Some bytes of an open file, as a file."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int):
+        super().__init__()
+        self.file, self.offset, self.length, self.position = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        if self.position < 0:
+            raise OSError("a position before the beginning")
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.offset + self.position)
+        count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.position)])  # type: ignore[attr-defined]
+        self.position += count
+        return count
+
+
 def find_part(info: dict[str, Any], folder: Path, name: str, nbytes: int) -> Callable[[], torch.Tensor]:
     """How to read one part of a tensor, at least `nbytes` long: a file that torch.save wrote, within another file."""
     file_name, offset, length = info["relative_path"], info["offset"], info["length"]
     if not isinstance(file_name, str) or Path(file_name).name != file_name or not file_name.endswith(DEFAULT_SUFFIX):
-        raise ConversionError(f"names {file_name!r}, which is not a {DEFAULT_SUFFIX} file beside it")
+        raise ConversionError(f"names {_shown(file_name)}, which is not a {DEFAULT_SUFFIX} file beside it")
     if info.get("transform_descriptors"):
         raise ConversionError(
-            f"says that {name} is encoded ({info['transform_descriptors']}): save without extensions"
+            f"says that {name} is encoded ({_shown(info['transform_descriptors'])}): save without extensions"
         )
     path = folder / file_name
     if not path.is_file():
@@ -275,7 +412,9 @@ def find_part(info: dict[str, Any], folder: Path, name: str, nbytes: int) -> Cal
     def load() -> torch.Tensor:
         try:
             with path.open("rb") as file:
-                view = cast(IO[bytes], _create_file_view(file, offset, length))
+                view = cast(IO[bytes], FilePart(file, offset, length))
+                check_tensors_file(view)
+                view.seek(0)
                 return plain(torch.load(view, map_location="cpu", weights_only=True))
         except Exception as error:  # torch.load's are of many types
             raise ConversionError(f"{name} cannot be read from {path}: {first_line(error)}") from error
@@ -341,6 +480,8 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
             "weights_only=True) and write it again with torch.save"
         )
     try:
+        with path.open("rb") as file:
+            check_tensors_file(file)
         state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load's are of many types
         raise ConversionError(f"{path} is not a file of tensors alone: {first_line(error)}") from error
@@ -356,12 +497,26 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     return state_dict
 
 
+def check_tensors_file(file: IO[bytes]) -> None:
+    """Raise ValueError or TypeError for a file that takes torch's restricted unpickler more time or memory than its
+    length says."""
+    entries = check_archive(file)
+    for entry in entries:
+        if entry.filename.lower().endswith(PICKLE_ENTRY):
+            if entry.file_size > MAX_PICKLE_BYTES:
+                raise ValueError(f"has a {entry.filename!r} of {entry.file_size} bytes, more than {MAX_PICKLE_BYTES}")
+            with zipfile.ZipFile(file) as archive:
+                TensorsUnpickler(io.BytesIO(archive.read(entry))).load()
+
+
 def plain(value: Any) -> torch.Tensor:
     """`value` if it is a dense tensor in memory; else raise TypeError."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"a {type(value).__name__}, no tensor")
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
         raise TypeError(f"a tensor of another kind ({value.layout}, {value.dtype}, on {value.device})")
+    if value.nbytes > value.untyped_storage().nbytes():
+        raise TypeError(f"a tensor of {value.nbytes} bytes that repeats fewer of them, as expand() makes")
     return value
 
 

@@ -1,8 +1,10 @@
-"""Files that are there as a whole, or as they were; and links that lead out of a folder."""
+"""Files that are there as a whole, or as they were; links that lead out of a folder; archives that would inflate."""
 
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 PART = ".part-"  # how the name of a file begins that is being written
 
@@ -52,3 +54,27 @@ def describe_links(folder: Path, deeper: Iterable[Path] = ()) -> str | None:
         f"{folder} has {len(outside)} file(s) that are links out of it: {shown}{', ...' * (len(outside) > 5)}; if "
         "they belong to the checkpoint, copy them there (`cp -rL` copies a folder so), else delete the links"
     )
+
+
+def check_archive(file: str | Path | IO[bytes]) -> list[zipfile.ZipInfo]:
+    """The entries of a zip archive that torch.save wrote, as its directory lists them; nothing else is read.
+
+    torch.save compresses nothing, so that an entry never takes more memory than it has bytes in the file.
+
+    Raises:
+        ValueError: what is wrong, as the end of a sentence that begins with the file: it is no archive, or entries
+            are compressed, overlap or share a name.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries, end = archive.infolist(), archive.start_dir
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError("is cut off or damaged") from error
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise ValueError(f"has {entry.filename!r} compressed, which torch.save never does")
+    if len({entry.filename.lower() for entry in entries}) < len(entries):
+        raise ValueError("has two entries of one name")
+    if sum(entry.file_size for entry in entries) > end:
+        raise ValueError("has entries that overlap")
+    return entries

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -255,6 +256,11 @@ def unplaced(index):
     del index.storage_data[place_of(index, EMBEDDINGS)]
 
 
+def misplaced(index):
+    place = place_of(index, EMBEDDINGS)
+    index.storage_data[type(place)(EMBEDDINGS, torch.Size([1, 1]))] = index.storage_data.pop(place)
+
+
 def renamed(file_name):
     def change(index):
         index.storage_data[place_of(index, EMBEDDINGS)].relative_path = file_name
@@ -292,7 +298,8 @@ def no_shape(index):
         (shifted, r"do not cover shape \[131, 32\] exactly once \(4192 elements\)"),
         (beyond, r"do not cover shape \[130, 32\]"),
         (absurd_size, rf"puts {EMBEDDINGS} at byte \d+ of __0_0\.distcp, where it does not fit"),
-        (unplaced, rf"lacks a part of {EMBEDDINGS}, at \[0, 0\]"),
+        (unplaced, rf"lacks a part of {EMBEDDINGS}, which has 2"),
+        (misplaced, rf"lacks a part of {EMBEDDINGS}, at \[0, 0\]"),
         (renamed("../secret.distcp"), r"names '\.\./secret\.distcp', which is not a \.distcp file beside it"),
         (renamed("/etc/passwd"), "names '/etc/passwd', which is not"),
         (renamed(".metadata"), r"names '\.metadata', which is not a \.distcp file"),
@@ -421,6 +428,115 @@ def test_an_index_that_is_none(tmp_path, data):
     (tmp_path / ".metadata").write_bytes(data)
     with pytest.raises(ConversionError, match=r"\.metadata is not an index as torch writes it"):
         read_dcp(tmp_path, weights_only=True)
+
+
+NESTED = b"K\x01" + b"2\x86" * 60  # each tuple holds the one before twice: 2^60 steps to hash, compare or print
+BOMBS = {
+    "a key": b"\x80\x04}" + NESTED + b"K\x01s.",
+    "keys": b"\x80\x04}(" + NESTED + b"K\x01u.",
+    "a set": b"\x80\x04\x8f(" + NESTED + b"\x90.",
+    "a frozen set": b"\x80\x04(" + NESTED + b"\x91.",
+    "a dictionary": b"\x80\x04(" + NESTED + b"K\x01d.",
+    "an ordered one": b"\x80\x04\x8c\x0bcollections\x8c\x0bOrderedDict\x93]" + NESTED + b"K\x01\x86a\x85R.",
+    "bytes": b"\x80\x05\x96" + (2**36).to_bytes(8, "little") + b".",
+    "one size, often": (
+        b"\x80\x04(%bt\x94\x8c\x05torch\x8c\x04Size\x93\x94%b." % (b"K\x01" * 50_000, b"h\x01h\x00\x85R" * 50_000)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", BOMBS)
+def test_pickles_that_would_never_end(tmp_path, name):
+    """Neither as DCP's index nor within torch.save's archive; some would take hours, some all memory."""
+    (tmp_path / ".metadata").write_bytes(BOMBS[name])
+    with pytest.raises(ConversionError, match=r"\.metadata is not an index as torch writes it \("):
+        read_dcp(tmp_path, weights_only=True)
+    write_archive(tmp_path / "pytorch_model.bin", {"archive/data.pkl": BOMBS[name]})
+    with pytest.raises(ConversionError, match=r"pytorch_model\.bin is not a file of tensors alone: (Type|Key)Error"):
+        read_pickles(find_pickles(tmp_path))
+
+
+def write_archive(path: Path, entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+
+def nested_tuple() -> tuple:
+    value: tuple = (1,)
+    for _ in range(60):
+        value = (value, value)
+    return value
+
+
+def nested_place(index):
+    index.storage_data[place_of(index, EMBEDDINGS)].relative_path = nested_tuple()
+
+
+def nested_encoding(index):
+    index.storage_data[place_of(index, EMBEDDINGS)].transform_descriptors = nested_tuple()
+
+
+def nested_name(index):
+    object.__setattr__(place_of(index, EMBEDDINGS), "fqn", nested_tuple())
+
+
+def nested_offsets(index):
+    object.__setattr__(place_of(index, EMBEDDINGS), "offset", nested_tuple())
+
+
+def many_parts(index):
+    """One list of parts for all tensors, each compared with every other."""
+    parts = index.state_dict_metadata[EMBEDDINGS].chunks * 50_000
+    for stored in index.state_dict_metadata.values():
+        stored.chunks = parts
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("change", [nested_place, nested_encoding, nested_name, nested_offsets, many_parts])
+def test_indexes_whose_parts_would_never_end(copy, change):
+    index = read_index(copy)
+    change(index)
+    with (copy / ".metadata").open("wb") as file:
+        pickler = pickle._Pickler(file)  # the one in C knows no way to pickle a tuple 60 deep but recursion
+        pickler.dump(index)
+    with pytest.raises(ConversionError, match=r"\.metadata (names|says that|is not an index|lacks a part)"):
+        read_dcp(copy, weights_only=True)
+
+
+def test_archives_that_would_inflate(saved, tmp_path):
+    """Refused by their directories: what torch.save writes is never compressed, and no two entries share bytes."""
+    path, bomb = tmp_path / "pytorch_model.bin", BOMBS["a key"][:-1] + b"0" * 2**26
+    write_archive(path, {"archive/data.pkl": bomb}, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 2**17
+    with pytest.raises(ConversionError, match=r"alone: ValueError: has 'archive/data.pkl' compressed, which torch"):
+        read_pickles([path])
+
+    torch.save({"a": torch.zeros(2**18)}, path)  # as torch does it, and inflated in another way each
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    inflated = tmp_path / "pytorch_model-00001-of-00001.bin"
+    write_archive(inflated, entries, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ConversionError, match=r"has 'pytorch_model/data.pkl' compressed"):
+        read_pickles([inflated])
+    write_archive(path, {"archive/data.pkl": b".", "archive/DATA.pkl": b"."})  # torch looks for either
+    with pytest.raises(ConversionError, match=r"has two entries of one name"):
+        read_pickles([path])
+    write_archive(path, {"archive/data.pkl": b"N." * 2**16, "b": b""})
+    data = path.read_bytes()
+    directory, end = data.index(b"PK\1\2"), data.index(b"PK\5\6")
+    first = data[directory : data.index(b"PK\1\2", directory + 1)]
+    end_of_directory = data[end : end + 8] + b"\2\0\2\0" + (2 * len(first)).to_bytes(4, "little") + data[end + 16 :]
+    path.write_bytes(data[:directory] + first + first.replace(b"pkl", b"two") + end_of_directory)
+    with pytest.raises(ConversionError, match=r"has entries that overlap"):
+        read_pickles([path])
+    torch.save({"a": torch.zeros(1).expand(2**40)}, path)
+    with pytest.raises(ConversionError, match=r"a in .* is a tensor of 4398046511104 bytes that repeats fewer"):
+        read_pickles([path])
+    torch.save({"a": bytearray(3)}, path)
+    with pytest.raises(ConversionError, match=r"asks for \S+\.bytearray, which is no tensor's"):
+        read_pickles([path])
 
 
 def write_pickled(folder: Path, tensors: dict, num_files: int = 1, **kwargs) -> Path:

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+import zipfile
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -151,6 +152,15 @@ def test_a_file_that_is_missing_or_cut_off_is_named(finished, tmp_path, name):
     (checkpoint / name).unlink()
     (problem,) = find_problems(checkpoint)
     assert problem.startswith(name) and problem.endswith("is missing")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_an_archive_that_would_inflate_is_named(finished, tmp_path, name):
+    checkpoint = tmp_path / "checkpoint-9"
+    shutil.copytree(finished[0] / "checkpoint-9", checkpoint)
+    with zipfile.ZipFile(checkpoint / name, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"0" * 2**20)
+    assert find_problems(checkpoint) == [f"{name} has 'archive/data.pkl' compressed, which torch.save never does"]
 
 
 def test_what_makes_a_checkpoint_complete(finished, tmp_path):

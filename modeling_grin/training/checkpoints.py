@@ -8,12 +8,12 @@ off anywhere is found, without reading its tensors.
 import json
 import os
 import re
-import zipfile
 from pathlib import Path
 
 from transformers import TrainerState
 
 from ..checkpoint_grinmoe import is_readable
+from ..files import check_archive
 
 # Checkpoints are written in here, and moved out when they are complete. The name is one that Trainer neither takes for
 # a checkpoint nor uploads to the Hub (`_*`).
@@ -72,9 +72,12 @@ def find_problems(checkpoint: str | os.PathLike) -> list[str]:
         problems += [f"rng_state_{rank}.pth is missing" for rank in sorted(absent)]
 
     damaged = [path for path in sorted(folder.rglob("*.safetensors*")) if not is_readable(path)]
-    archives = [path for pattern in ("*.pt", "*.pth", "*.bin") for path in sorted(folder.glob(pattern))]
-    damaged += [path for path in archives if not zipfile.is_zipfile(path)]
     problems += [f"{path.relative_to(folder)} is cut off or damaged" for path in damaged]
+    for path in (path for pattern in ("*.pt", "*.pth", "*.bin") for path in sorted(folder.glob(pattern))):
+        try:
+            check_archive(path)
+        except ValueError as error:
+            problems.append(f"{path.name} {error}")
 
     state = folder / "trainer_state.json"  # Trainer writes it last
     try:
