@@ -67,9 +67,9 @@ setup(
     # The explicit root makes an editable install follow the checkout, new top-level packages included.
     package_dir={"": "."},
     # Recipes are scripts to copy and edit, model cards a template: folders named here, which need no __init__.py.
-    packages=[*find_packages(include=["modeling_grin*", "conversion*"]), "recipes", "model_cards"],
+    packages=[*find_packages(include=["modeling_grin*", "conversion*", "grin_moe_cli*"]), "recipes", "model_cards"],
     package_data={"modeling_grin": ["py.typed", "analysis/*.html"], "recipes": ["**/*.yaml"], "model_cards": ["*.md"]},
-    entry_points={"console_scripts": ["grin-moe = modeling_grin.cli:main"]},
+    entry_points={"console_scripts": ["grin-moe = grin_moe_cli:main"]},
     zip_safe=False,
     classifiers=[
         "Development Status :: 3 - Alpha",

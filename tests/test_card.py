@@ -25,10 +25,10 @@ from runs import Rows, make_model, make_trainer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from grin_moe_cli.card import card as card_command
+from grin_moe_cli.checkpoints import convert
+from grin_moe_cli.study import plan
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeTokenizer
-from modeling_grin.cli.card import card as card_command
-from modeling_grin.cli.checkpoints import convert
-from modeling_grin.cli.study import plan
 from modeling_grin.publishing import card as cards
 from modeling_grin.publishing.card import draw_loss, may_write_card, table, write_card
 from modeling_grin.publishing.record import record_run

@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from modeling_grin.cli import app
+from grin_moe_cli import app
 from recipes import data, dpo, pretrain, sft
 
 ROOT = Path(__file__).parent.parent

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from conversion import ConversionError, convert, inspect
+from grin_moe_cli import app
 from modeling_grin import GrinMoeForCausalLM
-from modeling_grin.cli import app
 from modeling_grin.training import add_lora
 
 ROOT = Path(__file__).parents[1]
@@ -189,7 +189,7 @@ def test_convert_command(folder, tmp_path):
 
 def test_errors_are_one_sentence(folder, tmp_path):
     """In a process of its own: nothing but the sentence, and exit code 1."""
-    command = [sys.executable, "-c", "from modeling_grin.cli import main; main()"]
+    command = [sys.executable, "-c", "from grin_moe_cli import main; main()"]
     arguments = ["convert", str(folder), str(tmp_path), "--to", "onnx"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("modeling_grin", "conversion", "recipes", "model_cards")
+PACKAGES = ("modeling_grin", "conversion", "grin_moe_cli", "recipes", "model_cards")
 BUILD_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -114,8 +114,9 @@ model = modeling_grin.GrinMoeForCausalLM(config).eval()
 with torch.no_grad():
     logits = model(input_ids=torch.arange(10).reshape(2, 5)).logits
 assert logits.shape == (2, 5, 64) and logits.isfinite().all()
+ours = ("modeling_grin", "conversion", "grin_moe_cli", "recipes")
 outside = [name for name, module in sys.modules.items()
-           if name.split(".")[0] in ("modeling_grin", "conversion", "recipes") and getattr(module, "__file__", None)
+           if name.split(".")[0] in ours and getattr(module, "__file__", None)
            and not Path(module.__file__).resolve().is_relative_to(site)]
 assert not outside, outside
 print("works outside the checkout")

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from benchmarks import scaling
+from grin_moe_cli import app
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 from modeling_grin.analysis.planner import (
     GB,
@@ -33,7 +34,6 @@ from modeling_grin.analysis.planner import (
     send_time,
     stages,
 )
-from modeling_grin.cli import app
 from modeling_grin.training.pipeline import SCHEDULES
 
 EMPTY = Path(__file__).parent  # a folder without config.json

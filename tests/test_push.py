@@ -22,7 +22,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import modeling_grin
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeTokenizer, cli
+from grin_moe_cli import main
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeTokenizer
 from modeling_grin.files import PART
 from modeling_grin.publishing.push import find_secrets, push
 
@@ -142,7 +143,7 @@ def command(*arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["grin-moe", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
     return end.value.code
 
 

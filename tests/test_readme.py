@@ -11,8 +11,8 @@ import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
 from typer.testing import CliRunner
 
+from grin_moe_cli import app
 from modeling_grin import GrinMoeForCausalLM
-from modeling_grin.cli import app
 from modeling_grin.training import add_lora
 
 ROOT = Path(__file__).parent.parent

@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 from typer.testing import CliRunner
 
+from grin_moe_cli import app
+from grin_moe_cli import recipes as recipes_commands
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
-from modeling_grin.cli import app
-from modeling_grin.cli import recipes as recipes_commands
 from modeling_grin.publishing.record import record_run
 from modeling_grin.training import checks, merge_lora, recipes
 from modeling_grin.training.recipes import load_data
@@ -714,9 +714,9 @@ def test_recipes_cp_copies_and_never_overwrites(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_recipes_are_found_beside_an_installed_package(tmp_path):
-    for name in ("modeling_grin", "recipes"):
+    for name in ("grin_moe_cli", "recipes"):
         shutil.copytree(ROOT / name, tmp_path / "site" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    code = "from modeling_grin import cli; import sys; sys.argv = ['grin-moe', 'recipes', 'cp', 'sft']; cli.main()"
+    code = "import grin_moe_cli, sys; sys.argv = ['grin-moe', 'recipes', 'cp', 'sft']; grin_moe_cli.main()"
     (tmp_path / "work" / "recipes").mkdir(parents=True)
     subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "work", check=True, capture_output=True,

@@ -21,6 +21,8 @@ from checkpoints import released_config, released_tensors, write_checkpoint
 from transformers import PhimoeConfig, PhimoeForCausalLM
 from typer.testing import CliRunner
 
+from grin_moe_cli import app
+from grin_moe_cli.routing import parse_data
 from modeling_grin import GrinMoeForCausalLM, data
 from modeling_grin.analysis import (
     RoutingCounts,
@@ -36,8 +38,6 @@ from modeling_grin.analysis import (
     token_rows,
 )
 from modeling_grin.analysis.specialization import cluster, set_information
-from modeling_grin.cli import app
-from modeling_grin.cli.routing import parse_data
 
 EPS = 0.15  # many near-ties
 LAYERS, EXPERTS, TOP_K = 2, 6, 2

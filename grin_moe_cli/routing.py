@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -20,12 +19,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from .terminal import console, errors
+from .terminal import console, errors, escape
 
 if TYPE_CHECKING:
     import torch
 
-    from ..modeling_grinmoe import GrinMoeForCausalLM
+    from modeling_grin.modeling_grinmoe import GrinMoeForCausalLM
 
 MODELS, COUNTING, REPORT = "The models", "What is counted", "The report"
 """Panels of the options."""
@@ -74,7 +73,7 @@ def errors_about(name: str) -> Iterator[None]:
 
 def load_model(name: str, dtype: str) -> "GrinMoeForCausalLM":
     """The checkpoint's model, on the devices that there are."""
-    from ..modeling_grinmoe import GrinMoeForCausalLM
+    from modeling_grin.modeling_grinmoe import GrinMoeForCausalLM
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is none of {', '.join(DTYPES)}")
@@ -84,7 +83,7 @@ def load_model(name: str, dtype: str) -> "GrinMoeForCausalLM":
 
 def parse_data(data: list[str]) -> dict[str, str]:
     """`name=path` arguments as {name: path}; "all sets" is what the tables call their sum."""
-    from ..analysis.report import ALL_SETS
+    from modeling_grin.analysis.report import ALL_SETS
 
     sets: dict[str, str] = {}
     for given in data:
@@ -148,9 +147,9 @@ def routing(
     """
     from transformers import AutoTokenizer
 
-    from ..analysis.report import ORDERS, RoutingStudy, view_tokens, write_report
-    from ..analysis.routing import collect_routing, compare_routing
-    from ..data import batched, token_rows
+    from modeling_grin.analysis.report import ORDERS, RoutingStudy, view_tokens, write_report
+    from modeling_grin.analysis.routing import collect_routing, compare_routing
+    from modeling_grin.data import batched, token_rows
 
     sets = parse_data(data)
     if order not in ORDERS:
@@ -202,4 +201,4 @@ def routing(
             f"{row['load_max_worst']:.2f} x",
         )
     console.print(table)
-    console.print(f"look at {output_dir / 'report.html'}; pictures and tables are beside it", highlight=False)
+    console.print(f"look at {escape(output_dir / 'report.html')}; pictures and tables are beside it", highlight=False)

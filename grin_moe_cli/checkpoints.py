@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from .terminal import console, hint_of_resuming, transfer
+from .terminal import console, escape, hint_of_resuming, transfer
 
 FORM, MODEL_CHANGE, SAFETY = "The result", "Another number of experts", "Safety"
 """Panels of `convert`'s options."""
@@ -150,7 +149,7 @@ def inspect(
         table = Table(box=None, show_header=False)
         table.add_row("checkpoint", f"{escape(found.path)} ({found.form}, {escape(found.model)})")
         table.add_row("parameters", f"{found.parameters:,}; a token uses {found.active_parameters:,}")
-        table.add_row("dtypes", ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items()))
+        table.add_row("dtypes", escape(", ".join(f"{name} {count:,}" for name, count in found.dtypes.items())))
         size = f"{len(found.files)}, {sum(found.files.values()) / 1e9:.3f} GB"
         table.add_row("files", escape(f"{size}: {', '.join(list(found.files)[:3])}{' ...' * (len(found.files) > 3)}"))
         shown = {key: value for key, value in found.config.items() if len(str(value)) < 200}  # no LongRoPE's factors

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
 
-from .terminal import console, errors, transfer
+from .terminal import console, errors, escape, transfer
 
 
 def push(
@@ -30,7 +29,7 @@ def push(
 
     Example: grin-moe push sft-output me/my-grin --dry-run
     """
-    from ..publishing import push as pushing
+    from modeling_grin.publishing import push as pushing
 
     with ExitStack() as checking:
         advance, done = checking.enter_context(transfer("checking", as_json)), 0
@@ -75,9 +74,11 @@ def push(
         console.print(table)
         total = f"{len(report.files)} files, {decimal(sum(report.files.values()))}"
         if dry_run:
-            console.print(f"{total} for {report.repo_id}; nothing has been sent", highlight=False)
+            console.print(f"{total} for {escape(report.repo_id)}; nothing has been sent", highlight=False)
         else:
             outcome = "pushed to" if report.changed else "already in"
-            console.print(f"{total} {outcome} {report.url}, commit {report.commit}", highlight=False, soft_wrap=True)
+            console.print(
+                f"{total} {outcome} {escape(report.url)}, commit {report.commit}", highlight=False, soft_wrap=True
+            )
     if report.problems:
         raise typer.Exit(1)

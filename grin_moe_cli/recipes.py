@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from .terminal import console
+from .terminal import console, escape
 
 recipes_app = typer.Typer(help="Training scripts and their configs, to copy and edit.", no_args_is_help=True)
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # beside the package, in the checkout as in the wheel
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"  # beside the package, in the checkout as in the wheel
 WHAT = "# What:"  # the line of a config's header that `recipes ls` shows
 
 
@@ -63,4 +62,4 @@ def copy_recipe(
         raise ValueError(f"{target} exists: give another name, or move it away")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-    console.print(f"copied to {escape(str(target))}")
+    console.print(f"copied to {escape(target)}")

@@ -1,10 +1,10 @@
 """The `grin-moe` command."""
 
 import sys
+import traceback
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from .card import card
 from .checkpoints import convert, inspect
@@ -12,7 +12,7 @@ from .push import push
 from .recipes import recipes_app
 from .routing import routing
 from .study import gradients, plan
-from .terminal import errors
+from .terminal import errors, escape, is_plain
 
 app = typer.Typer(
     help="Tools for gradient-informed mixture-of-experts models.", no_args_is_help=True, add_completion=False
@@ -32,9 +32,11 @@ def options(
 def main() -> None:
     """Run the command; an error is one sentence and exit code 1, unless `--debug` asks for the traceback."""
     try:
+        for argument in sys.argv[1:]:  # typer's own errors quote them as they are
+            if not all(map(is_plain, argument)):
+                raise ValueError(f"the argument {argument} has control characters: rename what it names")
         app()
     except Exception as error:
-        if "--debug" in sys.argv:
-            raise
-        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        said = traceback.format_exc() if "--debug" in sys.argv else error
+        errors.print(f"[red]error:[/red] {escape(said)}", highlight=False)
         sys.exit(1)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .terminal import console
+from .terminal import console, escape
 
 
 def gradients(
@@ -23,7 +23,7 @@ def gradients(
 
     Example: grin-moe gradients --over num_experts --over curvature --layers 5
     """
-    from ..analysis.gradients import SWEEPS, Setting, objective, plot_sweep, sweep
+    from modeling_grin.analysis.gradients import SWEEPS, Setting, objective, plot_sweep, sweep
 
     variables = over or list(SWEEPS)
     points = sweep(variables, layers, batch)
@@ -55,7 +55,7 @@ def gradients(
                     f"{row[variable]:g}", row["estimator"], str(row["equation"]), *(f"{x:.2g}" for x in figures)
                 )
         console.print(table)
-    console.print(f"{output_dir / 'gradients.csv'} has every quantity and both equations; plots are beside it")
+    console.print(f"{escape(output_dir / 'gradients.csv')} has every quantity and both equations; plots are beside it")
 
 
 MODEL, DEVICES, STEP, OUTPUT = "The model", "The devices", "A training step", "What is printed"
@@ -118,8 +118,8 @@ def plan(
 
     Example: grin-moe plan --devices 64 --num-local-experts 32 --assume peak_flops=312e12
     """
-    from ..analysis import planner
-    from ..configuration_grinmoe import GrinMoeConfig
+    from modeling_grin.analysis import planner
+    from modeling_grin.configuration_grinmoe import GrinMoeConfig
 
     fields = ("num_local_experts", "num_experts_per_tok", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads", "num_key_value_heads")  # fmt: skip
@@ -174,7 +174,11 @@ def plan(
     console.print(f"{fitting} of {len(estimates)} layouts fit. EP is for comparison: GRIN-MoE is trained without.")
     if left_out:
         name, reason = next(iter(left_out.items()))
-        console.print(f"{len(left_out)} others cannot be trained (all in --json), such as {name}: {reason}")
+        console.print(
+            f"{len(left_out)} others cannot be trained (all in --json), such as {escape(f'{name}: {reason}')}"
+        )
     balance = {"router_aux_loss_coef": model.router_aux_loss_coef}  # 0: no load-balance loss
     for name, values in (("training", vars(training) | balance), ("assumptions", vars(assumptions))):
-        console.print(f"{name}: " + ", ".join(f"{key}={value}" for key, value in values.items()), highlight=False)
+        console.print(
+            escape(f"{name}: " + ", ".join(f"{key}={value}" for key, value in values.items())), highlight=False
+        )

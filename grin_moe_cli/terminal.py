@@ -1,12 +1,28 @@
-"""What the commands print on, and their progress bars."""
+"""What the commands print on, their progress bars, and the one way by which text from files gets there: `escape`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-console, errors = Console(), Console(stderr=True)
+console, errors = Console(emoji=False), Console(stderr=True, emoji=False)
+
+
+def is_plain(character: str) -> bool:
+    """Whether a terminal shows the character and does nothing else."""
+    return character.isprintable() or character in "\n\t"
+
+
+def escape(value: object) -> str:
+    r"""`value` as the console shows it: without rich's markup, and control characters as `\x1b` is written here.
+
+    Names of files and tensors, metadata and configs are somebody else's, and so is an error that quotes them: what a
+    terminal obeys (ESC, OSC, C1), what hides or turns text around, and half of a pair would reach it.
+    """
+    text = str(value)
+    return escape_markup("".join(character if is_plain(character) else repr(character)[1:-1] for character in text))
 
 
 @contextmanager

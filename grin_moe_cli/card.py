@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from .terminal import console
+from .terminal import console, escape
 
 
 def card(
@@ -31,7 +30,7 @@ def card(
 
     Example: grin-moe card output/sft_tiny --repo-id me/grin-tiny --license mit --language en
     """
-    from ..publishing.card import write_card
+    from modeling_grin.publishing.card import write_card
 
     written = write_card(
         folder,

@@ -1,0 +1,202 @@
+"""The `grin-moe` command itself: what it imports before there is work, and untrusted text on its way to a terminal."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from checkpoints import released_config, released_tensors, write_checkpoint
+from safetensors.torch import save_file
+
+import grin_moe_cli
+from grin_moe_cli.terminal import escape
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "transformers", "matplotlib", "scipy", "numpy", "huggingface_hub", "gguf", "modeling_grin"}
+
+RED, TITLE = "\x1b[31m", "\x1b]0;owned\x07"  # CSI; OSC 0 sets a terminal's title, OSC 52 its clipboard
+HOSTILE = f"{RED}{TITLE}\x9b1m\u202e[bold]x"  # C1's CSI, text turned around, rich's markup
+SHOWN = "\\x1b[31m\\x1b]0;owned\\x07\\x9b1m\\u202e[bold]x"
+
+
+def run_in_process(*arguments: str) -> tuple[int, str, set[str]]:
+    """Exit code, output, and the modules of `HEAVY` that were imported."""
+    code = (
+        "import sys, grin_moe_cli\n"
+        "try: grin_moe_cli.main()\n"
+        f"finally: print('imported', *sorted({HEAVY!r} & sys.modules.keys()), file=sys.stderr)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, timeout=120
+    )
+    output, _, imported = result.stderr.rpartition("imported")
+    return result.returncode, result.stdout + output, set(imported.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [(["--help"], 0, "convert"), (["inspekt"], 2, "inspect"), (["recipes", "ls"], 0, "sft")],
+)
+def test_nothing_heavy_is_imported_before_there_is_work(arguments, code, text):
+    """Asked for help, or mistyped, the command answers at once; torch and transformers take seconds to import."""
+    returncode, output, imported = run_in_process(*arguments)
+    assert (returncode, imported) == (code, set()) and text in output
+
+
+def test_no_module_of_the_command_imports_anything_heavy_at_its_top():
+    for path in (ROOT / "grin_moe_cli").glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not {name.partition(".")[0] for name in names} & {*HEAVY, "conversion"}, path
+
+
+# ---- Untrusted text ----
+
+
+def grin_moe(monkeypatch, capfd, *arguments: object) -> tuple[int, str]:
+    """Run the command as a user does; its exit code and all that reached the terminal."""
+    monkeypatch.setattr(sys, "argv", ["grin-moe", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "2000")
+    code = 0
+    try:
+        grin_moe_cli.main()
+    except SystemExit as end:
+        code = end.code or 0
+    output = capfd.readouterr()
+    return code, output.out + output.err
+
+
+def assert_harmless(output: str) -> None:
+    bad = {c for c in output if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t"}
+    assert not bad, (bad, output)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    config = released_config()
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "model", config, released_tensors(config))
+
+
+def test_escaped_text():
+    assert escape("plain äöü 漢字\n\t") == "plain äöü 漢字\n\t"
+    assert escape(HOSTILE) == SHOWN.replace("[bold]", "\\[bold]")
+    assert escape(Path("a\udc80")) == "a\\udc80", "a file's name that is no text in UTF-8"
+
+
+def hostile_adapter(folder, checkpoint):
+    folder.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": HOSTILE, "r": 2, "lora_alpha": 4, HOSTILE: HOSTILE}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"x": torch.ones(2)}, folder / "adapter_model.safetensors")
+    return ["inspect", folder]
+
+
+def hostile_base(folder, checkpoint):
+    hostile_adapter(folder, checkpoint)
+    return ["convert", folder, folder.parent / "result", "--to", "hub"]
+
+
+def hostile_gguf(folder, checkpoint):
+    folder.mkdir()
+    writer = gguf.GGUFWriter(folder / "x.gguf", HOSTILE)
+    writer.add_string("general.name", HOSTILE)
+    writer.add_tensor("t", torch.ones(32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return ["inspect", folder / "x.gguf"]
+
+
+def hostile_names(folder, checkpoint):
+    shutil.copytree(checkpoint, folder)
+    (folder / f"{HOSTILE}.txt").touch()
+    (folder / f"LICENSE{HOSTILE}").touch()
+    return ["convert", folder, folder.parent / "result", "--to", "fused"]
+
+
+def hostile_shard(folder, checkpoint):
+    shutil.copytree(checkpoint, folder)
+    (folder / "model.safetensors").rename(folder / f"{HOSTILE}.safetensors")
+    return ["inspect", folder]
+
+
+def hostile_dcp(folder, checkpoint):
+    dcp.save({HOSTILE: torch.ones(2)}, checkpoint_id=folder, no_dist=True)
+    (folder / "__0_0.distcp").write_bytes(b"")
+    shutil.copy(checkpoint / "config.json", folder)
+    return ["inspect", folder, "--weights-only"]
+
+
+def hostile_pickle(folder, checkpoint):
+    folder.mkdir()
+    torch.save({HOSTILE: 3}, folder / "pytorch_model.bin")
+    shutil.copy(checkpoint / "config.json", folder)
+    return ["inspect", folder, "--weights-only"]
+
+
+def hostile_config(folder, checkpoint):
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_act": HOSTILE}
+    (folder / "config.json").write_text(json.dumps(config))
+    return ["inspect", folder]
+
+
+def hostile_push(folder, checkpoint):
+    hostile_names(folder, checkpoint)
+    (folder / "README.md").write_text(f"![x](<{HOSTILE}.png>)")
+    return ["push", folder, "me/x", "--dry-run"]
+
+
+def hostile_card(folder, checkpoint):
+    shutil.copytree(checkpoint, folder)
+    run = {"method": "SFT", "base_model": {"name": HOSTILE, "hub": False}, "global_batch": 8, "hyperparameters": {}}
+    run |= {"hardware": {"device": "CPU", "processes": 1}, "versions": {}}
+    run |= {"parallelism": {"pipeline": 1, "tensor": 1, "fully sharded": False}}
+    (folder / "run.json").write_text(json.dumps(run))
+    return ["card", folder]
+
+
+def hostile_argument(folder, checkpoint):
+    return ["inspect", folder, HOSTILE]
+
+
+def hostile_path(folder, checkpoint):
+    return ["inspect", HOSTILE]
+
+
+def hostile_with_debug(folder, checkpoint):
+    return ["--debug", *hostile_config(folder, checkpoint)]
+
+
+SCENES = [value for name, value in list(globals().items()) if name.startswith("hostile_")]
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
+def test_untrusted_text_reaches_no_terminal(scene, checkpoint, tmp_path, monkeypatch, capfd):
+    """Not what a terminal obeys; what it is can be read."""
+    arguments = scene(tmp_path / "hostile", checkpoint)
+    _, output = grin_moe(monkeypatch, capfd, *arguments)
+    assert_harmless(output)
+    assert "x1b" in output, output
+
+
+def test_untrusted_text_has_one_way_to_the_terminal():
+    """No module but `terminal` escapes or makes a console that reads markup; what is printed otherwise is JSON."""
+    for path in (ROOT / "grin_moe_cli").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path.name != "terminal.py":
+            assert "rich.markup" not in text, path
+            assert all(line.strip() == "print(" or "json.dumps" in line for line in re.findall(r".*\bprint\(.*", text)
+                       if not re.search(r"\w\.print\(", line)), path  # fmt: skip
