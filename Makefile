@@ -16,10 +16,10 @@ READY := $(VENV)/.ready
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-llama lint format docs wheel clean
+.PHONY: help setup demo test test-llama test-upstream lint format docs wheel clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make .venv with the package (editable) and everything needed to work on it
 
@@ -44,6 +44,10 @@ test-llama: $(READY) ## Build llama-cpp-python (4 minutes) and run the tests tha
 	CMAKE_ARGS="$(LLAMA_CMAKE_ARGS)" CMAKE_BUILD_PARALLEL_LEVEL=$(WORKERS) \
 		$(PY) -m pip install -q -c constraints.txt --no-binary llama-cpp-python llama-cpp-python
 	$(PY) -m pytest tests/test_gguf.py -k llama
+
+test-upstream: $(READY) ## Run the tests of transformers, peft and trl on ours and on stock models (see CONTRIBUTING.md)
+	$(PY) -m pip install -q -c constraints.txt -e ".[dev,upstream]"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -c tests/upstream/pytest.ini -n $(WORKERS) tests/upstream $(PYTEST_ARGS)
 
 lint: $(READY) ## Check style, formatting and types
 	$(VENV)/bin/ruff check .

@@ -44,6 +44,8 @@ DEV = [
     "setuptools>=77.0.3",  # builds the wheel
 ]
 
+UPSTREAM = ["httpx>=0.28", "parameterized>=0.9"]  # what the tests of transformers, peft and trl import
+
 setup(
     name="grin-moe",
     version="0.1.0",
@@ -62,6 +64,7 @@ setup(
         "llama": [*GGUF, "llama-cpp-python>=0.3.36"],  # runs what was converted; compiled when it is installed
         "eval": EVAL,
         "docs": DOCS,
+        "upstream": [*TRAIN, *UPSTREAM],
         "dev": EVAL + QUANTIZED + GGUF + DOCS + DEV,
     },
     # The explicit root makes an editable install follow the checkout, new top-level packages included.

@@ -1,0 +1,3 @@
+"""Upstream's tests in which ours does worse than a stock architecture, and why that is meant."""
+
+DIFFERENCES = {}

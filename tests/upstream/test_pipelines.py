@@ -1,0 +1,40 @@
+"""transformers' pipeline tests on tiny local models, by the two methods that its common tests call."""
+
+import importlib
+
+import pytest
+import torch
+from models import checkpoint, for_each_kind
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+pytest.importorskip("tests.pipelines", reason="pipeline tests need TRANSFORMERS_CHECKOUT")
+
+TASKS = {
+    "TextGeneration": AutoModelForCausalLM,
+    "TextClassification": AutoModelForSequenceClassification,
+    "ZeroShotClassification": AutoModelForSequenceClassification,
+    "FeatureExtraction": AutoModel,
+}
+MODULES = {
+    "TextGeneration": "text_generation",
+    "TextClassification": "text_classification",
+    "ZeroShotClassification": "zero_shot",
+    "FeatureExtraction": "feature_extraction",
+}
+
+
+class Pipeline:
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("task", TASKS)
+    def test_pipeline(self, task, dtype):
+        module = importlib.import_module(f"tests.pipelines.test_pipelines_{MODULES[task]}")
+        theirs = getattr(module, f"{task}PipelineTests")()
+        folder = checkpoint(self.kind, TASKS[task])
+        model = TASKS[task].from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=20_000)  # they expect longer input to fail
+        pipeline, examples = theirs.get_test_pipeline(model, tokenizer=tokenizer, dtype=dtype)
+        theirs.run_pipeline_test(pipeline, examples)
+
+
+globals().update(for_each_kind(Pipeline))
+del Pipeline
