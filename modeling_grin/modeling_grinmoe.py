@@ -303,6 +303,9 @@ class GrinMoePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # transformers looks in the source of a class's module for these, where a user's own class does not repeat them.
+    _can_set_attn_implementation_cached_value = True
+    _can_set_experts_implementation_cached_value = True
     _can_record_outputs = {"hidden_states": GrinMoeDecoderLayer, "attentions": GrinMoeAttention}
 
     def _resolve_parallel_plans(self, distributed_config):

@@ -194,6 +194,18 @@ def test_is_the_default_and_stock_models_may_name_it():
     torch.testing.assert_close(stock(ids).logits, expected)
 
 
+@pytest.mark.parametrize("module", [__name__, "a_notebook"])
+def test_can_be_changed_in_a_users_own_class(module):
+    """Whose module does not repeat what transformers looks for in the source, or has none."""
+    Own = type("Own", (GrinMoeForCausalLM,), {"__module__": module})
+    model = Own(GrinMoeConfig(hidden_size=H, intermediate_size=F, num_local_experts=E, num_attention_heads=4,
+                              num_key_value_heads=2, num_hidden_layers=1))  # fmt: skip
+    model.set_experts_implementation("eager")
+    model.set_attn_implementation("eager")
+    implementations = {(c._experts_implementation, c._attn_implementation) for c in (model.config, model.model.config)}
+    assert implementations == {("eager", "eager")}
+
+
 @pytest.mark.parametrize(
     ("rows", "switched"),
     [(torch.ones(1, 1, 8).bfloat16(), True), (torch.ones(1, 8).bfloat16(), True), (torch.ones(2, 8).bfloat16(), False),
