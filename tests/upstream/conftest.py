@@ -70,7 +70,7 @@ def pytest_runtest_logreport(report):
     if outcome == "skipped" and hasattr(report, "context"):  # of a subtest
         outcome = "partly"
     if report.when == "call" and outcome == "passed":
-        lines[test][kind] = set(dict(report.user_properties)["lines"])
+        lines[test][kind] = set(dict(report.user_properties).get("lines", ()))
     if report.when == "call" or outcome != "passed":
         outcomes[test][kind] = max(outcomes[test].get(kind, "passed"), outcome, key=OUTCOMES.index)
 
