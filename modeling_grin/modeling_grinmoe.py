@@ -48,6 +48,7 @@ from .linear_experts_grinmoe import GrinMoeLinearExperts, check_quantized, keep_
 from .loss_grinmoe import can_chunk, chunked_causal_lm_loss
 from .noise_grinmoe import fold, random_key, step_key, token_keys
 from .routing_grinmoe import Mixture, jitter_input, mix_outputs, route
+from .tables_grinmoe import list_adapter_targets, list_causal_lm
 
 logger = logging.get_logger(__name__)
 
@@ -323,6 +324,9 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         # For every class, so that one with a model type of its own reads and writes the released layout, too; and here
         # and not in the package's __init__, because these lines travel to the Hub with a checkpoint's code.
         register_expert_layout(cls.config_class.model_type)
+        if issubclass(cls, GenerationMixin):
+            list_causal_lm(cls.__name__, cls.config_class.model_type)
+        list_adapter_targets(cls.config_class.model_type)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As in transformers, and `"linear"`: experts of `nn.Linear` modules, as quantisers need them.
@@ -534,7 +538,33 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         self.routing_observer: RoutingObserver | None = None
         """Called once for each forward pass in training, and not again where a layer is recomputed, with every layer's
         router logits `[T, E]` and selected experts `[T, K]`, and which tokens are not padding, bool `[T]`."""
+        self.adapts_experts: bool | None = None
+        """Whether the experts have adapters. None: not known yet; False: they are left out on purpose, as `add_lora`
+        can."""
         self.post_init()
+
+    def train(self, mode: bool = True):
+        """As in torch; warns where adapters are about to be trained and no expert has one, whoever has built them.
+
+        Fused experts are parameters, which peft's `target_modules` never match.
+        """
+        if mode and self.adapts_experts is None:
+            matrices = nn.Linear | GrinMoeExperts  # peft adapts norms and embeddings, too
+            names = [
+                name
+                for name, module in self.named_modules()
+                if hasattr(module, "get_base_layer") and isinstance(module.get_base_layer(), matrices)
+            ]
+            self.adapts_experts = any(".experts" in name for name in names) or None
+            if names and not self.adapts_experts:
+                logger.warning_once(
+                    f"adapters are on {', '.join(sorted({name.rpartition('.')[2] for name in names}))} and on no "
+                    "expert; 95 % of the released weights are in experts. LoRA adapts fused experts by "
+                    f"target_parameters={[f'experts.{name}' for name in EXPERT_WEIGHTS]} or by "
+                    "modeling_grin.training.add_lora; every method adapts w1, w2 and w3 of a model that was loaded "
+                    f"with experts_implementation={LINEAR_EXPERTS!r}."
+                )
+        return super().train(mode)
 
     def begin_balance(self, counted: torch.Tensor, loss_share: torch.Tensor | None) -> BalanceLoss:
         """The load-balance loss of a forward pass; arguments as in `BalanceLoss`.
@@ -675,6 +705,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = GrinMoeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.loss_type = self.loss_type or "ForCausalLM"  # transformers finds it in the class's name, if it is there
         self.post_init()
 
     @can_return_tuple
@@ -701,7 +732,8 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             output_selected_experts: return `selected_experts`, too.
             logits_to_keep: compute the logits of the last so many positions only (0: all), or of these positions.
             skip_logits: return a loss and no logits, which are then never in memory as a whole (`loss_grinmoe.py`).
-                By default in training with `labels`; where the head or the loss is not the plain one
+                By default in training with `labels` and `input_ids`: who embeds tokens himself may have a loss of his
+                own, as peft's prompts do. Where the head or the loss is not the plain one
                 (`loss_grinmoe.can_chunk`), logits are computed nevertheless.
 
         Returns:
@@ -730,7 +762,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         logits = loss = aux_loss = None
         if skip_logits is None:
-            skip_logits = self.training and torch.is_grad_enabled()
+            skip_logits = self.training and torch.is_grad_enabled() and input_ids is not None
         if labels is not None and skip_logits and can_chunk(self):
             loss = chunked_causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
         else:
@@ -815,6 +847,7 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
         self.num_labels = config.num_labels
         self.model = GrinMoeModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.loss_type = self.loss_type or "ForSequenceClassification"
         self.post_init()
 
     @can_return_tuple

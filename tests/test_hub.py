@@ -67,6 +67,10 @@ facts = {
     "ours": [name for name, module in sys.modules.items() if name.startswith("modeling_grin.") and module],
     "ids": ids[0].tolist(),
 }
+if "CausalLM" in auto_class.__name__:  # Trainer knows it as one, too
+    settings = {"label_smoothing_factor": 0.1, "report_to": "none", "use_cpu": True}
+    trainer = transformers.Trainer(model, transformers.TrainingArguments(target + "-run", **settings))
+    facts["smoothed"] = float(trainer.compute_loss(model, {"input_ids": ids, "labels": ids}))
 print(json.dumps(facts))
 """
 
@@ -139,6 +143,10 @@ def test_loads_in_a_clean_process(saved, trained_tokenizer, tmp_path):
         assert not facts["ours"]
         assert facts["ids"] == trained_tokenizer(TEXT)["input_ids"]
         assert torch.equal(torch.load(tmp_path / "logits.pt"), expected), source
+        if auto_class == "AutoModelForCausalLM":
+            log_probs, targets = expected[0, :-1].double().log_softmax(-1), torch.tensor(facts["ids"][1:])
+            smoothed = -0.9 * log_probs.gather(-1, targets[:, None]).mean() - 0.1 * log_probs.mean()
+            assert facts["smoothed"] == pytest.approx(float(smoothed), rel=1e-5)
 
         # The next generation is the same folder: code, weights, settings.
         for name in [file.name for file in TRAVELLING] + ["model.safetensors", "tokenizer.json"]:

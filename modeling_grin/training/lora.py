@@ -144,6 +144,7 @@ def add_lora(
         **{"task_type": next((task for cls, task in tasks.items() if isinstance(model, cls)), None), **settings},
     )
     adapted = get_peft_model(model, config)
+    model.base_model.adapts_experts = experts
     if is_first_rank:
         print_adapters(adapted)
     return adapted

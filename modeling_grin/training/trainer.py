@@ -8,17 +8,19 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
@@ -80,6 +82,8 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             check_dataset(train_dataset, (), "train_dataset")
         with allow_resuming(model, args):
             super().__init__(model, args, *others, **kwargs)
+        if self.label_smoother is not None and self._grin_model.get_output_embeddings() is not None:
+            self.label_smoother = partial(smoothed_next_token_loss, self.label_smoother)
         self.is_sharded = self.is_distributed_loading_by_transformers
         self.distributed_checkpoint = self.is_sharded if distributed_checkpoint is None else distributed_checkpoint
         if self.is_sharded and self._grin_model.config.distributed_config.dp_replicate_size == 1:
@@ -152,6 +156,7 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
                 "context and sequence parallelism split the rows that routing noise is a function of: use data or "
                 "tensor parallelism"
             )
+        num_virtual, num_embedded = count_virtual_tokens(self._grin_model)
         longest = 0
         num_tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         for batch in batches:
@@ -160,10 +165,10 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             input_ids, positions = batch["input_ids"], batch.get("position_ids")
             batch_size, length = input_ids.shape
             counted = counted_tokens(batch.get("attention_mask"), batch_size, length, input_ids.device)
-            num_tokens += counted.sum().to(num_tokens.device)
+            num_tokens += counted.sum().to(num_tokens.device) + batch_size * num_embedded
             # Rows may be several sequences one after the other, each with positions from 0.
             length = length if positions is None else int(positions.max()) + 1
-            longest = max(longest, length)
+            longest = max(longest, length + num_virtual)
         num_labels = 1 if num_items_in_batch is None or not batches else int(num_items_in_batch)
         of_rank = torch.tensor([num_tokens, longest, num_labels], device=self.args.device)
         of_ranks = self.accelerator.gather(of_rank[None])  # [ranks, 3]
@@ -197,7 +202,9 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
                 inputs = self._prepare_inputs({key: batch[key] for key in batch if key not in LOSS_INPUTS})
                 outputs = model(**inputs, use_cache=False, logits_to_keep=1, output_selected_experts=True)
                 batch_size, length = inputs["input_ids"].shape
-                counted = counted_tokens(inputs.get("attention_mask"), batch_size, length, device).reshape(-1)
+                counted = counted_tokens(inputs.get("attention_mask"), batch_size, length, device)
+                num_embedded = len(outputs["selected_experts"][0]) // batch_size - length  # peft's virtual tokens
+                counted = nn.functional.pad(counted, (num_embedded, 0), value=True).reshape(-1)
                 for layer, experts in enumerate(outputs["selected_experts"]):
                     total[layer] += count_experts(experts, counted.to(experts.device), num_experts).to(device)
         return self.accelerator.gather(total[None]).sum(dim=0)
@@ -380,6 +387,30 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
                     f"{path} and the adapter {adapter!r} of the model differ in {len(differing)} tensor(s): "
                     f"{', '.join(differing[:5])}"
                 )
+
+
+def count_virtual_tokens(model: nn.Module) -> tuple[int, int]:
+    """How many tokens of its own peft puts before every row: all, and those that pass through the layers.
+
+    The others, of prefix tuning and the like, are keys and values in the cache.
+    """
+    if not (isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning):
+        return 0, 0
+    config = model.active_peft_config
+    is_cached = config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+    return config.num_virtual_tokens, 0 if is_cached else config.num_virtual_tokens
+
+
+def smoothed_next_token_loss(
+    smoother: LabelSmoother, outputs: Mapping[str, torch.Tensor], labels: torch.Tensor, **kwargs
+) -> torch.Tensor:
+    """Trainer's `smoother`, whose labels are shifted whatever Trainer takes the model for.
+
+    Trainer goes by the class's name, which `torch.compile` hides; and it does not know of peft's virtual tokens, whose
+    logits come before those of `labels` `[batch, sequence]`.
+    """
+    logits = outputs["logits"][:, -labels.shape[1] :]
+    return smoother({"logits": logits}, labels, **{**kwargs, "shift_labels": True})
 
 
 @contextmanager
