@@ -306,7 +306,8 @@ def route(
         keys: int64 `[T]`, the tokens' keys (`noise_grinmoe.py`); by default random ones from torch's generator.
 
     Returns:
-        `Routing` with `weights` and `experts`, both `[T, K]`.
+        `Routing` with `weights` and `experts`, both `[T, K]`. A token's experts are distinct. A logit of -inf rules an
+        expert out: it is chosen only where fewer than K others are left, with weight 0 and without a gradient.
 
     Raises:
         ValueError: `estimator` is not registered, or not defined for `top_k` of that many experts.
@@ -323,7 +324,26 @@ def route(
         noise = no_noise(logits, top_k)
     elif noise is None:
         noise = draw_noise(logits, top_k, keys=keys)
-    return ROUTER_ESTIMATORS[estimator](logits, top_k, jitter_eps, noise)
+    # Of logits that are all -inf a softmax is NaN, and an argmax is the first one, whichever was taken before.
+    finite_logits = logits.clamp(min=torch.finfo(logits.dtype).min)
+    routing = ROUTER_ESTIMATORS[estimator](finite_logits, top_k, jitter_eps, noise)
+    return drop_impossible(routing, logits == -torch.inf)
+
+
+def drop_impossible(routing: Routing, impossible: torch.Tensor) -> Routing:
+    """`routing` with weight 0 for the experts that `impossible`, bool `[T, E]`, marks."""
+
+    def drop(weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        return weights.masked_fill(impossible.gather(-1, experts), 0.0)
+
+    weights, experts, mixture = routing
+    if mixture is not None:
+        mixture = Mixture(
+            drop(mixture.weights, mixture.experts),
+            mixture.experts,
+            drop(mixture.expert_weights, mixture.experts),
+        )
+    return Routing(drop(weights, experts), experts, mixture)
 
 
 def mix_outputs(outputs: torch.Tensor, mixture: Mixture) -> torch.Tensor:

@@ -9,7 +9,7 @@ from transformers.models.phimoe.modeling_phimoe import sparsemixer as stock_spar
 from modeling_grin import GrinMoeConfig, RoutingNoise, draw_noise, route
 from modeling_grin.modeling_grinmoe import GrinMoeSparseMoeBlock
 from modeling_grin.noise_grinmoe import fold
-from modeling_grin.routing_grinmoe import jitter_input
+from modeling_grin.routing_grinmoe import ROUTER_ESTIMATORS, jitter_input
 
 EPS = 0.15  # wide enough for several kept experts on random logits
 
@@ -176,6 +176,36 @@ def test_no_nan_forward_or_backward(rows, jitter_eps, training, dtype):
         assert torch.isfinite(gradient).all()
         if jitter_eps == 0.0:
             assert routing.weights.eq(1).all() and gradient.eq(0).all(), "one kept expert: nothing to learn"
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("possible", [0, 1, 2, 3])
+@pytest.mark.parametrize("estimator", sorted(ROUTER_ESTIMATORS))
+def test_experts_ruled_out_have_no_weight_and_no_token_has_one_twice(estimator, possible, training):
+    """Of the other experts weights and gradients are those of a router that has no more than these."""
+    top_k = 1 if estimator == "sparsemixer" else 3
+    num_experts = 6
+    left = torch.tensor([4, 1, 3])[:possible].sort().values
+    values = random_logits(8, num_experts)
+    logits = torch.full_like(values, -torch.inf).index_copy(1, left, values[:, left]).requires_grad_()
+    noise = draw_noise(values, top_k, torch.Generator().manual_seed(0))
+    routing = route(logits, top_k, 0.4, estimator=estimator, training=training, noise=noise)
+    assert all(len(set(experts)) == top_k for experts in routing.experts.tolist())
+    (routing.weights.sum() + (0 if routing.mixture is None else routing.mixture.weights.square().sum())).backward()
+    assert torch.isfinite(logits.grad).all()
+    chosen = min(top_k, possible)
+    assert torch.equal(routing.weights[:, chosen:], torch.zeros(8, top_k - chosen).double())
+    if chosen == 0:
+        assert not logits.grad.any()
+        return
+
+    few = values[:, left].requires_grad_()
+    own_noise = RoutingNoise(noise.gumbel[:chosen, :, left], noise.uniform[:chosen])
+    expected = route(few, chosen, 0.4, estimator=estimator, training=training, noise=own_noise)
+    (expected.weights.sum() + (0 if expected.mixture is None else expected.mixture.weights.square().sum())).backward()
+    torch.testing.assert_close(routing.weights[:, :chosen], expected.weights)
+    assert torch.equal(routing.experts[:, :chosen], left[expected.experts])
+    torch.testing.assert_close(logits.grad[:, left], few.grad)
 
 
 def test_low_precision_logits_are_routed_in_float32():
