@@ -56,7 +56,7 @@ def load_balancing_loss(
     """
     num_tokens, num_experts = router_logits[0].shape
     device = router_logits[0].device
-    batch_size = 1 if attention_mask is None else attention_mask.shape[0]
+    batch_size = 1 if attention_mask is None else max(attention_mask.shape[0], 1)
     counted = counted_tokens(attention_mask, batch_size, num_tokens // batch_size, device).reshape(-1)
 
     losses = []

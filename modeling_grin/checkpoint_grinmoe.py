@@ -9,6 +9,7 @@ the names of the files. E experts, F intermediate_size, H hidden_size.
 import copy
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -35,6 +36,26 @@ UNQUANTIZED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 def may_be_new(name: str) -> bool:
     """Whether a checkpoint may lack this tensor: the head of a new task, or a scale that begins as ones."""
     return name == NEW_TASK_HEAD or name.endswith(".output_scale")
+
+
+def new_heads(model: PreTrainedModel, missing: Iterable[str]) -> set[str]:
+    """Those of the `missing` tensors that may be new, as in transformers, which initialises and reports them.
+
+    A decoder is never new, nor is a part of a head: of a head's module all tensors are missing. Others are what the
+    class lists in `_keys_to_ignore_on_load_missing`, and what `may_be_new` says.
+    """
+    decoders = {name.split(".")[0] for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    absent = {*missing, *model.all_tied_weights_keys}
+    # A model that is a decoder itself is the module "": it has no head.
+    kept = {name.split(".")[0] for name in model.state_dict() if name not in absent} | (decoders - {""})
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    return {
+        name
+        for name in missing
+        if (decoders != {""} and name.split(".")[0] not in kept)
+        or may_be_new(name)
+        or any(re.search(pattern, name) for pattern in ignored)
+    }
 
 
 def released_names(names: Iterable[str], num_experts: int) -> set[str]:
@@ -79,9 +100,11 @@ class FuseExperts(ConversionOps):
         """`[E, parts * rows, columns]`; the experts are all, or those that this rank has, and so are rows and columns.
 
         Raises:
-            ValueError: an expert lacks one of its matrices.
+            ValueError: an expert lacks one of its matrices, or has one of another shape than the others'.
         """
         parts = [input_dict.pop(pattern) for pattern in source_patterns]
+        if len(shapes := {tuple(matrix.shape) for part in parts for matrix in part}) > 1:
+            raise ValueError(f"{' and '.join(source_patterns)} have different shapes: {sorted(shapes)}")
         matrices = [matrix for expert in zip(*parts, strict=True) for matrix in expert]
         return {target_patterns[0]: torch.cat(matrices).unflatten(0, (len(parts[0]), -1))}
 
@@ -232,13 +255,20 @@ def set_quantized_matrices_aside(
     return problems
 
 
-def check_tensors(model: PreTrainedModel, checkpoint_files: list[str], load_config: LoadStateDictConfig) -> None:
+def check_tensors(
+    model: PreTrainedModel,
+    checkpoint_files: list[str],
+    load_config: LoadStateDictConfig,
+    *,
+    heads_may_be_new: bool = True,
+) -> None:
     """Compare the names and shapes in the files' headers with what `model` needs, in either layout of the experts.
 
     Args:
         load_config: transformers' settings of this load: its renamings (`key_mapping`) are applied first, with
-            `ignore_mismatched_sizes` the head of a task may have another shape, to be trained anew, and of matrices
-            that are quantised in the files some tensor must be there.
+            `ignore_mismatched_sizes` tensors may have another shape, and of matrices that are quantised in the files
+            some tensor must be there.
+        heads_may_be_new: whether the files may lack what `new_heads` says.
 
     Raises:
         ValueError: tensors are missing or mis-shaped, or there are some that the model has no place for (those of
@@ -272,12 +302,13 @@ def check_tensors(model: PreTrainedModel, checkpoint_files: list[str], load_conf
     problems = []
     if quantizer is not None and quantizer.pre_quantized:
         problems += set_quantized_matrices_aside(model, found, needed)
+    missing = [name for name in needed if name.removeprefix(prefix) not in found]
+    may_miss = {*model.all_tied_weights_keys, *filter(may_be_new, missing)}
+    may_miss |= new_heads(described, missing) if heads_may_be_new else set()
+    problems += [f"{name} is missing" for name in missing if name not in may_miss]
     for name, shape in needed.items():
-        found_shape, where, _ = found.pop(name.removeprefix(prefix), (None, "", ""))
-        if found_shape is None:
-            if not may_be_new(name) and name not in model.all_tied_weights_keys:
-                problems.append(f"{name} is missing")
-        elif found_shape != shape and not (load_config.ignore_mismatched_sizes and name == NEW_TASK_HEAD):
+        found_shape, where, _ = found.pop(name.removeprefix(prefix), (shape, "", ""))
+        if found_shape != shape and not load_config.ignore_mismatched_sizes:
             problems.append(f"{where} has shape {found_shape}, the config says {shape}")
     # What is left has no place: layers, experts or biases that the config does not know of. The head of another task
     # may be left; this model has no module of its name.

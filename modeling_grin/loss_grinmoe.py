@@ -7,6 +7,8 @@ bfloat16 it returns a bfloat16 loss (2 to 3 digits), and on CPUs multiplies in f
 Shapes: T tokens, V vocab_size, H hidden_size.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -31,7 +33,7 @@ def can_chunk(model: PreTrainedModel) -> bool:
 
     It is not with a `loss_function` of one's own, nor are heads with adapters, hooks, quantised or sharded weights;
     float16 may not hold the gradients without the scale that comes in the backward pass; `torch.compile` fuses by
-    itself.
+    itself; DataParallel gathers outputs of tensors only.
     """
     head = model.lm_head
     return (
@@ -41,7 +43,25 @@ def can_chunk(model: PreTrainedModel) -> bool:
         and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
         and compute_dtype(head.weight) != torch.float16
         and not torch.compiler.is_compiling()
+        and not getattr(model, "_is_replica", False)
     )
+
+
+class SkippedLogits:
+    """Stands in an output for logits that were not computed: using it raises and says how to get them."""
+
+    def __repr__(self) -> str:
+        return "SkippedLogits()"
+
+    def _raise(self, *args: Any, **kwargs: Any) -> Any:
+        raise AttributeError(
+            "logits were not computed: with labels, a forward pass in training returns the loss alone; call the model "
+            "with skip_logits=False for logits"
+        )
+
+    __getattr__ = __getitem__ = __iter__ = __len__ = __array__ = _raise
+    __add__ = __sub__ = __mul__ = __truediv__ = __matmul__ = __neg__ = _raise
+    __torch_function__ = classmethod(_raise)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

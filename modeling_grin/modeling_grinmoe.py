@@ -37,6 +37,7 @@ from .checkpoint_grinmoe import (
     find_damaged_files,
     fuse_expert_weights,
     may_be_new,
+    new_heads,
     refuse_left_out,
     refuse_other_adapters,
     register_expert_layout,
@@ -45,7 +46,7 @@ from .checkpoint_grinmoe import (
 from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
 from .experts_grinmoe import GRIN_EXPERTS, computes_here, matrix_vector_kernels
 from .linear_experts_grinmoe import GrinMoeLinearExperts, check_quantized, keep_trainable, leave_router_out
-from .loss_grinmoe import can_chunk, chunked_causal_lm_loss
+from .loss_grinmoe import SkippedLogits, can_chunk, chunked_causal_lm_loss
 from .noise_grinmoe import fold, random_key, step_key, token_keys
 from .routing_grinmoe import Mixture, jitter_input, mix_outputs, route
 from .tables_grinmoe import list_adapter_targets, list_causal_lm
@@ -439,8 +440,8 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         """`PreTrainedModel.from_pretrained`, safetensors only, that loads every tensor or raises.
 
         Raises:
-            ValueError: the checkpoint lacks a tensor that the model needs (the head of a new task aside), has it in
-                another shape, or one of its files is damaged. Tensors and files are named.
+            ValueError: the checkpoint lacks a tensor that the model needs (a new head aside), has it in another shape
+                (unless `ignore_mismatched_sizes`), or one of its files is damaged. Tensors and files are named.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False would load a pickle, which can run any code; convert it first")
@@ -460,7 +461,7 @@ class GrinMoePreTrainedModel(PreTrainedModel):
                     f"{', '.join(damaged)}: damaged ({type(error).__name__}: {error}). Download or copy it again."
                 ) from error
             raise
-        if missing := sorted(key for key in info["missing_keys"] if not may_be_new(key)):
+        if missing := sorted(info["missing_keys"] - new_heads(model, info["missing_keys"])):
             raise ValueError(f"{pretrained_model_name_or_path} lacks tensors of {cls.__name__}: {', '.join(missing)}")
         # Forget which conversions this checkpoint needed: the released layout is written whatever was read.
         model._weight_conversions = None
@@ -519,6 +520,15 @@ def create_mask(config: GrinMoeConfig, *, past_key_values: Cache | None, **kwarg
     visible = VisibleWindowConfig(config)
     create = create_causal_mask if visible.sliding_window is None else create_sliding_window_causal_mask
     return create(config=visible, past_key_values=past_key_values, **kwargs)
+
+
+def refuse_empty(inputs: torch.Tensor) -> None:
+    """Raise ValueError unless `inputs` `[batch, sequence, ...]` have a row and a token: attention reshapes neither."""
+    if 0 in inputs.shape[:2]:
+        raise ValueError(
+            f"input_ids (or inputs_embeds) must have at least one row and one token; got a batch of {inputs.shape[0]} "
+            f"rows and {inputs.shape[1]} tokens; leave empty batches out"
+        )
 
 
 RoutingObserver = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor], None]
@@ -605,7 +615,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_router_logits: bool = False,
+        output_router_logits: bool | None = None,
         output_selected_experts: bool = False,
         loss_share: torch.Tensor | None = None,
         token_ids: torch.Tensor | None = None,
@@ -617,6 +627,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             attention_mask: `[batch, past + sequence]`, 0 for padding; or a prepared 4-D mask.
             position_ids: `[batch, sequence]`; where neither mask nor cache is given, positions that start again at 0
                 mark packed sequences.
+            output_router_logits: by default as in the config.
             loss_share: in training without `begin_step`, the share of the optimizer step's loss that this forward
                 pass makes, a scalar.
             token_ids: `[batch, sequence]`, which tokens `inputs_embeds` are: in training, what their routing noise is
@@ -629,8 +640,11 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds")
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        refuse_empty(inputs_embeds)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             positions = torch.arange(past_length, past_length + inputs_embeds.shape[1], device=inputs_embeds.device)
@@ -719,8 +733,8 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
-        output_selected_experts: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
+        output_selected_experts: bool = False,
         skip_logits: bool | None = None,
         **kwargs,
     ) -> GrinMoeCausalLMOutput:
@@ -737,9 +751,10 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
                 (`loss_grinmoe.can_chunk`), logits are computed nevertheless.
 
         Returns:
-            `logits` `[batch, sequence, vocab_size]` or None; with labels, `loss`, the cross-entropy. The load-balance
-            loss acts by itself in every backward pass (`begin_step`); `aux_loss` reports its value for this forward
-            pass (1.0: balanced), without the coefficient and without a gradient.
+            `logits` `[batch, sequence, vocab_size]`, None with `skip_logits=True`, or, where they were skipped by
+            default, an object whose use raises and names `skip_logits=False`; with labels, `loss`, the cross-entropy.
+            The load-balance loss acts by itself in every backward pass (`begin_step`); `aux_loss` reports its value
+            for this forward pass (1.0: balanced), without the coefficient and without a gradient.
         """
         config = self.config
         if output_router_logits is None:
@@ -761,10 +776,12 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         logits = loss = aux_loss = None
-        if skip_logits is None:
-            skip_logits = self.training and torch.is_grad_enabled() and input_ids is not None
-        if labels is not None and skip_logits and can_chunk(self):
+        may_skip = skip_logits
+        if may_skip is None:
+            may_skip = self.training and torch.is_grad_enabled() and input_ids is not None
+        if labels is not None and may_skip and can_chunk(self):
             loss = chunked_causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
+            logits = SkippedLogits() if skip_logits is None else None  # who asked for none may test for None
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, kept]
@@ -785,6 +802,12 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
             selected_experts=outputs.selected_experts if output_selected_experts else None,
         )
+
+    def _prepare_model_inputs(self, *args, **kwargs):
+        """As in transformers, which reads the last column of empty inputs before any forward pass."""
+        inputs, *others = super()._prepare_model_inputs(*args, **kwargs)
+        refuse_empty(inputs)
+        return inputs, *others
 
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
         """As in transformers; as in its Phimoe, all keys are computed anew where LongRoPE changes its factors.
@@ -855,7 +878,11 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         **kwargs,
     ) -> GrinMoeSequenceClassifierOutput:
@@ -877,8 +904,12 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
         if self.training and labels is not None and kwargs.get("num_items_in_batch") is not None:
             loss_share = (labels != -100).sum() / kwargs["num_items_in_batch"]
         outputs = self.model(
-            input_ids,
-            attention_mask,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
             output_router_logits=output_router_logits,
             output_selected_experts=output_router_logits,
             loss_share=loss_share,

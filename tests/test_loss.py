@@ -1,7 +1,11 @@
 """The chunked cross-entropy: equal to transformers' loss of whole logits, gradients included."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -93,7 +97,7 @@ def test_a_model_in_training_has_the_loss_of_its_logits(tied, autocast):
         torch.manual_seed(3)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             outputs = model(**batch, skip_logits=skip_logits)
-        assert (outputs.logits is None) == (skip_logits is None)
+        assert isinstance(outputs.logits, torch.Tensor) == (skip_logits is False)
         outputs.loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters()} | {"loss": outputs.loss.detach()})
     tolerance = 0.03 if autocast else 1e-5
@@ -111,6 +115,24 @@ def test_evaluation_has_logits_unless_they_are_skipped():
     with torch.no_grad():
         assert model(**batch, skip_logits=True).loss == skipped.loss
         assert model.train()(**batch).logits is not None, "no gradients are made of a loss that has no backward pass"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda outputs: outputs.logits[..., :-1, :],
+        lambda outputs: outputs["logits"].float(),
+        lambda outputs: torch.nn.functional.cross_entropy(outputs.to_tuple()[1], torch.zeros(3)),
+        lambda outputs: copy.deepcopy(outputs[1]) / 2,
+        lambda outputs: dataclasses.replace(outputs).logits.view(-1, V),  # FSDP's way with outputs
+        lambda outputs: convert_to_fp32(outputs).logits.shape,  # accelerate's
+    ],
+)
+def test_using_skipped_logits_says_how_to_get_them(read):
+    outputs = make_model()(**make_batch())
+    assert repr(outputs)
+    with pytest.raises(AttributeError, match="skip_logits=False"):
+        read(outputs)
 
 
 def test_what_is_not_a_plain_head_keeps_its_logits():

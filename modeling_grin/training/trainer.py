@@ -374,7 +374,7 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
                 with torch.device("meta"):
                     model = type(model)._from_config(model.config)
             if files := sorted(str(path) for path in folder.glob("*.safetensors")):  # else FSDP's own, strict anyway
-                check_tensors(model, files, LoadStateDictConfig())
+                check_tensors(model, files, LoadStateDictConfig(), heads_may_be_new=False)
             return
         adapters = self._find_adapters(checkpoint)
         if not adapters:

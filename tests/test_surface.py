@@ -1,0 +1,262 @@
+"""What callers see of the models, beside stock Mixtral: signatures, own heads, odd batches, skipped logits."""
+
+import inspect
+
+import pytest
+import torch
+from checkpoints import fused, released_config, released_tensors, write_checkpoint
+from peft import PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    MixtralForCausalLM,
+    MixtralForSequenceClassification,
+    MixtralModel,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
+
+from modeling_grin import (
+    GrinMoeConfig,
+    GrinMoeForCausalLM,
+    GrinMoeForSequenceClassification,
+    GrinMoeModel,
+    GrinMoePreTrainedModel,
+    load_balancing_loss,
+)
+from modeling_grin.training import GrinMoeTrainer
+
+CONFIG = released_config(torch_dtype="float32", bos_token_id=2, eos_token_id=1, pad_token_id=0)
+TENSORS = released_tensors(CONFIG)
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), CONFIG, TENSORS, num_shards=2)
+
+
+@pytest.fixture
+def model(checkpoint):
+    return GrinMoeForCausalLM.from_pretrained(checkpoint, router_sampling=False, input_jitter_noise=0.0)
+
+
+# Signatures
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours"),
+    [
+        (MixtralModel, GrinMoeModel),
+        (MixtralForCausalLM, GrinMoeForCausalLM),
+        (MixtralForSequenceClassification, GrinMoeForSequenceClassification),
+    ],
+)
+def test_forward_names_what_stock_names_in_its_order(stock, ours):
+    """peft and Trainer look for names; callers give the first by position."""
+    names = [name for name in inspect.signature(stock.forward).parameters if name != "kwargs"]
+    assert list(inspect.signature(ours.forward).parameters)[: len(names)] == names
+    assert "output_router_logits" in inspect.signature(ours.forward).parameters
+
+
+def test_prefix_tuning_of_the_sequence_classifier(checkpoint):
+    """peft gives the prefix as past_key_values: zero values change nothing but the softmax's denominator."""
+    model = GrinMoeForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
+    tuned = get_peft_model(model, PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4))
+    mask = torch.ones_like(IDS)
+    prefix = tuned.get_prompt(batch_size=2)
+    expected = model.eval()(IDS, attention_mask=torch.ones(2, 16), past_key_values=prefix).logits
+    outputs = tuned.eval()(input_ids=IDS, attention_mask=mask, labels=torch.tensor([0, 2]))
+    torch.testing.assert_close(outputs.logits, expected)
+    assert (outputs.logits - model(IDS, attention_mask=mask).logits).abs().max() > 1e-4
+    tuned.train()(input_ids=IDS, attention_mask=mask, labels=torch.tensor([0, 2])).loss.backward()
+    assert tuned.prompt_encoder.default.embedding.weight.grad.abs().max() > 0
+
+
+def test_classifier_takes_embeddings_positions_and_a_cache(checkpoint):
+    model = GrinMoeForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(IDS)).logits, expected)
+        cache = model(IDS[:, :5], use_cache=True).past_key_values
+        positions = torch.arange(5, 12).expand(2, -1)
+        continued = model(IDS[:, 5:], torch.ones(2, 12), positions, cache).logits
+    torch.testing.assert_close(continued, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("configured", [False, True])
+@pytest.mark.parametrize("model_class", [GrinMoeModel, GrinMoeForCausalLM, GrinMoeForSequenceClassification])
+def test_router_logits_are_returned_as_the_config_says(model_class, configured, asked, checkpoint):
+    model = model_class.from_pretrained(checkpoint, output_router_logits=configured)
+    outputs = model(IDS, output_router_logits=asked)
+    assert (outputs.router_logits is not None) == (configured if asked is None else asked)
+
+
+# Heads of one's own
+
+
+class TokenClassifier(GrinMoePreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = GrinMoeModel(config)
+        self.classifier = nn.Sequential(nn.Linear(config.hidden_size, 8), nn.Tanh(), nn.Linear(8, 5))
+        self.post_init()
+
+    def forward(self, input_ids, **kwargs):
+        return self.classifier(self.model(input_ids, **kwargs).last_hidden_state)
+
+
+class ValueModel(GrinMoePreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.model = GrinMoeModel(config)
+        self.post_init()
+
+
+class Probe(GrinMoeModel):
+    """A decoder that has grown: what may be missing is listed, as in transformers."""
+
+    _keys_to_ignore_on_load_missing = [r"^probe\."]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.probe = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["language model", "decoder alone"])
+@pytest.mark.parametrize(
+    ("model_class", "prefix", "new"),
+    [
+        (TokenClassifier, "model.", {f"classifier.{n}.{part}" for n in (0, 2) for part in ("weight", "bias")}),
+        (ValueModel, "model.", {"scale"}),
+        (Probe, "", set()),
+        (GrinMoeForCausalLM, "model.", {"lm_head.weight", "lm_head.bias"}),
+        (GrinMoeForSequenceClassification, "model.", {"score.weight"}),
+    ],
+)
+def test_a_head_that_the_file_has_nothing_of_is_new(model_class, prefix, new, bare, checkpoint, tmp_path):
+    if bare:
+        GrinMoeModel.from_pretrained(checkpoint).save_pretrained(tmp_path)
+        checkpoint = tmp_path
+    elif model_class is GrinMoeForCausalLM:
+        new = set()
+    with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as log:
+        model, info = model_class.from_pretrained(checkpoint, output_loading_info=True)
+    assert info["missing_keys"] == new
+    assert all(name.split(".")[0] in log.out for name in new), "told in the report"
+    for name, tensor in fused(TENSORS, CONFIG).items():
+        if name.startswith("model."):
+            assert torch.equal(model.state_dict()[prefix + name.removeprefix("model.")], tensor), name
+    model.save_pretrained(tmp_path / "again")
+    again, info = model_class.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model_class", "lost"),
+    [
+        (TokenClassifier, "model.norm.weight"),
+        (TokenClassifier, "model.layers.1.block_sparse_moe.experts.3.w1.weight"),
+        (TokenClassifier, "classifier.2.bias"),  # a part of a head
+        (ValueModel, "model.layers.0.self_attn.q_proj.weight"),
+        (Probe, "embed_tokens.weight"),
+        (GrinMoeForCausalLM, "lm_head.bias"),
+    ],
+)
+def test_a_decoder_or_a_head_in_part_is_an_error(model_class, lost, tmp_path):
+    made = model_class(GrinMoeConfig.from_dict(dict(CONFIG)))
+    made.save_pretrained(tmp_path / "whole")
+
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{lost} is missing"):
+        model_class.from_pretrained(tmp_path / "whole")
+
+
+def test_a_decoder_that_the_file_has_under_another_name_is_an_error(checkpoint):
+    class Renamed(GrinMoePreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.backbone = GrinMoeModel(config)
+            self.post_init()
+
+    with pytest.raises(ValueError, match=r"backbone\.embed_tokens\.weight is missing"):
+        Renamed.from_pretrained(checkpoint)
+
+
+def test_mismatched_sizes_are_made_anew_where_that_is_asked_for(checkpoint):
+    """A larger vocabulary: embedding and head, and nothing else, as stock does."""
+    with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as log:
+        model, info = GrinMoeForCausalLM.from_pretrained(
+            checkpoint, vocab_size=140, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    names = {"model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"}
+    assert {name for name, *_ in info["mismatched_keys"]} == names
+    assert log.out.count("MISMATCH") >= 3
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(CONFIG["initializer_range"], rel=0.2)
+    for name, tensor in fused(TENSORS, CONFIG).items():
+        assert name in names or torch.equal(model.state_dict()[name], tensor), name
+    # Experts of another size, all of them.
+    _, info = GrinMoeModel.from_pretrained(
+        checkpoint, intermediate_size=16, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert len(info["mismatched_keys"]) == 4
+
+
+# Odd batches
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("call", ["forward", "training", "embeddings", "generate", "sample", "classify"])
+def test_a_batch_without_rows_or_tokens_is_refused_by_a_sentence(call, shape, checkpoint, model):
+    """Stock fails inside: it cannot reshape nothing. Nor can attention here."""
+    ids = torch.zeros(shape, dtype=torch.long)
+    classifier = GrinMoeForSequenceClassification(model.config) if call == "classify" else None
+    calls = {
+        "forward": lambda: model(ids, attention_mask=torch.ones_like(ids), output_router_logits=True),
+        "training": lambda: model.train()(ids, labels=ids),
+        "embeddings": lambda: model(inputs_embeds=torch.zeros(*shape, 32)),
+        "generate": lambda: model.generate(ids, max_new_tokens=2, do_sample=False),
+        "sample": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=True),
+        "classify": lambda: classifier(ids, attention_mask=torch.ones_like(ids)),
+    }
+    with pytest.raises(ValueError, match=rf"one row and one token; got a batch of {shape[0]} rows and {shape[1]} tok"):
+        calls[call]()
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(0, 5), torch.ones(1, 0)])
+def test_the_balance_of_no_tokens_is_zero(mask):
+    assert load_balancing_loss((torch.empty(0, 6),), (torch.empty(0, 2, dtype=torch.long),), mask) == 0
+
+
+# Skipped logits
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, GrinMoeTrainer])
+def test_a_loss_of_ones_own_in_a_trainer(trainer_class, model, tmp_path):
+    """It is told how to get logits, and with these a Trainer minimises what it makes of them."""
+
+    class MyTrainer(trainer_class):
+        asks = False
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            inputs = {**inputs, "skip_logits": False} if self.asks else inputs
+            _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return 2 * ForCausalLMLoss(outputs.logits, inputs["labels"], 131, num_items_in_batch)
+
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}]
+    args = TrainingArguments(tmp_path, max_steps=1, report_to="none", save_strategy="no", use_cpu=True)
+    with pytest.raises(AttributeError, match="skip_logits=False"):
+        MyTrainer(model, args, train_dataset=rows).train()
+    MyTrainer.asks = True
+    with torch.no_grad():
+        expected = 2 * model.eval()(IDS[:1], labels=IDS[:1]).loss.item()
+    assert MyTrainer(model, args, train_dataset=rows).train().training_loss == pytest.approx(expected, rel=1e-4)
