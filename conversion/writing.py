@@ -38,6 +38,35 @@ class NotEnoughSpace(ConversionError):
     """The disk has no room for what is still to be written; nothing of it has been."""
 
 
+def incomplete_folder(destination: Path) -> Path:
+    """Where `destination` is made."""
+    return destination.with_name(f".{destination.name}.incomplete")
+
+
+@contextmanager
+def locked(destination: Path) -> Iterator[Path]:
+    """`incomplete_folder`, made if need be, and no other process's at the same time; a kill frees it, too.
+
+    Raises:
+        ConversionError: it is another process's.
+    """
+    folder = incomplete_folder(destination)
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (folder / LOCK).open("w")
+        except FileNotFoundError:  # the process whose it was has removed it since
+            continue
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+            except BlockingIOError as error:
+                raise ConversionError(f"{destination} is being made by another process: let it end") from error
+            if (folder / LOCK).exists() and os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
+                yield folder
+                return
+
+
 @contextmanager
 def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Path]:
     """Where to make `destination`: a path that gets its name at the end of the block, if nothing was raised.
@@ -49,19 +78,16 @@ def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Pa
         resume: go on with what an interrupted conversion with the same plan has left.
 
     Raises:
-        ConversionError: another process is making the destination; an interrupted conversion is in the way, or
-            another one is to be gone on with; the destination has appeared meanwhile; or the disk is full.
+        ConversionError: another process is making the destination, or has made it; an interrupted conversion is in the
+            way, or another one is to be gone on with; the destination has appeared meanwhile; or the disk is full.
     """
-    folder = destination.with_name(f".{destination.name}.incomplete")
-    was_interrupted = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, by a kill, too
-        except BlockingIOError as error:
-            raise ConversionError(f"{destination} is being made by another process: let it end") from error
+    with locked(destination) as folder:
+        was_interrupted = (folder / PLAN).exists()
         if was_interrupted:
             check_resumable(folder, plan, resume)
+        elif not is_free(destination):  # any more: the process that had the lock before has made it
+            shutil.rmtree(folder)
+            raise ConversionError(f"{destination} has just been made by another process: nothing was left to do")
         try:
             (folder / "plan.part").write_text(json.dumps(plan), encoding="utf-8")
             (folder / "plan.part").rename(folder / PLAN)
@@ -76,7 +102,7 @@ def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Pa
                 raise ConversionError(f"{destination}: the disk is full; nothing has been left there") from error
             raise
         publish(folder / RESULT, destination)
-    shutil.rmtree(folder)
+        shutil.rmtree(folder)
 
 
 def publish(result: Path, destination: Path) -> None:
@@ -98,9 +124,15 @@ def check_destination(destination: Path, source: Path, *, is_file: bool) -> None
     """Raise ConversionError unless `destination` can be made: an empty folder may be there, if it is to be one."""
     if destination == source or source in destination.parents:
         raise ConversionError(f"the destination {destination} lies in the source: give another one")
-    is_empty = destination.is_dir() and not any(destination.iterdir())
-    if destination.exists() and (is_file or not is_empty):
-        raise ConversionError(f"{destination} exists: give another destination, or move it away")
+    if not is_free(destination) or (destination.exists() and is_file):
+        left = incomplete_folder(destination)
+        also = f"; {left}, which an interrupted conversion has left, can be deleted" if left.exists() else ""
+        raise ConversionError(f"{destination} exists: give another destination, or move it away{also}")
+
+
+def is_free(destination: Path) -> bool:
+    """Whether there is nothing, or an empty folder."""
+    return not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
 
 
 def check_resumable(folder: Path, plan: dict[str, Any], resume: bool) -> None:
@@ -109,8 +141,6 @@ def check_resumable(folder: Path, plan: dict[str, Any], resume: bool) -> None:
         raise ConversionError(
             f"{folder} is left of a conversion that was interrupted: go on with it by --resume, or delete it"
         )
-    if not (folder / PLAN).exists():  # killed before anything else was written
-        return
     try:
         begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     except ValueError:

@@ -256,7 +256,7 @@ def test_documented_table_is_what_is_measured():
 
 
 def run_cli(*arguments, cwd):
-    command = [str(Path(sys.executable).parent / "grin-moe"), *arguments]
+    command = [sys.executable, "-c", "from grin_moe_cli import main; main()", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 

@@ -16,7 +16,7 @@ import pytest
 from checkpoints import released_config, released_tensors, write_checkpoint
 
 import conversion
-from conversion import ConversionError, convert
+from conversion import ConversionError, convert, writing
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
@@ -98,8 +98,9 @@ def test_killed_at_any_moment(context, source, expected, tmp_path):
             continue
         done = {path: path.stat().st_mtime_ns for path in staging.glob("result/*.safetensors")}
         left["files" if done else "begun"] += 1
-        with pytest.raises(ConversionError, match="was interrupted: go on with it by --resume"):
-            convert(source, destination, **ARGUMENTS)
+        if (staging / "plan.json").exists():  # else nothing was begun, and there is nothing to go on with
+            with pytest.raises(ConversionError, match="was interrupted: go on with it by --resume"):
+                convert(source, destination, **ARGUMENTS)
         convert(source, destination, **ARGUMENTS, resume=True)
         assert digest(destination) == expected
         assert not staging.exists()
@@ -164,7 +165,7 @@ def test_another_calibration_text_is_noticed(tmp_path, trained_tokenizer):
 FULL_DISK = """
 import sys
 from pathlib import Path
-from conversion import ConversionError, convert
+from conversion import ConversionError, convert, writing
 source, disk, fill = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 filler = (disk / "filler").open("wb", buffering=0)
 def progress(done, total):  # something else takes the room meanwhile
@@ -244,6 +245,55 @@ def test_two_at_once(source, tmp_path):
     assert seen == [None, "refused"]
     convert(source, tmp_path / "again", **ARGUMENTS)
     assert digest(tmp_path / "result") == digest(tmp_path / "again")
+
+
+@pytest.mark.parametrize("moment", ["before it locks", "while it waits for the lock"])
+def test_one_that_comes_late(source, tmp_path, monkeypatch, moment):
+    """It passed the check of its destination before another made that: it says so at once, and leaves nothing."""
+    destination, opened = tmp_path / "result", []
+
+    def others_turn(function):
+        def wrapper(*args, **kwargs):
+            if not opened:
+                opened.append(True)
+                convert(source, destination, **ARGUMENTS)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    if moment == "before it locks":
+        monkeypatch.setattr(conversion.conversion, "staged", others_turn(conversion.conversion.staged))
+    else:  # between opening the lock's file, which the other then removes, and locking it
+        flock = writing.fcntl.flock
+
+        def late_flock(lock, how):
+            if not opened:
+                opened.append(True)
+                flock(lock, writing.fcntl.LOCK_UN)
+                convert(source, destination, **ARGUMENTS)
+            return flock(lock, how)
+
+        monkeypatch.setattr(writing.fcntl, "flock", late_flock)
+    written = []
+    with pytest.raises(ConversionError, match=r"result has just been made by another process"):
+        convert(source, destination, **ARGUMENTS, progress=lambda done, total: written.append(done))
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+    assert written == []
+    convert(source, tmp_path / "again", **ARGUMENTS)
+    assert digest(destination) == digest(tmp_path / "again")
+
+
+def test_what_a_kill_after_the_last_step_has_left_is_named(source, tmp_path):
+    convert(source, tmp_path / "result", **ARGUMENTS)
+    (incomplete(tmp_path / "result")).mkdir()
+    with pytest.raises(ConversionError, match=r"result exists: .*\.result\.incomplete, which .* has left, can be del"):
+        convert(source, tmp_path / "result", **ARGUMENTS)
+
+
+def test_a_folder_that_a_kill_has_left_empty_is_no_hindrance(source, tmp_path, expected):
+    incomplete(tmp_path / "result").mkdir()
+    convert(source, tmp_path / "result", **ARGUMENTS)
+    assert digest(tmp_path / "result") == expected and not incomplete(tmp_path / "result").exists()
 
 
 @pytest.mark.parametrize("to", ["fused", "gguf"])
