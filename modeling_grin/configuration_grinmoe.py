@@ -100,7 +100,7 @@ class GrinMoeConfig(PreTrainedConfig):
     """
 
     model_type = "grinmoe"
-    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "router_logits", "aux_loss"]
     attribute_map = {"num_experts": "num_local_experts"}
     default_theta = 10000.0
     ignore_keys_at_rope_validation = {"short_mscale", "long_mscale"}  # Phi-3.5-MoE's own; `_check_rope` checks them

@@ -4,6 +4,7 @@ Module and parameter names follow the release; `checkpoint_grinmoe.py` says how 
 Shapes: T tokens, H hidden_size, F intermediate_size, E num_local_experts, K num_experts_per_tok.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -16,16 +17,20 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple, logging
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding, eager_attention_forward
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -43,6 +48,7 @@ from .checkpoint_grinmoe import (
     register_expert_layout,
     released_names,
 )
+from .compat_grinmoe import CACHE, cache_name, either_cache
 from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
 from .experts_grinmoe import GRIN_EXPERTS, computes_here, matrix_vector_kernels
 from .linear_experts_grinmoe import GrinMoeLinearExperts, check_quantized, keep_trainable, leave_router_out
@@ -299,7 +305,7 @@ class GrinMoePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GrinMoeDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -512,14 +518,48 @@ def check_parallel_sizes(config: GrinMoeConfig, *, tp_size: int = 1, pp_size: in
         )
 
 
-def create_mask(config: GrinMoeConfig, *, past_key_values: Cache | None, **kwargs) -> Any:
+def create_mask(config: GrinMoeConfig, *, cache: Cache | None, **kwargs) -> Any:
     """The causal mask with the released window, in the form the config's attention implementation takes."""
-    if config._attn_implementation == "flex_attention" and getattr(past_key_values, "is_compileable", False):
+    if config._attn_implementation == "flex_attention" and getattr(cache, "is_compileable", False):
         # transformers 5.23 fails in `generate`, and without a window reads the cache's length after it has grown.
         raise ValueError("flex_attention cannot use a static cache; use a dynamic one, or attn_implementation='sdpa'")
     visible = VisibleWindowConfig(config)
     create = create_causal_mask if visible.sliding_window is None else create_sliding_window_causal_mask
-    return create(config=visible, past_key_values=past_key_values, **kwargs)
+    return create(config=visible, **{CACHE: cache}, **kwargs)
+
+
+# What a forward pass may be given beside the arguments that it names.
+KNOWN_KEYWORDS = {
+    *TransformersKwargs.__annotations__,
+    "shift_labels",  # the loss of a language model
+    *("debug_io", "debug_io_dir", "prune_layers"),  # transformers' tracing of a forward pass
+    "margin",  # trl's RewardTrainer gives the whole batch to the model
+}
+
+
+def refuse_unknown_keywords(model: PreTrainedModel, keywords: dict[str, Any], cache: Any) -> None:
+    """Raise TypeError for keywords that neither transformers nor the attention implementation of `model` knows.
+
+    They would otherwise go from `**kwargs` to `**kwargs` down to the attention, and be lost there. None passes: it
+    asks for nothing.
+    """
+    unknown = {name for name, value in keywords.items() if value is not None} - KNOWN_KEYWORDS
+    if not unknown:
+        return
+    implementation = model.config._attn_implementation
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    unknown -= inspect.signature(attention).parameters.keys()
+    if "flash" in implementation:
+        unknown -= inspect.signature(_flash_attention_forward).parameters.keys()
+    if implementation == "flex_attention":
+        unknown.discard("kernel_options")
+    if isinstance(cache, PagedAttentionCache):
+        unknown -= PagedAttentionArgs.__annotations__.keys()
+    if unknown:
+        raise TypeError(
+            f"{type(model).__name__}.forward got keywords that it does not know: {', '.join(sorted(unknown))}; "
+            "correct their spelling or leave them out"
+        )
 
 
 def refuse_empty(inputs: torch.Tensor) -> None:
@@ -619,6 +659,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         output_selected_experts: bool = False,
         loss_share: torch.Tensor | None = None,
         token_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> GrinMoeModelOutput:
         """
@@ -627,12 +668,17 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             attention_mask: `[batch, past + sequence]`, 0 for padding; or a prepared 4-D mask.
             position_ids: `[batch, sequence]`; where neither mask nor cache is given, positions that start again at 0
                 mark packed sequences.
+            past_key_values: the cache of the tokens before, to which these are added.
             output_router_logits: by default as in the config.
             loss_share: in training without `begin_step`, the share of the optimizer step's loss that this forward
                 pass makes, a scalar.
             token_ids: `[batch, sequence]`, which tokens `inputs_embeds` are: in training, what their routing noise is
                 a function of. By default `input_ids`, or else the rows' numbers.
+            cache: `past_key_values` by its name since transformers 5.24; either will do.
             kwargs: `output_hidden_states`, `output_attentions` and what the attention implementation takes.
+
+        Raises:
+            TypeError: keywords that nobody here knows.
 
         Returns:
             `last_hidden_state` `[batch, sequence, H]`; on request, per layer: `router_logits` `[T, E]` and
@@ -640,13 +686,15 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds")
+        cache = either_cache(past_key_values, cache)
+        refuse_unknown_keywords(self, kwargs, cache)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         refuse_empty(inputs_embeds)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(past_length, past_length + inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = positions[None]
 
@@ -654,12 +702,12 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache if cache_name(cache) == CACHE else None,
             position_ids=position_ids,
         )
-        if use_cache and past_key_values is None:
+        if use_cache and cache is None:
             # Only now: transformers does not look for packed sequences where there is a cache.
-            past_key_values = DynamicCache(config=self.config)
+            cache = DynamicCache(config=self.config)
         batch_size, sequence_length = inputs_embeds.shape[:2]
         counted = counted_tokens(attention_mask, batch_size, sequence_length, inputs_embeds.device)
         learning = self.training and torch.is_grad_enabled()
@@ -686,8 +734,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{cache_name(cache): cache},
                 **kwargs,
             )
             routings.append(routing)
@@ -701,7 +749,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             router_logits = tuple(logits.detach() for logits in router_logits)
         return GrinMoeModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            **{CACHE: cache if cache_name(cache) == CACHE else None},
             router_logits=router_logits if output_router_logits else None,
             selected_experts=selected_experts if output_selected_experts else None,
         )
@@ -796,7 +844,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -809,34 +857,64 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         refuse_empty(inputs)
         return inputs, *others
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        cache=None,
+        **kwargs,
+    ):
         """As in transformers; as in its Phimoe, all keys are computed anew where LongRoPE changes its factors.
 
         The positions decide, as in GrinMoeRotaryEmbedding: left padding has columns, but no positions of its own.
-        (Keys stay where `input_ids` does not have all tokens of the cache: in a prompt of `inputs_embeds`, between the
-        chunks of a prompt, and where `generate` goes on from a cache with the new tokens alone.)
+        (Keys stay where not all tokens of the cache are known: between the chunks of a prompt, and where `generate`
+        goes on from a cache with the new tokens alone.)
+
+        A prompt of `inputs_embeds` is all there is of it, or stands for what `input_ids` has of it.
         """
+        cache = either_cache(past_key_values, cache)
+        past_length = 0 if cache is None else cache.get_seq_length()
+        positions = kwargs.get("position_ids")
         rope: dict[str, Any] = dict(self.config.rope_parameters or {})
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if (
-            rope["rope_type"] == "longrope"
-            and past_length
-            and next_sequence_length == input_ids.shape[1] - past_length
-        ):
-            positions = kwargs.get("position_ids", torch.arange(input_ids.shape[1])[None])
-            if positions[:, :past_length].max() < rope["original_max_position_embeddings"] <= positions.max():
-                past_key_values = next_sequence_length = None
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, past_key_values, **kwargs)
+        if rope["rope_type"] == "longrope" and past_length and next_sequence_length is not None:
+            length, limit = past_length + next_sequence_length, rope["original_max_position_embeddings"]
+            reached = torch.arange(length)[None] if positions is None else positions
+            is_whole = inputs_embeds is not None or input_ids.shape[1] == length
+            if is_whole and reached[:, :past_length].max() < limit <= reached.max():
+                cache = next_sequence_length = None
+                past_length = 0
+        if inputs_embeds is not None and positions is not None:
+            if not is_first_iteration and past_length == 0:  # there is no cache, or it is computed anew
+                new_ids = input_ids[:, input_ids.shape[1] + inputs_embeds.shape[1] - positions.shape[-1] :]
+                inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(new_ids)], dim=1)
+                is_first_iteration = True
+            elif is_first_iteration and next_sequence_length is None:  # the whole prompt, or a chunk of it
+                if positions.shape[-1] == 0:
+                    raise ValueError("prefill_chunk_size divides input_ids: give them beside inputs_embeds")
+                inputs_embeds = inputs_embeds[:, past_length : past_length + positions.shape[-1]]
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **{CACHE: cache},
+            **kwargs,
+        )
 
     def create_masks_for_generate(
-        self, config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs
+        self, config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, cache=None, **kwargs
     ):
         """`generate` prepares the masks of compiled caches by itself; they need the released window, too."""
         return create_mask(
             config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=either_cache(past_key_values, cache),
             position_ids=position_ids,
         )
 
@@ -938,7 +1016,7 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
         return GrinMoeSequenceClassifierOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             aux_loss=aux_loss,

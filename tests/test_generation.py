@@ -8,9 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    pipeline,
+)
 
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from modeling_grin import (
+    GrinMoeConfig,
+    GrinMoeForCausalLM,
+    GrinMoeForSequenceClassification,
+    GrinMoeModel,
+    GrinMoePreTrainedModel,
+)
+from modeling_grin.compat_grinmoe import CACHE
 
 WINDOW, LENGTH = 7, 30
 END_OF_TEXT, ASSISTANT, END_OF_TURN, USERS_OWN = 32000, 32001, 32007, 5
@@ -159,6 +173,74 @@ def test_offloaded_cache_on_a_gpu(implementation):
     assert torch.equal(model.generate(ids, **settings, cache_implementation=implementation), expected)
 
 
+class WithHead(GrinMoePreTrainedModel):
+    """A user's own head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = GrinMoeModel(config)
+        self.post_init()
+
+    def forward(self, input_ids, **kwargs):
+        return self.model(input_ids, **kwargs)
+
+
+MODELS = {cls.__name__: cls for cls in (GrinMoeModel, GrinMoeForCausalLM, GrinMoeForSequenceClassification, WithHead)}
+
+
+def small(model_class, attention=None):
+    config = released_config(torch_dtype="float32", sliding_window=WINDOW, num_hidden_layers=1)
+    torch.manual_seed(0)
+    return MODELS[model_class](GrinMoeConfig.from_dict(config, attn_implementation=attention)).eval()
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_keyword_that_no_one_knows_is_an_error(model_class):
+    """transformers hands it from `**kwargs` to `**kwargs` until it is lost, as it was with a renamed cache."""
+    model, ids = small(model_class), random_ids(1, 3)
+    with pytest.raises(TypeError, match=r"GrinMoeModel.forward got keywords that it does not know: chace, mask; "):
+        model(ids, chace=DynamicCache(), mask=torch.ones_like(ids))
+    model(ids, token_type_ids=None)  # asks for nothing
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_keywords_of_trainers_attention_and_transformers_are_known(attention):
+    """Of all that transformers' own types list; of an attention implementation only what it takes."""
+    ids, lengths = random_ids(1, 3), torch.tensor([0, 3])
+    known = dict.fromkeys(("output_hidden_states", "output_attentions", "is_causal", "return_dict"), True)
+    known.update(cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=3, max_length_k=3, seq_idx=ids * 0)
+    known.update(num_items_in_batch=torch.tensor(2), shift_labels=ids)
+    if attention != "eager":
+        del known["output_attentions"]
+    model = small("GrinMoeForCausalLM", attention)
+    model(ids, labels=ids, **known)
+    options = {"kernel_options": {"BLOCK_M": 16}, "softcap": None}
+    if attention == "flex_attention":
+        model(ids, **options)
+    else:
+        with pytest.raises(TypeError, match="keywords that it does not know: kernel_options"):
+            model(ids, **options)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_cache_goes_by_either_name(model_class):
+    """`past_key_values`, and `cache` since transformers 5.24."""
+    model, ids = small(model_class), random_ids(2, 9)
+    if model_class == "GrinMoeForSequenceClassification":
+        whole, result = model(ids).logits, "logits"
+    else:
+        result = "logits" if model_class == "GrinMoeForCausalLM" else "last_hidden_state"
+        whole = model(ids)[result][:, 5:]
+    for name in ("past_key_values", "cache"):
+        cache = DynamicCache(config=model.config)
+        outputs = model(ids[:, :5], use_cache=True, **{name: cache})
+        assert outputs[CACHE] is cache
+        mask = torch.ones_like(ids)
+        assert_close(model(ids[:, 5:], attention_mask=mask, use_cache=True, **{name: cache})[result], whole)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids, past_key_values=cache, cache=cache)
+
+
 # --- generate --------------------------------------------------------------------------------------------------------
 
 PROMPT, NEW_TOKENS = 5, 20  # the window ends within the new tokens
@@ -205,6 +287,27 @@ def test_greedy_generation_equals_a_loop_of_full_forwards(cpu_streams, prompts, 
     by_hand = continue_by_hand(model, *prompts, lambda logits: logits.argmax(-1))
     assert len(by_hand.unique()) > 5
     assert torch.equal(generate(model, *prompts, do_sample=False, **settings), by_hand)
+
+
+@pytest.mark.parametrize("with_ids", [False, True], ids=["embeddings", "ids and embeddings"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 3}, {"prefill_chunk_size": 4}],
+    ids=str,
+)
+def test_generation_from_embeddings_equals_generation_from_ids(prompts, settings, with_ids):
+    model, (ids, mask) = build(), prompts
+    expected = generate(model, ids, mask, do_sample=False, **settings)
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": mask}
+    if with_ids:  # what they are does not matter: the embeddings stand for them
+        inputs["input_ids"] = ids.flip(1)
+    elif "prefill_chunk_size" in settings:
+        with pytest.raises(ValueError, match="prefill_chunk_size divides input_ids"):
+            model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **settings)
+        return
+    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **settings)
+    assert output.shape[1] == NEW_TOKENS + with_ids * ids.shape[1]
+    assert torch.equal(output[:, -NEW_TOKENS:], expected)
 
 
 def processed_probabilities(logits, temperature, top_p, top_k):
@@ -376,6 +479,22 @@ def test_continuous_batching_is_refused_where_it_would_see_one_key_too_few():
         model = GrinMoeForCausalLM.from_pretrained(write_checkpoint(Path(folder), config, released_tensors(config)))
     with pytest.raises(ValueError, match="continuous batching does not know the released meaning of sliding_window"):
         model.eval().generate_batch([[5, 6, 7]], generation_config=GenerationConfig(max_new_tokens=3))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_continuous_batching_equals_generate(attention):
+    """Requests of several lengths, more than one forward pass at a time holds."""
+    model = build(attention, sliding_window=None)
+    requests = [random_ids(1, length)[0].tolist() for length in (3, 9, 5)]
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    blocks = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16, max_memory_percent=0.01)
+    generation_config = GenerationConfig(**settings)
+    answers = model.generate_batch(requests, generation_config, continuous_batching_config=blocks)
+    answers = sorted(answers.values(), key=lambda answer: requests.index(answer.prompt_ids))
+    for request, answer in zip(requests, answers, strict=True):
+        ids = torch.tensor([request])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **{**settings, "eos_token_id": None})
+        assert answer.generated_tokens == expected[0, len(request) :].tolist()
 
 
 def test_selected_experts_come_with_the_logits():

@@ -368,6 +368,23 @@ def test_generation_across_the_boundary(settings, padding, window, longrope):
         assert relative_error(step_logits, expected[:, -1]) < LIMIT, f"step {step}"
 
 
+@pytest.mark.parametrize("with_ids", [False, True], ids=["embeddings", "ids and embeddings"])
+@pytest.mark.parametrize("padding", [(0, 0), (6, 11)], ids=str)
+@pytest.mark.parametrize("settings", GENERATION, ids=str)
+def test_generation_from_embeddings_across_the_boundary(settings, padding, with_ids, longrope):
+    """The prompt's keys are computed anew, too, from its embeddings and not from what ids there are."""
+    folder, config, _ = longrope
+    model = GrinMoeForCausalLM.from_pretrained(folder, sliding_window=None)
+    prompt, mask = left_padded(config, padding)
+    common = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(prompt, **common, use_cache=False, num_beams=settings.get("num_beams", 1))
+    ids = {"input_ids": prompt.flip(1)} if with_ids else {}
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(prompt)
+    outputs = model.generate(**ids, inputs_embeds=embeddings, **common, **settings)
+    assert torch.equal(outputs[:, -8:], expected[:, -8:])
+
+
 @pytest.mark.parametrize("helper", ["assistant", "prompt lookup"])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_speculative_generation_across_the_boundary(padding, helper, longrope):
