@@ -41,14 +41,15 @@ torch.compile = compile_quickly
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Note the lines of upstream's files that the test runs."""
-    found, upstream = set(), f"{sources.CACHE}{os.sep}"
+    """Note the lines of upstream's test files that the test runs."""
+    found = set()
 
     def trace(frame, event, argument):
-        if not frame.f_code.co_filename.startswith(upstream):
+        folder, name = os.path.split(frame.f_code.co_filename)
+        if not (folder.startswith(str(sources.CACHE)) and name.startswith("test_")):
             return None
         if event == "line":
-            found.add(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}")
+            found.add(f"{name}:{frame.f_lineno}")
         return trace
 
     before = sys.gettrace()

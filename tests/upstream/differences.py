@@ -1,3 +1,26 @@
-"""Upstream's tests in which ours does worse than a stock architecture, and why that is meant."""
+"""Upstream's tests in which ours does worse than a stock architecture, and why that is meant: pattern -> reason."""
 
-DIFFERENCES = {}
+PARTIAL = "A damaged or partial checkpoint is an error, not a model with new weights."
+RECORDS = (
+    "The layers return their router logits and the model collects them: in training they have no gradient where the "
+    "load-balance loss acts inside, so that no trainer adds a second one. Hooks would return them with one."
+)
+
+DIFFERENCES = {
+    "test_transformers.py::CausalLM::test_can_init_all_missing_weights": PARTIAL,
+    "test_transformers.py::CausalLM::test_model_weights_reload_no_missing_tied_weights": PARTIAL,
+    "test_transformers.py::CausalLM::test_moe_models_record_router_logits": RECORDS,
+    "test_transformers.py::CausalLM::test_capture_outputs_decorator": RECORDS,
+    "test_transformers.py::CausalLM::test_moe_parallel_plans_shard_experts": "There is no expert-parallel plan.",
+    "test_transformers.py::CausalLM::test_reverse_loading_mapping": "No tensor of the released layout is renamed.",
+    "test_tokenizer.py::Tokenizer::test_chat_template_save_loading": (
+        "The test reads `tokenizer.tokenizer`, which no tokenizer has. Stock ones skip it, because their signature does "
+        "not name `chat_template`."
+    ),
+    "test_tokenizer.py::TokenizerBackend::test_training_new_tokenizer": (
+        "A vocabulary of 100 is refused: bytes and the release's special tokens alone take 270."
+    ),
+    "test_tokenizer.py::TokenizerBackend::test_training_new_tokenizer_with_special_tokens_change": (
+        "`special_tokens_map` is refused: the chat template relies on the names of the special tokens."
+    ),
+}

@@ -23,7 +23,7 @@ MODULES = {
 }
 
 
-class Pipeline:
+class TestPipeline:
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
     @pytest.mark.parametrize("task", TASKS)
     def test_pipeline(self, task, dtype):
@@ -36,5 +36,5 @@ class Pipeline:
         theirs.run_pipeline_test(pipeline, examples)
 
 
-globals().update(for_each_kind(Pipeline))
-del Pipeline
+globals().update(for_each_kind(TestPipeline))
+del TestPipeline
