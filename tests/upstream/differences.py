@@ -14,8 +14,8 @@ DIFFERENCES = {
     "test_transformers.py::CausalLM::test_moe_parallel_plans_shard_experts": "There is no expert-parallel plan.",
     "test_transformers.py::CausalLM::test_reverse_loading_mapping": "No tensor of the released layout is renamed.",
     "test_tokenizer.py::Tokenizer::test_chat_template_save_loading": (
-        "The test reads `tokenizer.tokenizer`, which no tokenizer has. Stock ones skip it, because their signature does "
-        "not name `chat_template`."
+        "The test reads `tokenizer.tokenizer`, which no tokenizer has. Stock ones skip it, because their signature "
+        "does not name `chat_template`."
     ),
     "test_tokenizer.py::TokenizerBackend::test_training_new_tokenizer": (
         "A vocabulary of 100 is refused: bytes and the release's special tokens alone take 270."

@@ -1,11 +1,15 @@
 """peft's tests of decoders, sequence classifiers and feature extractors."""
 
 import collections
+import os
 import sys
 import types
 
 import peft.utils.constants
-from models import CAUSAL_LM, CLASSIFIER, FEATURES, KINDS, for_each_kind, hub  # noqa: F401 (hub: a fixture)
+from models import CAUSAL_LM, CLASSIFIER, FEATURES, FOLDER, KINDS, for_each_kind, hub  # noqa: F401 (hub: a fixture)
+
+# A run that was killed while peft compiled a kernel leaves a lock, on which the next one would wait without an end.
+os.environ["TORCH_EXTENSIONS_DIR"] = str(FOLDER / "extensions")
 
 # Methods without target modules take peft's defaults for the architecture; where it has none they are Mixtral's.
 for name, table in vars(peft.utils.constants).items():
