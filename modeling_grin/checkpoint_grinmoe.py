@@ -33,6 +33,10 @@ NEW_TASK_HEAD = "score.weight"
 UNQUANTIZED_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 
 
+class CheckpointMismatch(ValueError, RuntimeError):
+    """The tensors of a checkpoint do not fit the model. RuntimeError is what transformers raises for shapes."""
+
+
 def may_be_new(name: str) -> bool:
     """Whether a checkpoint may lack this tensor: the head of a new task, or a scale that begins as ones."""
     return name == NEW_TASK_HEAD or name.endswith(".output_scale")
@@ -271,8 +275,8 @@ def check_tensors(
         heads_may_be_new: whether the files may lack what `new_heads` says.
 
     Raises:
-        ValueError: tensors are missing or mis-shaped, or there are some that the model has no place for (those of
-            another task's head aside).
+        CheckpointMismatch: tensors are missing or mis-shaped, or there are some that the model has no place for
+            (those of another task's head aside).
     """
     prefix = f"{model.base_model_prefix}."  # checkpoints of the bare model lack it
     renamings = [entry for entry in load_config.weight_mapping or [] if isinstance(entry, WeightRenaming)]
@@ -322,7 +326,9 @@ def check_tensors(
         if any(name.endswith(".experts.gate_up_proj") for name in found):
             shown += '. Its experts are fused: load it without experts_implementation="linear" and quantization_config'
             shown += ", save it with save_pretrained, and load that"
-        raise ValueError(f"{len(problems)} tensor(s) of the checkpoint do not fit {type(model).__name__}: {shown}")
+        raise CheckpointMismatch(
+            f"{len(problems)} tensor(s) of the checkpoint do not fit {type(model).__name__}: {shown}"
+        )
 
 
 def is_readable(path: Path) -> bool:

@@ -211,6 +211,12 @@ def test_mismatched_sizes_are_made_anew_where_that_is_asked_for(checkpoint):
     assert len(info["mismatched_keys"]) == 4
 
 
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_mismatched_sizes_are_the_error_that_callers_of_stock_models_catch(checkpoint, error):
+    with pytest.raises(error, match="has shape"):
+        GrinMoeForCausalLM.from_pretrained(checkpoint, vocab_size=140)
+
+
 # Odd batches
 
 
