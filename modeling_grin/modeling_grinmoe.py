@@ -5,8 +5,10 @@ Shapes: T tokens, H hidden_size, F intermediate_size, E num_local_experts, K num
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +57,7 @@ from .linear_experts_grinmoe import GrinMoeLinearExperts, check_quantized, keep_
 from .loss_grinmoe import SkippedLogits, can_chunk, chunked_causal_lm_loss
 from .noise_grinmoe import fold, random_key, step_key, token_keys
 from .routing_grinmoe import Mixture, jitter_input, mix_outputs, route
+from .saving_grinmoe import replacing_checkpoint
 from .tables_grinmoe import list_adapter_targets, list_causal_lm
 
 logger = logging.get_logger(__name__)
@@ -396,6 +399,42 @@ class GrinMoePreTrainedModel(PreTrainedModel):
                 self.register_forward_pre_hook(refuse_left_out)
             self._left_out = missing & self._left_out if self._left_out else missing
         return result
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        **kwargs,
+    ) -> None:
+        """As in transformers; over an older checkpoint, so that the folder never loads as a mixture of both.
+
+        Until the new files are complete, the old ones stay, and need their room on the disk.
+        """
+        settings = {
+            "is_main_process": is_main_process,
+            "state_dict": state_dict,
+            "push_to_hub": push_to_hub,
+            "max_shard_size": max_shard_size,
+            "variant": variant,
+            **kwargs,
+        }
+        folder, suffix = Path(save_directory), f".{variant}" if variant else ""
+        is_writer = self.should_save_on_this_rank(is_main_process) and not kwargs.get("distributed_checkpoint")
+        if is_writer and not folder.is_file():
+            if push_to_hub:
+                settings.setdefault("repo_id", os.fspath(save_directory).split(os.path.sep)[-1])
+            is_adapter = getattr(self, "_hf_peft_config_loaded", False)
+            weights = "adapter_model.safetensors" if is_adapter else f"model{suffix}.safetensors"
+            index = None if is_adapter else f"model.safetensors.index{suffix}.json"
+            with replacing_checkpoint(folder, weights, index) as made:
+                super().save_pretrained(made, **settings)
+        else:
+            super().save_pretrained(save_directory, **settings)
+        self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
 
     def load_adapter(self, *args, **kwargs):
         """As in transformers, but an adapter that fits only in part is an error.

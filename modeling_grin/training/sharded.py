@@ -195,6 +195,9 @@ def save_weights(model: GrinMoePreTrainedModel, folder: str | Path) -> None:
         shutil.rmtree(shards, ignore_errors=True)
         for path in folder.glob("model*.safetensors*"):
             path.unlink()
+        config.save_pretrained(folder)  # now that no weights are there which it is not of
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
     wait_for_everyone()
     save_tensors(weights_of(model), shards)
     check_stored(whole, HuggingFaceStorageReader(str(shards)))  # torch would fill with zeros what is missing
@@ -206,9 +209,6 @@ def save_weights(model: GrinMoePreTrainedModel, folder: str | Path) -> None:
         add_format(path)
     if is_main_process():
         shutil.rmtree(shards)
-        config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
     wait_for_everyone()
 
 

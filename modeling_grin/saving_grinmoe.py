@@ -1,0 +1,58 @@
+"""Saving over an older checkpoint: a folder holds the old one, the new one, or none that loads, never some of each.
+
+transformers overwrites config and shards one after the other while the old index still names them all. Killed
+meanwhile, such a folder loads without a word. Here the new files are made in a folder inside, and moved when they are
+complete: for the time of the moves nothing loads.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+UNFINISHED = ".incomplete"  # the folder that new files are made in; a killed save leaves it, the next one removes it
+
+
+@contextmanager
+def replacing_checkpoint(folder: Path, weights: str, index: str | None) -> Iterator[Path]:
+    """The folder to save a checkpoint to; at the end its files take the place of those in `folder`.
+
+    Where `folder` has no weights yet, it is that folder itself: without weights, nothing in it loads too early. If
+    something is raised after the weights were written (while they are pushed, say), they are moved nevertheless.
+
+    Args:
+        weights: name of the file of weights, or, with `-00001-of-00002` before its suffix, of its shards.
+        index: name of the shards' index, if there may be one.
+    """
+    last = [name for name in (index, weights) if name]  # a reader needs one of them
+    made = folder / UNFINISHED
+    shutil.rmtree(made, ignore_errors=True)
+    if not any((folder / name).exists() for name in last):
+        yield folder
+        return
+    try:
+        yield made
+    finally:
+        if any((made / name).exists() for name in last):
+            replace_files(
+                made, folder, last, shard=re.compile(rf"{Path(weights).stem}-\d{{5}}-of-\d{{5}}\.safetensors")
+            )
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def replace_files(made: Path, folder: Path, last: list[str], shard: re.Pattern) -> None:
+    """Move all files of `made` to `folder`, where nothing is left of the old weights.
+
+    Args:
+        last: the files that a reader begins with: they are removed before the others are moved, and moved after them.
+        shard: matches the names of shards.
+    """
+    names = sorted((path.name for path in made.iterdir()), key=lambda name: name in last)
+    for name in last:  # readers take a single file first, so it goes after the index
+        (folder / name).unlink(missing_ok=True)
+    for path in list(folder.iterdir()):
+        if shard.fullmatch(path.name):
+            path.unlink()
+    for name in names:
+        (made / name).replace(folder / name)
