@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 
 from modeling_grin.checkpoint_grinmoe import EXPERT_WEIGHTS
 from modeling_grin.modeling_grinmoe import LINEAR_EXPERTS
+from modeling_grin.patterns_grinmoe import adaptable_names, check_patterns
 
 from .checkpoint import Checkpoint
 from .checks import load_model
-from .forms import released_tensors
+from .forms import model_class_of, released_tensors
 from .headers import ADAPTER_CONFIG_FILE, read_adapter_config, read_config, read_safetensors_header
 from .tensors import ConversionError, FileTensor, StoredTensor
 
@@ -52,6 +53,14 @@ def read_adapter(folder: Path) -> dict[str, FileTensor]:
     return read_safetensors_header(folder / ADAPTER_FILE)
 
 
+def refuse_patterns(config: dict[str, Any], names: list[str], adapter: Path) -> None:
+    """Raise ConversionError if the config's regular expressions cannot be matched against `names` in a short time."""
+    try:
+        check_patterns(config, names, adapter / ADAPTER_CONFIG_FILE)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+
+
 def merge_adapter(adapter: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Checkpoint:
     """The checkpoint that a LoRA adapter and its base model make; the merge proves itself, or is refused.
 
@@ -75,7 +84,7 @@ def merge_adapter(adapter: Path, checkpoint: Checkpoint, dtype: torch.dtype | No
     except ImportError as error:
         raise ConversionError("merging an adapter needs peft: pip install 'grin-moe[train]'") from error
 
-    read_adapter_config(adapter)
+    adapter_config = read_adapter_config(adapter)
     found = read_adapter(adapter)
     base, dtypes = checkpoint.path, {tensor.dtype for tensor in checkpoint.tensors.values()}
     if dtype is None and len(dtypes) > 1:
@@ -83,6 +92,9 @@ def merge_adapter(adapter: Path, checkpoint: Checkpoint, dtype: torch.dtype | No
     config = copy.deepcopy(checkpoint.config)
     if any(LINEAR_EXPERTS_NAME.match(name) for name in found):
         config._experts_implementation = LINEAR_EXPERTS
+    with torch.device("meta"):
+        skeleton = model_class_of(checkpoint.tensors)._from_config(config)
+    refuse_patterns(adapter_config, adaptable_names(skeleton), adapter)
     model = load_model(replace(checkpoint, config=config), dtype)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
@@ -135,6 +147,7 @@ def export_adapter(adapter: Path, base: Path | None, destination_folder: Path) -
     tensors = {name: tensor.read() for name, tensor in found.items()}
     ranks, alphas, modules = {}, {}, set()
     wrappers = dict.fromkeys(match.groups("") for match in map(FUSED_EXPERTS.fullmatch, found) if match)
+    refuse_patterns(config, [f"{experts}.{key}" for experts, _ in wrappers for key in EXPERT_WEIGHTS], adapter)
     for experts, inner in wrappers:
         adapted = [key for key in EXPERT_WEIGHTS if any(f".{experts}.{key}".endswith(f".{end}") for end in targets)]
         if len(adapted) < (2 if inner else 1):
@@ -174,12 +187,9 @@ def export_adapter(adapter: Path, base: Path | None, destination_folder: Path) -
 
 def by_pattern(config: dict[str, Any], patterns: str, default: str, name: str) -> Any:
     """A parameter's setting as peft reads it: that of the first regular expression that fits, or the default."""
-    try:
-        for pattern, value in (config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-    except re.error as error:
-        raise ConversionError(f"{patterns} of the adapter has {pattern!r}, no regular expression: {error}") from error
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
     return config[default]
 
 

@@ -5,6 +5,7 @@ Shapes: T tokens, H hidden_size, F intermediate_size, E num_local_experts, K num
 """
 
 import inspect
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding, eager_attention_forward
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, find_adapter_config_file, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -56,6 +57,7 @@ from .experts_grinmoe import GRIN_EXPERTS, computes_here, matrix_vector_kernels
 from .linear_experts_grinmoe import GrinMoeLinearExperts, check_quantized, keep_trainable, leave_router_out
 from .loss_grinmoe import SkippedLogits, can_chunk, chunked_causal_lm_loss
 from .noise_grinmoe import fold, random_key, step_key, token_keys
+from .patterns_grinmoe import adaptable_names, check_patterns
 from .routing_grinmoe import Mixture, jitter_input, mix_outputs, route
 from .saving_grinmoe import replacing_checkpoint
 from .tables_grinmoe import list_adapter_targets, list_causal_lm
@@ -63,6 +65,7 @@ from .tables_grinmoe import list_adapter_targets, list_causal_lm
 logger = logging.get_logger(__name__)
 
 LINEAR_EXPERTS = "linear"  # the experts_implementation with one `nn.Linear` per matrix
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder")
 FUSED_EXPERTS = {"sonicmoe"}  # implementations that do not call `GrinMoeExperts._apply_gate`
 
 END_OF_TEXT_ID, END_OF_TURN_ID = 32000, 32007  # <|endoftext|> and <|end|> of the released tokenizer
@@ -440,8 +443,16 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         """As in transformers, but an adapter that fits only in part is an error.
 
         Raises:
-            ValueError: the adapter has tensors that the model has no place for, or lacks some.
+            ValueError: the adapter has tensors that the model has no place for, or lacks some; or its config has
+                regular expressions that cannot be matched (`patterns_grinmoe.py`).
         """
+        source = args[0] if args else kwargs.get("peft_model_id")
+        if source is not None and kwargs.get("peft_config") is None:
+            hub = {key: value for key, value in (kwargs.get("adapter_kwargs") or {}).items() if key in HUB_ARGUMENTS}
+            hub["local_files_only"] = kwargs.get("local_files_only", False)
+            if (file := find_adapter_config_file(source, **hub)) is not None:
+                with open(file, encoding="utf-8") as config:
+                    check_patterns(json.load(config), adaptable_names(self), source)
         info = super().load_adapter(*args, **kwargs)
         if names := sorted({*info.unexpected_keys, *info.missing_keys}):
             raise ValueError(

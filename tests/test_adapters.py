@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from conversion import ConversionError, adapters, convert, open_checkpoint
 from conversion.adapters import export_adapter, find_base, merge_adapter
-from modeling_grin import GrinMoeForCausalLM
+from modeling_grin import GrinMoeForCausalLM, patterns_grinmoe
 from modeling_grin.training.lora import add_lora
 
 LAYERS, EXPERTS, HIDDEN, FFN, RANK, ALPHA = 2, 3, 32, 24, 2, 5
@@ -254,7 +254,7 @@ def test_export_of_one_of_the_two_weights(base, tmp_path, weight, parts):
         ({"layers_to_transform": [1]}, r"layers_to_transform=\[1\] acts on modules alone"),
         ({"r": 5}, "which are no factors of rank 5"),
         ({"r": 3}, "no factors of rank 3 of the experts of "),
-        ({"rank_pattern": {"(": 3}}, r"has '\(', no regular expression"),
+        ({"rank_pattern": {"(": 3}}, r"'\(' in rank_pattern is no regular expression: .*unterminated"),
     ],
 )
 def test_exports_that_are_refused(base, tmp_path, change, message):
@@ -263,6 +263,46 @@ def test_exports_that_are_refused(base, tmp_path, change, message):
     with pytest.raises(ConversionError, match=message):
         export_adapter(tmp_path / "fused", base, tmp_path / "linear")
     assert not (tmp_path / "linear").exists()
+
+
+ENDLESS = "((.|.)*)*!"  # twice as long with every character
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": ENDLESS},
+        {"exclude_modules": ENDLESS},
+        {"rank_pattern": {ENDLESS: 2}},
+        {"alpha_pattern": {"q_proj": 2, ENDLESS: 2}},
+        {"modules_to_save": ["lm_head", ENDLESS]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": [ENDLESS]},
+    ],
+    ids=lambda change: list(change)[-1],
+)
+def test_expressions_that_never_end(base, tmp_path, monkeypatch, change):
+    """Merging, exporting and `load_adapter` refuse them, before anything is loaded, and take others."""
+    folder = tmp_path / "adapter"
+    train_adapter(base, folder)
+    if "rank_pattern" in change:  # the one that an export matches, too, and a harmless one in all fields
+        edit(folder, target_modules=r".*\.[qkvo]_proj", rank_pattern={r"q_pro.+": 2}, modules_to_save=["lm_hea[d]"])
+        model = GrinMoeForCausalLM.from_pretrained(base)
+        patterns_grinmoe.check_patterns(
+            json.loads((folder / "adapter_config.json").read_text()), patterns_grinmoe.adaptable_names(model), folder
+        )
+        monkeypatch.setattr(patterns_grinmoe, "SECONDS", 0.5)
+        edit(folder, modules_to_save=None, **change)
+        with pytest.raises(ConversionError, match="in rank_pattern was not matched"):
+            export_adapter(folder, base, tmp_path / "linear")
+    monkeypatch.setattr(patterns_grinmoe, "SECONDS", 0.5)
+    edit(folder, **change)
+    message = re.escape(f"{ENDLESS!r} in {list(change)[-1]} was not matched against the model's names in 0.5 seconds")
+    with pytest.raises(ConversionError, match=message):
+        convert(folder, tmp_path / "merged", to="hub", base=base)
+    assert not (tmp_path / "merged").exists()
+    model = GrinMoeForCausalLM.from_pretrained(base)
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(str(folder))
 
 
 def test_a_rank_that_does_not_divide(base, tmp_path):

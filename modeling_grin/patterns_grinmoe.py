@@ -1,0 +1,84 @@
+"""Regular expressions of adapter configs, which anybody may have written, tried where they can be stopped.
+
+Matching `((.|.)*)*!` takes longer than anybody lives, and Python cannot interrupt it. peft matches the expressions of
+an adapter's config against every module's name; before it does, a process of its own matches them, within a time.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+SECONDS = 20
+"""For all expressions and names of an adapter. Harmless ones take milliseconds."""
+
+# A field -> the expression that peft makes of each of its patterns, and how it is matched.
+FORMS = {
+    "target_modules": ("fullmatch", "{}"),
+    "exclude_modules": ("fullmatch", "{}"),
+    "feedforward_modules": ("fullmatch", "{}"),
+    "modules_to_save": ("match", r"(^|.*\.){}($|\..*)"),
+    "layers_pattern": ("match", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."),
+    "rank_pattern": ("match", r"(.*\.)?({})$"),
+    "alpha_pattern": ("match", r"(.*\.)?({})$"),
+}
+LISTS_OF_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")  # where they are no text
+
+MATCH_ALL = """
+import json, re, sys
+expressions, names = json.load(sys.stdin)
+for number, (how, expression) in enumerate(expressions):
+    print(number, flush=True)
+    try:
+        match = getattr(re.compile(expression), how)
+    except (re.error, RecursionError, OverflowError) as error:
+        sys.exit(str(error))
+    for name in names:
+        match(name)
+"""
+
+
+def adaptable_names(model: nn.Module) -> list[str]:
+    """The names that a peft config is matched against."""
+    return [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+
+
+def check_patterns(config: Mapping[str, Any], names: Iterable[str], source: Any) -> None:
+    """Check that the expressions of a peft config can be matched against the names of modules and parameters.
+
+    Args:
+        config: the fields of an adapter's config.
+        source: what has the config, for the errors.
+
+    Raises:
+        ValueError: one is no regular expression, or does not end in `SECONDS`. Names source, field and expression.
+    """
+    tried, expressions = [], []
+    for field, (how, form) in FORMS.items():
+        value = config.get(field)
+        is_list = isinstance(value, list | dict) and field not in LISTS_OF_NAMES
+        for pattern in value if is_list else [value]:
+            if isinstance(pattern, str) and not re.fullmatch(r"[\w.]*", pattern):  # else nothing is repeated in it
+                tried.append((field, pattern))
+                expressions.append((how, form.format(pattern)))
+    if not tried:
+        return
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", MATCH_ALL],
+            input=json.dumps([expressions, list(names)]).encode(),
+            capture_output=True,
+            timeout=SECONDS,
+        )
+        output, reason = done.stdout, f"is no regular expression: {done.stderr.decode(errors='replace').strip()}"
+        if done.returncode == 0:
+            return
+    except subprocess.TimeoutExpired as error:
+        output, reason = error.stdout or b"0", f"was not matched against the model's names in {SECONDS} seconds"
+    field, pattern = tried[int(output.split()[-1])]
+    shown = repr(pattern if len(pattern) <= 100 else pattern[:100] + "...")
+    raise ValueError(f"{source}: {shown} in {field} {reason}; list the modules by name, or do not use this adapter")
