@@ -1,9 +1,14 @@
 """The wheel: what it holds, what it asks for, and that it works where the checkout is out of sight."""
 
+import functools
+import importlib.metadata
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
@@ -11,6 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from snippets import DOCUMENTS, Interpreter, bash_lines, snippets
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("modeling_grin", "conversion", "grin_moe_cli", "recipes", "model_cards")
@@ -129,3 +135,79 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path):
     environment = {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     output = run(sys.executable, "-c", OUTSIDE, site, cwd=tmp_path, **environment)
     assert "works outside the checkout" in output
+
+
+# The README's install line, then every Python snippet, with the newest versions that setup.py allows.
+
+README = ROOT / "README.md"
+BESIDE = {"llama"}  # extras whose installation takes minutes
+
+
+def install_lines(document):
+    """Arguments of the `pip install` lines of a document."""
+    return [shlex.split(line)[2:] for line in bash_lines(document) if line.startswith("pip install")]
+
+
+def extras(document):
+    """The extras that a page needs beyond the README's."""
+    named = {extra for line in install_lines(document) for word in line for extra in re.findall(r"\w+(?=[\],])", word)}
+    return sorted(named - BESIDE - {"train"})
+
+
+@pytest.fixture(scope="module")
+def fresh_environment(wheel, tmp_path_factory):
+    """An environment made by the README's install lines, and a function that adds the extras of the pages.
+
+    The wheel stands for the repository's address. The build of torch depends on the machine and can be GBs, so the one
+    that runs this test is linked. Compiling unused modules is left out. Needs a package registry.
+    """
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    python = folder / "venv" / "bin" / "python"
+    (site,) = folder.glob("venv/lib/python*/site-packages")
+
+    def install(*arguments):
+        command = [sys.executable, "-m", "pip", "--python", python, "install", "--no-compile", "--retries", "1"]
+        done = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
+        if done.returncode and re.search(r"connection broken|Timeout|Connection|name resolution", done.stderr):
+            pytest.skip(f"the package registry cannot be reached: {done.stderr.strip().splitlines()[-1]}")
+        assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+
+    torch_line, grin_line = install_lines(README)
+    assert torch_line == ["torch"]
+    torch = importlib.metadata.distribution("torch")
+    for name in {file.parts[0] for file in torch.files if file.parts[0] != ".."}:
+        (site / name).symlink_to(torch.locate_file(name))
+    assert grin_line[0].endswith("@ git+REPOSITORY")
+    install(*[word.replace("git+REPOSITORY", wheel.as_uri()) for word in grin_line])
+    more = ",".join(sorted({extra for document in DOCUMENTS for extra in extras(document) if snippets(document)}))
+    return python, functools.cache(lambda: install(f"grin-moe[{more}] @ {wheel.as_uri()}"))
+
+
+@pytest.fixture(scope="module")
+def fresh_interpreter(fresh_environment, tiny_release):
+    interpreter = Interpreter(fresh_environment[0], tiny_release, PYTHONPATH="", HF_HUB_OFFLINE="1")
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "document",  # those that need more than the README's line come last
+    [pytest.param(page, id=page.name) for page in sorted(DOCUMENTS, key=extras) if snippets(page)],
+)
+def test_snippets_run_in_a_fresh_environment(document, fresh_environment, fresh_interpreter, tmp_path):
+    blocks = snippets(document)
+    if blocks and extras(document):
+        fresh_environment[1]()
+    for number, snippet in enumerate(blocks):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        status, output = fresh_interpreter.run(snippet, folder)
+        assert status == 0, f"{document.name}, snippet {number}\n{output}"
+
+
+@pytest.mark.slow
+def test_command_runs_in_a_fresh_environment(fresh_environment, tmp_path):
+    command = fresh_environment[0].with_name("grin-moe")
+    assert "convert" in run(command, "--help", cwd=tmp_path, PYTHONPATH="")

@@ -1,14 +1,13 @@
 """The snippets of README and docs, run as they stand; only the released checkpoint's name becomes a tiny one's."""
 
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
+from snippets import DOCUMENTS, Interpreter, snippets
 from typer.testing import CliRunner
 
 from grin_moe_cli import app
@@ -16,26 +15,27 @@ from modeling_grin import GrinMoeForCausalLM
 from modeling_grin.training import add_lora
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPETS = [
     pytest.param(snippet, id=f"{document.name}-{number}")
     for document in DOCUMENTS
-    for number, snippet in enumerate(re.findall(r"```python\n(.*?)```", document.read_text("utf-8"), re.DOTALL))
+    for number, snippet in enumerate(snippets(document))
 ]
 
 
+@pytest.fixture(scope="module")
+def interpreter(tiny_release):
+    """The environment of the tests."""
+    interpreter = Interpreter(sys.executable, tiny_release)
+    yield interpreter
+    interpreter.close()
+
+
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_snippet_runs(snippet, tiny_release, tmp_path):
-    snippet = snippet.replace("microsoft/GRIN-MoE", str(tiny_release))
-    (tmp_path / "GRIN-MoE").symlink_to(tiny_release)
-    shutil.copytree(tiny_release, tmp_path / "output" / "sft_tiny")
-    (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
-    result = subprocess.run(
-        [sys.executable, "snippet.py"], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert result.returncode == 0, result.stderr
+def test_snippet_runs(snippet, interpreter, tmp_path):
+    status, output = interpreter.run(snippet, tmp_path)
+    assert status == 0, output
     if "save_pretrained" in snippet:
-        loss = float(re.search(r"'eval_loss': '?([\d.]+)", result.stdout).group(1))
+        loss = float(re.search(r"'eval_loss': '?([\d.]+)", output).group(1))
         assert loss < 6.3, "it starts at log(1024) = 6.9"
         assert (tmp_path / "trained" / "model.safetensors").is_file()
         assert (tmp_path / "expert_load.png").is_file()
