@@ -13,7 +13,7 @@ PHIMOE_ESTIMATORS = {"sparsemixer_v2", "sparsemixer_v2_paper"}  # those whose in
 
 # transformers' name, which says what `sliding_window` means, and the one that vLLM and SGLang know the model by.
 PHIMOE_ARCHITECTURES = ("PhimoeForCausalLM", "PhiMoEForCausalLM")
-SGLANG_JITTER = 0.01
+FIXED_JITTER = 0.01
 
 
 def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
@@ -64,15 +64,19 @@ def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
 
 
 def phimoe_notes(config: GrinMoeConfig) -> list[str]:
-    """Where the libraries that read a phimoe checkpoint compute something else (vLLM's and SGLang's `phimoe.py`, 2026,
-    and transformers 5)."""
+    """Where the libraries that read a phimoe checkpoint compute something else (vLLM 0.32.0, run; SGLang's `phimoe.py`
+    of 2026, read; transformers 5)."""
     notes = []
-    if config.router_jitter_noise != SGLANG_JITTER:
-        notes.append(f"SGLang computes with router_jitter_noise={SGLANG_JITTER}, not {config.router_jitter_noise}")
+    if config.router_jitter_noise != FIXED_JITTER:
+        notes.append(
+            f"vLLM and SGLang compute with router_jitter_noise={FIXED_JITTER}, not {config.router_jitter_noise}"
+        )
     window = config.sliding_window
     if window is not None and window + 1 < config.max_position_embeddings:
         notes.append(f"SGLang has no sliding window: right up to {window + 1} tokens only")
-    if not config.lm_head_bias:
+    if config.lm_head_bias:
+        notes.append("vLLM leaves out the head's bias (seen in 0.32.0): its log-probabilities are others")
+    else:
         notes.append("vLLM and SGLang build a bias of the head and will not find it")
     if not config.attention_bias:
         notes.append("vLLM builds biases of the attention and will not find them")

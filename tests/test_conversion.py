@@ -278,15 +278,21 @@ def test_a_model_whose_head_is_zero(tmp_path):
     assert convert(source, tmp_path / "result", to="fused").difference == 0
 
 
+HEAD_BIAS = "vLLM leaves out the head's bias"
+
+
 @pytest.mark.parametrize(
     ("changes", "notes"),
     [
-        ({"sliding_window": None}, []),
-        ({}, ["SGLang has no sliding window: right up to 2048 tokens"]),
-        ({"sliding_window": 4095, "router_jitter_noise": 0.05}, ["SGLang computes with router_jitter_noise=0.01"]),
+        ({"sliding_window": None}, [HEAD_BIAS]),
+        ({}, ["SGLang has no sliding window: right up to 2048 tokens", HEAD_BIAS]),
+        (
+            {"sliding_window": 4095, "router_jitter_noise": 0.05},
+            ["vLLM and SGLang compute with router_jitter_noise=0.01", HEAD_BIAS],
+        ),
         ({"sliding_window": None, "lm_head_bias": False}, ["vLLM and SGLang build a bias of the head"]),
-        ({"sliding_window": None, "attention_bias": False}, ["vLLM builds biases of the attention"]),
-        ({"sliding_window": None, "tie_word_embeddings": True}, ["vLLM builds a head of its own"]),
+        ({"sliding_window": None, "attention_bias": False}, [HEAD_BIAS, "vLLM builds biases of the attention"]),
+        ({"sliding_window": None, "tie_word_embeddings": True}, [HEAD_BIAS, "vLLM builds a head of its own"]),
     ],
 )
 def test_what_the_readers_of_phimoe_compute_otherwise_is_said(tmp_path, changes, notes):
