@@ -181,7 +181,8 @@ def fresh_environment(wheel, tmp_path_factory):
     assert grin_line[0].endswith("@ git+REPOSITORY")
     install(*[word.replace("git+REPOSITORY", wheel.as_uri()) for word in grin_line])
     more = ",".join(sorted({extra for document in DOCUMENTS for extra in extras(document) if snippets(document)}))
-    return python, functools.cache(lambda: install(f"grin-moe[{more}] @ {wheel.as_uri()}"))
+    yield python, functools.cache(lambda: install(f"grin-moe[{more}] @ {wheel.as_uri()}"))
+    shutil.rmtree(folder)  # pytest would keep three of these, a GB each
 
 
 @pytest.fixture(scope="module")
