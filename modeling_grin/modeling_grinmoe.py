@@ -776,7 +776,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         routings = []
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # fewer in `assistant_early_exit`
             hidden_states, *routing = layer(
                 hidden_states,
                 token_keys=None if keys is None else fold(keys, layer.layer_idx),  # type: ignore[arg-type]
