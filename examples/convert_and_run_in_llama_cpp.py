@@ -1,7 +1,7 @@
 """Convert a GRIN-MoE to GGUF, run it in llama.cpp, and compare with the model in torch, token by token.
 
 Without a checkpoint a tiny one is trained first, for a minute, on the source code of Python's standard library. Needs
-`pip install -c constraints.txt ".[llama]"`, which compiles llama.cpp for some minutes.
+`pip install ".[llama]"`, which compiles llama.cpp for some minutes.
 
     python examples/convert_and_run_in_llama_cpp.py
     python examples/convert_and_run_in_llama_cpp.py --model my-grin --prompt "def "
@@ -40,7 +40,7 @@ def main(
         from llama_cpp import Llama
     except ImportError as error:
         raise SystemExit(
-            'error: llama-cpp-python is not installed: pip install -c constraints.txt ".[llama]"'
+            'error: llama-cpp-python is not installed: pip install ".[llama]"'
         ) from error
 
     if model is None:
