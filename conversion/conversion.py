@@ -21,7 +21,14 @@ from . import adapters, checks, experts
 from .checkpoint import Checkpoint
 from .configs import phimoe_config, phimoe_notes
 from .forms import FUSED, HUB, model_class_of
-from .headers import ADAPTER_CONFIG_FILE, INDEX_FILE, read_json
+from .headers import (
+    ADAPTER_CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    INDEX_FILE,
+    MAX_HEADER_BYTES,
+    read_generation_config,
+    read_json,
+)
 from .sources import open_checkpoint
 from .tensors import ConversionError, FileTensor
 from .writing import Progress, check_destination, check_space, fingerprint, outputs, staged, write_safetensors
@@ -140,6 +147,8 @@ def convert(
         base = adapters.find_base(source, base)
     # In whose folders the tokenizer may be; an adapter's and that of --config are the newer ones.
     beside = [Path(path) for path in ((base, source) if is_adapter else (source, config)) if path is not None]
+    for folder in beside:
+        check_settings(folder)
     inputs = [Path(path).resolve() for path in (source, base, config, calibration) if path is not None]
     for path in inputs:
         if path.is_dir() and (problem := describe_links(path)):
@@ -198,6 +207,15 @@ def check_arguments(
         raise ConversionError(f"max_shard_size={max_shard_size!r} is no size: give one such as 500MB or 5GB")
     if calibration is not None and not Path(calibration).is_file():
         raise ConversionError(f"calibration={calibration} is not a file: give a text file")
+
+
+def check_settings(folder: Path) -> None:
+    """Raise ConversionError for JSON beside the weights that nobody could read, before it is copied."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name == GENERATION_CONFIG_FILE:
+            read_generation_config(path)
+        elif path.name in CARRIED and path.name != "tokenizer.json":  # which may be large, and only `tokenizers` reads
+            read_json(path, MAX_HEADER_BYTES)
 
 
 def open_source(
@@ -266,8 +284,9 @@ def calibration_rows(checkpoint: Checkpoint, path: Path) -> list[torch.Tensor]:
         raise ConversionError(f"{path} is not a text in UTF-8: {error}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, config=config)
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{checkpoint.path} has no tokenizer to read {path} with") from error
+    except Exception as error:  # of any type: `tokenizers` raises nothing more special
+        reason = " ".join(str(error).split())[:300]
+        raise ConversionError(f"{checkpoint.path} has no tokenizer to read {path} with: {reason}") from error
     ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
     if len(ids) == 0:
         raise ConversionError(f"{path} is empty: give a text like those that the model is for")

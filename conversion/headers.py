@@ -15,12 +15,13 @@ import struct
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
+from transformers import GenerationConfig
 
 from modeling_grin import GrinMoeConfig
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
 CONFIG_FILE, ADAPTER_CONFIG_FILE = "config.json", "adapter_config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 
@@ -38,6 +40,7 @@ PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 MAX_CONFIG_BYTES = 2_000_000
 MAX_HEADER_BYTES = 20_000_000
 MAX_JSON_DEPTH = 100  # deeper objects could be read, but not copied or written again
+MAX_FIELDS = 100  # of a config, among which the wrong one is looked for
 MAX_DIMENSIONS = 64  # of a tensor, as in Python's buffers; bounds the product of the sizes
 
 MAX_PARAMETERS = 10**14
@@ -304,6 +307,30 @@ def _count_parameters(config: GrinMoeConfig) -> int:
     return config.num_hidden_layers * (attention + experts) + 2 * config.vocab_size * config.hidden_size
 
 
+def _explain(error: Exception, values: dict[str, Any], config_class: Any) -> str:
+    """What an error of `config_class.from_dict(values)` says, after the field without which there is none."""
+    reason = "".join(filter(str.isprintable, textwrap.shorten(str(error), 500)))
+    for name in list(values)[:MAX_FIELDS]:
+        with suppress(Exception):
+            config_class.from_dict({other: value for other, value in values.items() if other != name})
+            return f"{_shown(name)}: {_shown(values[name])}: {reason}"
+    return reason
+
+
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """A generation_config.json that transformers loads; `from_pretrained` reads it after all else.
+
+    Raises:
+        ConversionError: unreadable, or with values that transformers does not take.
+    """
+    values = read_json(path)
+    try:
+        GenerationConfig.from_dict(values)
+    except Exception as error:  # of any type, as above
+        raise ConversionError(f"{path} is not usable: {_explain(error, values, GenerationConfig)}") from error
+    return values
+
+
 def read_config(folder: Path) -> GrinMoeConfig:
     """The model's config, by the folder's config.json (`grinmoe` or `phimoe`).
 
@@ -335,8 +362,7 @@ def read_config(folder: Path) -> GrinMoeConfig:
         json.dumps(values, allow_nan=False)
         config = GrinMoeConfig.from_dict(values)
     except Exception as error:  # of any type: transformers' code meets values that it never expects
-        reason = "".join(filter(str.isprintable, textwrap.shorten(str(error), 500)))
-        raise ConversionError(f"{path} is not a usable config: {reason}") from error
+        raise ConversionError(f"{path} is not a usable config: {_explain(error, values, GrinMoeConfig)}") from error
     if _count_parameters(config) > MAX_PARAMETERS:
         raise ConversionError(f"{path} has sizes that make more than {MAX_PARAMETERS:.0e} parameters: no model has")
     return config

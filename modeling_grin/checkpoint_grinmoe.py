@@ -336,9 +336,12 @@ def is_readable(path: Path) -> bool:
     try:
         if path.suffix == ".json":
             index = json.loads(path.read_text(encoding="utf-8"))
-            return isinstance(index["metadata"], dict) and len(index["weight_map"].values()) > 0
+            files = index["weight_map"].values()
+            return (
+                isinstance(index["metadata"], dict) and len(files) > 0 and all(isinstance(file, str) for file in files)
+            )
         safe_open(path, framework="pt").__exit__(None, None, None)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):  # ValueError: no JSON, or no text
+    except (SafetensorError, ValueError, RecursionError, KeyError, TypeError, AttributeError):  # no JSON, or no text
         return False
     return True
 

@@ -12,6 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .routing_grinmoe import ROUTER_ESTIMATORS, TOP_1_ESTIMATORS
 
+MAX_INT = 2**63 - 1  # of torch
+NESTED_CONFIGS = ("decoder", "generator", "text_config", "text_encoder")  # those that `get_text_config` looks for
+
 
 class VisibleWindowConfig:
     """A config as transformers' masks and caches read it: their `sliding_window` counts a query's own key too.
@@ -56,8 +59,8 @@ def read_phimoe(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether `value` is a finite number above 0."""
-    return isinstance(value, int | float) and 0 < value <= sys.float_info.max
+    """Whether `value` is a finite number above 0 that a tensor can hold."""
+    return isinstance(value, int | float) and 0 < value <= (MAX_INT if isinstance(value, int) else sys.float_info.max)
 
 
 @strict
@@ -166,6 +169,9 @@ class GrinMoeConfig(PreTrainedConfig):
         self._check_values()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        for field in NESTED_CONFIGS:  # transformers would take it for this config
+            if kwargs.get(field) is not None:
+                raise ValueError(f"{type(self).__name__}: {field} is of composite models, and this is none: remove it")
         super().__post_init__(**kwargs)
         self._check_rope()
 
@@ -267,6 +273,11 @@ class GrinMoeConfig(PreTrainedConfig):
             require(getattr(self, field) >= 0, field, "must not be negative")
         for field in ("input_jitter_noise", "attention_dropout", "expert_dropout"):
             require(0 <= getattr(self, field) < 1, field, "must be in [0, 1)")
+        names = self.architectures
+        is_names = names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))
+        require(is_names, "architectures", "must be a list of class names")
+        is_flag = self.output_hidden_states is None or isinstance(self.output_hidden_states, bool)
+        require(is_flag, "output_hidden_states", "must be true or false")
         require(self.hidden_dropout == 0, "hidden_dropout", "is not part of the model; only 0 is supported")
 
     def to_dict(self) -> dict[str, Any]:

@@ -82,6 +82,8 @@ class GrinMoeTokenizer(TokenizersBackend):
         model_max_length: int = 4096,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(model_max_length, int | float):
+            raise ValueError(f"model_max_length={model_max_length!r} must be a number of tokens")
         super().__init__(
             chat_template=CHAT_TEMPLATE if chat_template in (None, RELEASED_CHAT_TEMPLATE) else chat_template,
             bos_token=bos_token,

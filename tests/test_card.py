@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -16,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 import typer
+import yaml
 from checkpoints import released_config, released_tensors, write_checkpoint
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from jinja2 import Environment, meta
+from markdown_it import MarkdownIt
 from matplotlib.image import imread
 from runs import Rows, make_model, make_trainer
 from safetensors.torch import load_file
@@ -31,6 +34,7 @@ from grin_moe_cli.study import plan
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeTokenizer
 from modeling_grin.publishing import card as cards
 from modeling_grin.publishing.card import draw_loss, may_write_card, table, write_card
+from modeling_grin.publishing.markdown import render
 from modeling_grin.publishing.record import record_run
 from modeling_grin.training import RoutingCallback, add_lora
 from modeling_grin.training.recipes import FineTuningArguments
@@ -474,7 +478,7 @@ def test_an_edited_card_is_never_overwritten(folder):
         ({"base_model": "./local folder"}, "base_model=./local folder is no name on the Hub"),
         ({"evaluation": "none.json"}, "none.json: no such file"),
         ({"evaluation": "broken.json"}, "broken.json is not JSON"),
-        ({"evaluation": "list.json"}, "list.json is no results.json of recipes/evaluate.py"),
+        ({"evaluation": "list.json"}, r"list\.json has \[1\], which must be a dict"),
         ({"evaluation": "short.json"}, r"short.json: rows\[0\] lacks tasks, shots"),
         ({"base_evaluation": "short.json"}, "base_evaluation stands beside the model's own scores"),
         ({"run": "nowhere"}, "run=nowhere is not a folder"),
@@ -507,18 +511,83 @@ def test_licenses_are_spelt_as_on_the_hub(license, folder):
 def test_the_template_asks_for_nothing_that_is_not_given(folder, monkeypatch):
     asked = meta.find_undeclared_variables(Environment().parse(cards.TEMPLATE.read_text(encoding="utf-8")))
     given = {}
-    real = ModelCard.from_template
-    monkeypatch.setattr(
-        ModelCard, "from_template", lambda metadata, **values: given.update(values) or real(metadata, **values)
-    )
+    monkeypatch.setattr(cards, "render", lambda path, **values: given.update(values) or render(path, **values))
     write_card(folder)
-    assert asked <= given.keys() | {"card_data"} and given.keys() <= asked | {"template_path"}
+    assert asked == given.keys()
 
 
 def test_a_table_has_no_cell_that_breaks_it():
     text = table(("a", "b", "c"), [("x|y\nz", 0.123456, ""), ("q", 2.0, True)])
     assert text == "| a | b | c |\n| --- | ---: | --- |\n| x\\|y z | 0.1235 |  |\n| q | 2 | True |"
     assert table(("a",), []) == ""
+
+
+# ---- What others have written ----
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "a | b | c",
+    "x `y` ``z``",
+    "[click](javascript:alert(1)) ![x](http://evil/x.png)",
+    "a\n\n# Heading\n\n```\n---\nlicense: evil\n---",
+    "**bold** __bold__ ~~gone~~ \\\\",
+    'n" + __import__("os").system("id") + "',
+    "\u202eturned \x1b[31m around",
+    "{{ 7 * 7 }} {% raw %}",
+]
+
+
+def rendered(text):
+    """Tags and text of a card as the Hub shows it: CommonMark with tables, and HTML as it is."""
+    tokens = (
+        MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(text.partition("\n---\n")[2])
+    )
+    inline = [child for token in tokens for child in token.children or []]
+    tags = [token.tag for token in [*tokens, *inline] if token.tag not in ("", "th", "td", "tr", "code")]
+    html = [token.content for token in [*tokens, *inline] if token.type.startswith("html_")]
+    html = [text for text in html if "grin-moe card" not in text]  # the checksum
+    links = [token.attrGet("href") or token.attrGet("src") for token in inline if token.type in ("link_open", "image")]
+    return sorted(tags), html, links, [token.content for token in inline if token.type in ("text", "code_inline")]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_others_have_written_is_shown_and_does_nothing(text, folder, tmp_path):
+    """It is no tag, no link, no row, no heading, no metadata and no code, wherever it stands."""
+
+    def card_with(text, name):
+        copy = shutil.copytree(folder, tmp_path / name / text.replace("/", "-")[:100], symlinks=True)
+        (copy / "routing").unlink()  # pictures take long to draw
+        (copy / "trainer_state.json").unlink()
+        run = json.loads((copy / "run.json").read_text())
+        source = {"name": text, "hub": False}
+        run |= {"train_data": source, "eval_data": source | {"config": text}, "method": text, "base_model": source}
+        run["eval_fraction"] = None
+        run["hyperparameters"] = {text: text, "seed": text}
+        run["hardware"]["device"], run["versions"] = text, {text: text}
+        (copy / "run.json").unlink()
+        (copy / "run.json").write_text(json.dumps(run))
+        row = {"run_id": "a", "emissions": 0.5, "energy_consumed": 2, "country_name": text, "cpu_model": text}
+        with (copy / "emissions.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([[*row, "gpu_model"], [*row.values(), text]])
+        results = write_results(tmp_path / "results.json", [result_row(text, 1.0, 0, metric=text, unit=text)])
+        write_card(copy, evaluation=results)
+        return (copy / "README.md").read_text()
+
+    harmless, card = card_with("harmless", "a"), card_with(text, "b")
+    expected, found = rendered(harmless), rendered(card)
+    assert found[:3] == expected[:3]
+    assert " ".join("".join(c if c.isprintable() else " " for c in text).split()) in "".join(found[3])
+    metadata, known = (yaml.safe_load(source.split("\n---\n")[0]) for source in (card, harmless))
+    assert metadata.keys() == known.keys() and metadata.get("license") == known.get("license")
+    for snippet, known in zip(re.findall(r"```python\n(.*?)```", card, re.DOTALL), snippets_of(harmless), strict=True):
+        calls = [[ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+                 for source in (snippet, known)]  # fmt: skip
+        assert calls[0] == calls[1]
+
+
+def snippets_of(card):
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
 
 
 # ---- Snippets ----

@@ -15,13 +15,15 @@ from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import EvalResult, model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..analysis import plot_expert_load
@@ -29,6 +31,8 @@ from ..analysis.planner import Stage
 from ..configuration_grinmoe import GrinMoeConfig
 from ..files import replacing, write_whole
 from . import TO_FILL_IN
+from .forms import check_form, loss, number, parse_json, read_json
+from .markdown import cell, code, escape, render
 from .record import RUN_FILE
 
 # Beside the package, in the checkout as in the wheel.
@@ -65,12 +69,34 @@ EVAL_LABELS = {  # of a trainer's log, on held-out data
 }
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's content; ValueError if it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+# What the card reads of each file, and no more: who else writes one may leave the rest out.
+SOURCE = {"name": str, "hub": bool, "config?": str, "split?": str, "rows?": int}
+RUN = {
+    "method?": str, "base_model?": SOURCE, "train_data?": SOURCE, "eval_data?": SOURCE, "eval_fraction?": number,
+    "config?": dict, "hyperparameters": dict, "global_batch": int, "versions": dict,
+    "parallelism": {"pipeline": int, "tensor": int, "fully sharded": bool},
+    "hardware": {"device": str, "processes": int},
+}  # fmt: skip
+TRAINER_STATE = {
+    "global_step": int,
+    "epoch?": number,
+    "log_history": [
+        {"step": int, "train_runtime?": number, "num_tokens?": number, "loss?": loss,
+         **{f"{key}?": loss for key in EVAL_LABELS}}
+    ],
+}  # fmt: skip
+PER_LAYER = ("load_max", "dead_experts", "load_entropy", "near_tie_rate", "balance_loss")
+ROUTING = {"step": int, "load": [[number]], **{key: [loss] for key in PER_LAYER}}
+EMISSIONS = ("run_id", "emissions", "energy_consumed", "country_name", "cpu_model", "gpu_model")
+RESULTS = {
+    "model-index": [
+        {"results": [{"task": {"type": str}, "dataset": {"type": str, "name": str}, "metrics": [{"type": str}]}]}
+    ],
+    "rows": [
+        {"row": str, "tasks": list, "shots": list, "metric": str, "filter": str, "unit": str, "score": number,
+         "paper?": number, "settings": {"limit?": number}}
+    ],
+}  # fmt: skip
 
 
 @dataclass
@@ -86,21 +112,21 @@ class Records:
         """Where a file is; None if it is in neither folder."""
         return next((path / name for path in (self.folder, self.run_folder) if (path / name).is_file()), None)
 
-    def read(self, name: str, what: str) -> dict[str, Any]:
+    def read(self, name: str, what: str, form: dict[str, Any]) -> dict[str, Any]:
         """A JSON object; an empty one, and a note that the card is without `what`, where the file is missing."""
         path = self.find(name)
         if path is None:
             self.notes.append(f"no {name}, so the card is without {what}")
             return {}
-        return read_json(path)
+        return read_json(path, form)
 
     @cached_property
     def run(self) -> dict[str, Any]:
-        return self.read(RUN_FILE, "data, hyper-parameters, hardware and versions")
+        return self.read(RUN_FILE, "data, hyper-parameters, hardware and versions", RUN)
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        return self.read(TRAINER_STATE_FILE, "loss curve and steps")
+        return self.read(TRAINER_STATE_FILE, "loss curve and steps", TRAINER_STATE)
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -110,16 +136,16 @@ class Records:
     def adapter(self) -> dict[str, Any] | None:
         """Of a LoRA's folder, its config."""
         path = self.folder / "adapter_config.json"
-        return read_json(path) if path.is_file() else None
+        return read_json(path, dict) if path.is_file() else None
 
     @cached_property
     def config(self) -> GrinMoeConfig | None:
         """The model's; that of a LoRA's base model, which its folder lacks, as the run had it."""
         if (self.folder / "config.json").is_file():
-            return GrinMoeConfig.from_pretrained(self.folder)
+            return read_config(self.folder / "config.json", None)
         if self.adapter is None:
             raise ValueError(f"{self.folder} has neither config.json nor adapter_config.json: give a model's folder")
-        return GrinMoeConfig(**self.run["config"]) if "config" in self.run else None
+        return read_config(self.run_folder / RUN_FILE, self.run["config"]) if self.run.get("config") else None
 
     @cached_property
     def routing(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -132,7 +158,15 @@ class Records:
                 "no routing/layers.jsonl, so the card is without expert load (RoutingCallback writes it)"
             )
             return None
-        return json.loads(lines[0]), json.loads(lines[-1])
+        first, last = (parse_json(line, ROUTING, str(path)) for line in (lines[0], lines[-1]))
+        for line in (first, last):
+            sizes = {len(layer) for layer in line["load"]}
+            counts = {len(line[key]) for key in PER_LAYER}
+            if len(sizes) != 1 or counts != {len(line["load"])}:
+                raise ValueError(
+                    f"{path} has a load that is no table of layers and experts, or figures of other layers"
+                )
+        return first, last
 
     @cached_property
     def emissions(self) -> list[dict[str, str]]:
@@ -140,8 +174,24 @@ class Records:
         path = self.find("emissions.csv")
         if path is None:
             return []
-        with path.open(encoding="utf-8", newline="") as file:
-            return list({row["run_id"]: row for row in csv.DictReader(file)}.values())
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = list({row["run_id"]: row for row in csv.DictReader(file)}.values())
+                for row in rows:
+                    missing = [name for name in EMISSIONS if row[name] is None]
+                    if missing or not (number(float(row["emissions"])) and number(float(row["energy_consumed"]))):
+                        raise ValueError(f"a line is too short, or has no numbers: {missing}")
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise ValueError(f"{path} is not as codecarbon writes it: {type(error).__name__}: {error}") from error
+        return rows
+
+
+def read_config(path: Path, values: dict[str, Any] | None) -> GrinMoeConfig:
+    """The config in a file, or in the `values` of one."""
+    try:
+        return GrinMoeConfig.from_pretrained(path) if values is None else GrinMoeConfig.from_dict(values)
+    except Exception as error:  # of any type: transformers' code meets values that it never expects
+        raise ValueError(f"{path} has no usable config: {' '.join(str(error).split())}") from error
 
 
 # ---- Pictures ----
@@ -155,7 +205,7 @@ def draw_loss(log: Sequence[Mapping[str, Any]], label: str = "loss (nats per tok
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for key, name, color in (("loss", "training", "tab:blue"), ("eval_loss", "validation", "tab:orange")):
-        points = sorted({entry["step"]: entry[key] for entry in log if key in entry}.items())
+        points = sorted({entry["step"]: entry[key] for entry in log if entry.get(key) is not None}.items())
         if not points:
             continue
         steps, losses = np.array(points).T
@@ -176,23 +226,21 @@ def draw_loss(log: Sequence[Mapping[str, Any]], label: str = "loss (nats per tok
 
 
 def cell_text(value: Any) -> str:
-    """Floats in four digits, the rest as it is, without what would end a cell or a line."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return " ".join(str(value).replace("|", "\\|").split())
+    """Floats in four digits, the rest escaped; `Markup` is not."""
+    return f"{value:.4g}" if isinstance(value, float) else cell(value)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:
     """A Markdown table, empty if it has no rows; columns of numbers are set to the right."""
     rows = list(rows)
     if not rows:
-        return ""
+        return Markup()
     rules = [
         "---:" if all(isinstance(cell, float) or cell == "" for cell in column) else "---"
         for column in zip(*rows, strict=True)
     ]
     lines = [columns, rules, *([cell_text(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return Markup("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
 
 def count_parameters(config: GrinMoeConfig) -> tuple[int, int]:
@@ -208,20 +256,22 @@ def config_rows(records: Records) -> list[tuple[str, Any]]:
         return []
     total, active = count_parameters(config)
     sizes = [("parameters", f"{total:,}"), ("parameters that a token uses", f"{active:,}")]
-    return [*sizes, *((f"`{name}`", getattr(config, name)) for name in CONFIG_FIELDS)]
+    return [*sizes, *((code(name), getattr(config, name)) for name in CONFIG_FIELDS)]
 
 
 def hyperparameter_rows(records: Records) -> list[tuple[str, Any]]:
     if not records.run:
         return []
     rows = [("sequences of an optimizer step (global batch)", records.run["global_batch"])]
-    return [*rows, *((f"`{name}`", value) for name, value in records.run["hyperparameters"].items())]
+    return [*rows, *((code(name), value) for name, value in records.run["hyperparameters"].items())]
 
 
-def link(source: Mapping[str, Any], kind: str = "") -> str:
+def link(source: Mapping[str, Any], kind: str = "") -> Markup:
     """A source of `run.json` in Markdown; `kind` is `datasets/` for data."""
     name = source["name"]
-    return f"[{name}](https://huggingface.co/{kind}{name})" if source["hub"] else f"`{name}` (local)"
+    if not source["hub"]:
+        return Markup(f"{code(name)} (local)")
+    return Markup(f"[{escape(name)}](https://huggingface.co/{kind}{quote(name)})")
 
 
 def data_rows(records: Records) -> list[tuple[Any, ...]]:
@@ -238,10 +288,10 @@ def data_rows(records: Records) -> list[tuple[Any, ...]]:
 def training_rows(records: Records) -> list[tuple[str, Any]]:
     """How long it took, and on what."""
     rows: list[tuple[str, Any]] = []
-    end = next((entry for entry in reversed(records.log) if "train_runtime" in entry), None)
+    end = next((entry for entry in reversed(records.log) if entry.get("train_runtime") is not None), None)
     if records.state:
-        rows += [("optimizer steps", records.state["global_step"]), ("epochs", records.state["epoch"])]
-    counted = next((entry for entry in reversed(records.log) if "num_tokens" in entry), None)
+        rows += [("optimizer steps", records.state["global_step"]), ("epochs", records.state.get("epoch", ""))]
+    counted = next((entry for entry in reversed(records.log) if entry.get("num_tokens") is not None), None)
     if counted:
         rows.append((f"tokens (at step {counted['step']})", f"{counted['num_tokens']:,.0f}"))
     if end:
@@ -259,14 +309,14 @@ def training_rows(records: Records) -> list[tuple[str, Any]]:
 
 def held_out_rows(records: Records) -> list[tuple[str, float]]:
     """What the last evaluation of the run measured: of the weights that were saved."""
-    last: dict[str, Any] = next((entry for entry in reversed(records.log) if "eval_loss" in entry), {})
-    return [(label, last[key]) for key, label in EVAL_LABELS.items() if key in last]
+    last: dict[str, Any] = next((entry for entry in reversed(records.log) if entry.get("eval_loss") is not None), {})
+    return [(label, last[key]) for key, label in EVAL_LABELS.items() if last.get(key) is not None]
 
 
-def balance_table(records: Records) -> str:
+def balance_table(records: Records) -> Markup:
     """Figures of the first and the last log, and what they are in balance."""
     if records.routing is None:
-        return ""
+        return Markup()
     columns = ("", *(f"step {line['step']}" for line in records.routing), "balanced")
     return table(columns, [
         (label, *(float(reduce(line[key])) for line in records.routing), balanced)
@@ -293,13 +343,23 @@ def read_results(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; recipes/evaluate.py writes one, results.json in its output_dir")
-    document = read_json(path)
-    if not isinstance(document, dict) or not document.get("rows") or "model-index" not in document:
+    document = read_json(path, dict)
+    if not document.get("rows") or "model-index" not in document:
         raise ValueError(f"{path} is no results.json of recipes/evaluate.py: it lacks rows or model-index")
+    check_form(document, {"rows": [dict]}, str(path))
     for index, row in enumerate(document["rows"]):
         if missing := [name for name in RESULT_FIELDS if name not in row]:
             raise ValueError(f"{path}: rows[{index}] lacks {', '.join(missing)}")
+    check_form(document, RESULTS, str(path))
     return document
+
+
+def eval_results(path: Path) -> list[EvalResult]:
+    """The Hub's `model-index` in a results file."""
+    try:
+        return model_index_to_eval_results(read_results(path)["model-index"])[1]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} has a model-index that is not the Hub's: {type(error).__name__} {error}") from error
 
 
 def comparable(row: Mapping[str, Any]) -> str:
@@ -323,7 +383,7 @@ def in_unit(score: float, unit: str) -> float:
     return round(float(score), 2) if unit == "%" else float(score)
 
 
-def evaluation_table(rows: Sequence[Mapping[str, Any]], base_rows: Sequence[Mapping[str, Any]]) -> str:
+def evaluation_table(rows: Sequence[Mapping[str, Any]], base_rows: Sequence[Mapping[str, Any]]) -> Markup:
     """Scores beside those of the base model and of the paper, where there are any."""
     of_base = {comparable(row): in_unit(row["score"], row["unit"]) for row in base_rows}
     columns = {
@@ -487,9 +547,7 @@ def write_card(
     limits = {limit for row in rows if (limit := limit_of(row)) is not None}
     if limits:
         records.notes.append("the evaluation was limited to a part of the tasks, so the metadata leave it out")
-    results = (
-        [] if evaluation is None or limits else model_index_to_eval_results(read_results(evaluation)["model-index"])[1]
-    )
+    results = [] if evaluation is None or limits else eval_results(Path(evaluation))
     base = find_base(records, base_model)
     metadata = make_metadata(records, base, name, results, license, language)
     if repo_id is None:
@@ -497,7 +555,7 @@ def write_card(
 
     method = records.run.get("method")
     figures: dict[str, Callable[[Path], None]] = {}
-    if any("loss" in entry for entry in records.log):
+    if any(entry.get("loss") is not None for entry in records.log):
         label = "loss" if method == "DPO" else "loss (nats per token)"
         figures["loss"] = draw_loss(records.log, label).savefig
     if records.routing is not None:
@@ -506,9 +564,9 @@ def write_card(
         figures["expert_load"] = partial(plot_expert_load, load, title=title)
 
     adapter = records.adapter
-    card = ModelCard.from_template(
-        metadata,
-        template_path=str(TEMPLATE),
+    text = render(
+        TEMPLATE,
+        card_data=Markup(metadata.to_yaml()),
         name=name,
         repo=repo_id or name,
         method=method,
@@ -516,9 +574,10 @@ def write_card(
         base_link=link(base) if base else None,
         grin_moe=GRIN_MOE,
         adapter=adapter,
-        linear_experts=adapter is not None and re.search(r"\bw[123]\b", str(adapter["target_modules"])) is not None,
+        linear_experts=adapter is not None
+        and re.search(r"\bw[123]\b", str(adapter.get("target_modules"))) is not None,
         config=config,
-        to_fill_in=TO_FILL_IN,
+        to_fill_in=Markup(TO_FILL_IN),
         figures=figures,
         near_ties=None if records.routing is None else 100 * float(np.mean(records.routing[1]["near_tie_rate"])),
         config_table=table(("field", "value"), config_rows(records)),
@@ -533,7 +592,6 @@ def write_card(
         emissions=metadata.get("co2_eq_emissions"),
         energy=sum(float(row["energy_consumed"]) for row in records.emissions),
     )
-    text = str(card)
     digest = hashlib.sha256(text.encode()).hexdigest()
     for figure, plot in figures.items():
         (folder / "figures").mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ whatever else its user has put there. Nothing is copied, and the folder is not w
 
 import json
 import re
+import shlex
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,9 +28,11 @@ from conversion.forms import model_class_of
 from conversion.headers import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
     INDEX_FILE,
     PICKLE_SUFFIXES,
     WEIGHTS_FILE,
+    read_generation_config,
     read_json,
 )
 from conversion.inspection import describe, verify_tensors
@@ -198,7 +201,7 @@ def weights_and_config(folder: Path, problems: list[str], progress: Callable[[in
     Raises:
         ValueError: the checkpoint is damaged or incomplete, or not one that `from_pretrained` loads as GRIN-MoE.
     """
-    to_hub = f"grin-moe convert {folder} NEW_FOLDER --to hub"
+    to_hub = f"grin-moe convert {shlex.quote(str(folder))} NEW_FOLDER --to hub"
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         raise ValueError(f"{folder} holds an adapter, which is no model: merge it by `{to_hub}`, and push that")
     if find_dcp_folder(folder) or find_pickles(folder):
@@ -278,7 +281,9 @@ def carried_files(folder: Path) -> dict[str, Source]:
     patterns = [pattern for pattern in CARRIED if pattern not in made]
     files = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
     for path in files:
-        if path.suffix == ".json":
+        if path.name == GENERATION_CONFIG_FILE:
+            read_generation_config(path)
+        elif path.suffix == ".json":
             read_json(path)
     return {path.name: path for path in files}
 
@@ -301,10 +306,11 @@ def card_files(folder: Path, notes: list[str]) -> dict[str, Source]:
     """
     path = folder / CARD_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} has no {CARD_FILE}: write one with `grin-moe card {folder}`, or give --no-card")
+        command = f"grin-moe card {shlex.quote(str(folder))}"
+        raise ValueError(f"{folder} has no {CARD_FILE}: write one with `{command}`, or give --no-card")
     try:
         card = ModelCard.load(path)
-    except (ValueError, YAMLError) as error:
+    except (ValueError, YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: its metadata cannot be read: {' '.join(str(error).split())}") from error
     if blanks := card.text.count(TO_FILL_IN):
         notes.append(f"{CARD_FILE} has {blanks} places for a person to fill in: look for {TO_FILL_IN}")

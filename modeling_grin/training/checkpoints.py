@@ -60,7 +60,7 @@ def find_problems(checkpoint: str | os.PathLike) -> list[str]:
         try:
             parts = json.loads((optimizer / FILE_LIST).read_text(encoding="utf-8"))
             problems += [f"{OPTIMIZER_FOLDER}/{part} is missing" for part in parts if not (optimizer / part).is_file()]
-        except ValueError:
+        except (ValueError, RecursionError, TypeError):  # no JSON, or no list of names
             problems.append(f"{OPTIMIZER_FOLDER}/{FILE_LIST} is cut off or damaged")
 
     has_state = {name: has_any(patterns) for name, patterns in TRAINING_STATE.items()}
@@ -84,7 +84,7 @@ def find_problems(checkpoint: str | os.PathLike) -> list[str]:
         TrainerState.load_from_json(str(state))
     except FileNotFoundError:
         problems.append(f"{state.name} is missing")
-    except (ValueError, TypeError):
+    except (ValueError, RecursionError, TypeError, AttributeError):
         problems.append(f"{state.name} is cut off or damaged")
     return problems
 

@@ -1,0 +1,225 @@
+"""Every JSON file that is read, with values of other types: a sentence names the file and says what is wrong."""
+
+import json
+import shutil
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import released_config, released_tensors, write_checkpoint
+from safetensors.torch import save_file
+from transformers import GenerationConfig, TrainerState
+
+import conversion
+from conversion import ConversionError, convert
+from conversion.conversion import check_settings
+from conversion.gguf_vocabulary import read_tokenizer
+from conversion.headers import read_config
+from modeling_grin import GrinMoeConfig
+from modeling_grin.publishing import card as cards
+from modeling_grin.publishing.push import push
+from modeling_grin.training import find_problems
+
+OTHERS = [None, True, -1, 2**70, 1.5, float("inf"), "x", [], [1], {"a": {"b": 1}}]
+MISSING = object()
+
+
+def places(value, at=()):
+    """Where values are in a JSON document, itself among them."""
+    yield at
+    for key, child in (
+        value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+    ):
+        yield from places(child, (*at, key))
+
+
+def changed(document, at, other):
+    """The document with another value in one place."""
+    if not at:
+        return other
+    document = json.loads(json.dumps(document))
+    parent = document
+    for key in at[:-1]:
+        parent = parent[key]
+    if other is MISSING:
+        del parent[at[-1]]
+    else:
+        parent[at[-1]] = other
+    return document
+
+
+def check(path: Path, document, read, more=(), others=OTHERS) -> None:
+    """`read` the file with every value replaced: it works, or is a ValueError with the file's name in it.
+
+    Args:
+        more: names of fields that the document does not have.
+    """
+    path.parent.mkdir(exist_ok=True)
+    cases = [(at, other) for at in places(document) for other in (*others, *[MISSING] * (at != ()))]
+    cases += [((name,), other) for name in more for other in others]
+    refused = 0
+    for at, other in cases:
+        path.write_text(json.dumps(changed(document, at, other)) + "\n")
+        try:
+            read()
+        except Exception as error:
+            refused += 1
+            if not isinstance(error, ValueError) or path.name not in str(error):
+                raise AssertionError(f"{path.name}, {at} = {other}: {type(error).__name__}: {error}") from error
+    assert refused, "nothing was refused"
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match=path.name):
+        read()
+    path.write_text(json.dumps(document) + "\n")
+    read()
+
+
+@pytest.fixture
+def model(tmp_path):
+    config = released_config(num_hidden_layers=1, num_local_experts=2)
+    return write_checkpoint(tmp_path / "model", config, released_tensors(config))
+
+
+def test_config(model):
+    known = {field.name for field in fields(GrinMoeConfig)} | {"text_config", "decoder", "auto_map", "num_experts"}
+    config = json.loads((model / "config.json").read_text())
+    check(model / "config.json", config, lambda: read_config(model), known - config.keys(), OTHERS[1::3])
+
+
+def test_the_field_of_a_config_is_named(model):
+    config = json.loads((model / "config.json").read_text())
+    for name, value in (("text_config", 1), ("hidden_size", "x"), ("auto_map", 3), ("id2label", [1])):
+        (model / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(ConversionError, match=rf"config\.json is not a usable config: '{name}': "):
+            conversion.inspect(model)
+
+
+@pytest.mark.parametrize("field", ["text_config", "decoder", "generator", "text_encoder"])
+def test_the_config_class_refuses_a_part_of_a_composite_model(field):
+    with pytest.raises(ValueError, match=f"{field} is of composite models, and this is none: remove it"):
+        GrinMoeConfig(**{field: {"hidden_size": 3}})
+
+
+def test_generation_config(model):
+    known = {"max_new_tokens": 3, "eos_token_id": [1], "do_sample": False, "watermarking_config": None}
+    check(model / "generation_config.json", known, lambda: check_settings(model),
+          more=vars(GenerationConfig()).keys() - known.keys())  # fmt: skip
+
+
+def test_settings_are_refused_before_any_work(model, tmp_path):
+    """Found when the result was loaded to be checked, after everything had been written."""
+    written: list[int] = []
+    for text, message in (("1", "holds a JSON int"), ('{"max_new_tokens": "x"}', "'max_new_tokens': 'x': ")):
+        (model / "generation_config.json").write_text(text)
+        with pytest.raises(ConversionError, match=rf"generation_config\.json .*{message}"):
+            convert(model, tmp_path / "result", to="hub", progress=lambda done, total: written.append(done))
+        assert not written and [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert any("generation_config.json" in problem for problem in push(model, "me/x", dry_run=True).problems)
+
+
+def test_tokenizer_config(trained_tokenizer, tmp_path):
+    trained_tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    for name in ("model_max_length", "bos_token", "extra_special_tokens", "padding_side"):
+        for other in OTHERS:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {name: other}))
+            with suppress(ConversionError):
+                tokenizer, _ = read_tokenizer(tmp_path)
+                tokenizer("a")
+
+
+def test_index(model):
+    tensors = {"lm_head.bias": "model.safetensors"}
+    document = {"metadata": {"total_size": 3}, "weight_map": tensors}
+    index = model / "model.safetensors.index.json"
+
+    def read():
+        try:
+            conversion.inspect(model)
+        except ConversionError as error:
+            if "does not list it" not in str(error):  # the document is sound, and lists one tensor of many
+                raise
+
+    check(index, document, read)
+
+
+def test_adapter_config(tmp_path):
+    save_file({"x": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "base_model_name_or_path": "x", "r": 2, "lora_alpha": 4, "target_modules": ["w1"],
+              "rank_pattern": {"a": 1}, "bias": "none", "lora_dropout": 0.0, "use_dora": False}  # fmt: skip
+    check(tmp_path / "adapter_config.json", config, lambda: conversion.inspect(tmp_path))
+
+
+def test_what_a_card_is_made_of(tmp_path, model):
+    source = {"name": "x", "hub": True, "rows": 3}
+    documents = {
+        "run.json": {
+            "method": "SFT", "base_model": source, "train_data": source, "eval_fraction": 0.5, "global_batch": 8,
+            "hyperparameters": {"seed": 1}, "versions": {"torch": "2"}, "hardware": {"device": "x", "processes": 2},
+            "parallelism": {"pipeline": 1, "tensor": 2, "fully sharded": False},
+        },
+        "trainer_state.json": {
+            "global_step": 3, "epoch": 1.0,
+            "log_history": [
+                {"step": 1, "loss": 1.0, "num_tokens": 3}, {"step": 3, "train_runtime": 2.0, "eval_loss": 1.0},
+            ],
+        },
+        "routing/layers.jsonl": {"step": 1, "load": [[0.5, 0.5]], **{key: [1.0] for key in cards.PER_LAYER}},
+    }  # fmt: skip
+
+    def read():
+        records = cards.Records(model, model)
+        cards.make_metadata(records, cards.find_base(records, None), "x", [], "mit", [])
+        for rows in (cards.hyperparameter_rows, cards.data_rows, cards.training_rows, cards.held_out_rows):
+            cards.table(("", "", "", ""), rows(records))
+        cards.balance_table(records)
+
+    (model / "routing").mkdir()
+    for name, document in documents.items():
+        (model / name).write_text(json.dumps(document) + "\n")
+    for name, document in documents.items():
+        check(model / name, document, read)
+
+
+def test_results(tmp_path):
+    row = {"row": "a", "tasks": ["a"], "shots": [0], "metric": "acc", "filter": "none", "unit": "%", "score": 1.0,
+           "paper": 2.0, "settings": {"limit": 3}}  # fmt: skip
+    result = {"task": {"type": "x"}, "dataset": {"type": "x", "name": "y"}, "metrics": [{"type": "acc", "value": 1}]}
+    path = tmp_path / "results.json"
+
+    def read():
+        cards.evaluation_table(cards.read_results(path)["rows"], [])
+        cards.eval_results(path)
+
+    check(path, {"rows": [row], "model-index": [{"name": "x", "results": [result]}]}, read)
+
+
+def test_emissions(tmp_path):
+    for text in ("a,b\n1,2\n", "run_id,emissions\nx\n", f"{','.join(cards.EMISSIONS)}\na,x,1,b,c,d\n",
+                 f"{','.join(cards.EMISSIONS)}\na,nan,1,b,c,d\n"):  # fmt: skip
+        (tmp_path / "emissions.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"emissions\.csv is not as codecarbon writes it"):
+            _ = cards.Records(tmp_path, tmp_path).emissions
+
+
+def test_training_checkpoints(tmp_path):
+    """Nothing is raised: what is wrong is what `find_problems` returns."""
+    folder = tmp_path / "checkpoint-3"
+    (folder / "optimizer").mkdir(parents=True)
+    state = vars(TrainerState())
+    documents = {
+        "trainer_state.json": dict.fromkeys(state),
+        "model.safetensors.index.json": {"metadata": {}, "weight_map": {"a": "b"}},
+        "optimizer/files.json": ["a"],
+    }
+    for name, document in documents.items():
+        for at in places(document):
+            for other in OTHERS:
+                (folder / name).write_text(json.dumps(changed(document, at, other)))
+                assert find_problems(folder)
+        (folder / name).write_text("[" * 100_000)
+        assert f"{name} is cut off or damaged" in find_problems(folder)
+        shutil.rmtree(folder / name, ignore_errors=True)
