@@ -58,7 +58,7 @@ from .linear_experts_grinmoe import GrinMoeLinearExperts, check_quantized, keep_
 from .loss_grinmoe import SkippedLogits, can_chunk, chunked_causal_lm_loss
 from .noise_grinmoe import fold, random_key, step_key, token_keys
 from .patterns_grinmoe import adaptable_names, check_patterns
-from .routing_grinmoe import Mixture, jitter_input, mix_outputs, route
+from .routing_grinmoe import Mixture, jitter_input, mix_outputs, noise_settings, route
 from .saving_grinmoe import replacing_checkpoint
 from .tables_grinmoe import list_adapter_targets, list_causal_lm
 
@@ -240,7 +240,7 @@ class GrinMoeSparseMoeBlock(nn.Module):
         config = self.config
         tokens = hidden_states.reshape(-1, config.hidden_size)
         routing_keys = None
-        if self.training:
+        if self.training and noise_settings(config):
             if token_keys is None:
                 token_keys = torch.empty(tokens.shape[0], dtype=torch.int64, device=tokens.device).random_()
             token_keys = token_keys.to(tokens.device)
@@ -584,6 +584,7 @@ KNOWN_KEYWORDS = {
     "shift_labels",  # the loss of a language model
     *("debug_io", "debug_io_dir", "prune_layers"),  # transformers' tracing of a forward pass
     "margin",  # trl's RewardTrainer gives the whole batch to the model
+    "logits_to_keep",  # trl's DistillationTrainer gives it to the decoder, which keeps every position
 }
 
 
@@ -710,6 +711,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         loss_share: torch.Tensor | None = None,
         token_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
+        has_loss: bool = False,
         **kwargs,
     ) -> GrinMoeModelOutput:
         """
@@ -725,6 +727,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             token_ids: `[batch, sequence]`, which tokens `inputs_embeds` are: in training, what their routing noise is
                 a function of. By default `input_ids`, or else the rows' numbers.
             cache: `past_key_values` by its name since transformers 5.24; either will do.
+            has_loss: the caller computes the loss of this pass from its labels; a pass in training without one may be
+                compared with another, and a warning says once what sampled experts do to that.
             kwargs: `output_hidden_states`, `output_attentions` and what the attention implementation takes.
 
         Raises:
@@ -762,7 +766,14 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         counted = counted_tokens(attention_mask, batch_size, sequence_length, inputs_embeds.device)
         learning = self.training and torch.is_grad_enabled()
         keys = balance = None
-        if self.training:
+        if self.training and (settings := noise_settings(self.config)):  # else torch's generator is left alone
+            if self.optimizer_step is None and not (has_loss and learning) and not torch.compiler.is_compiling():
+                # trl's own trainers compare passes, and ask nothing of ours when they are built.
+                logger.warning_once(
+                    "This forward pass in training samples its experts or jitters their inputs, and has no labels. "
+                    "Where it is compared with another pass (DPO, KTO, GRPO, RLOO, distillation), ratios and KL carry "
+                    f"that noise: set {' and '.join(f'{name}={settings[name]}' for name in settings)} in the config."
+                )
             key = random_key() if self.optimizer_step is None else self.optimizer_step.key
             if token_ids is None:
                 rows = torch.arange(batch_size, device=counted.device).unsqueeze(-1).expand_as(counted)
@@ -870,6 +881,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             output_selected_experts=output_selected_experts or output_router_logits,
             loss_share=loss_share,
+            has_loss=labels is not None,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -1041,6 +1053,7 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
             output_router_logits=output_router_logits,
             output_selected_experts=output_router_logits,
             loss_share=loss_share,
+            has_loss=True,  # or trl's RewardTrainer computes it of this one pass
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state

@@ -13,7 +13,7 @@ Read beside Appendix A of "GRIN: GRadient-INformed MoE" (arXiv 2409.12136). Shap
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -280,6 +280,16 @@ ROUTER_ESTIMATORS: dict[str, RouterEstimator] = {
 
 TOP_1_ESTIMATORS = {"sparsemixer"}  # defined for a single choice
 DETERMINISTIC_ESTIMATORS = {"gshard", "dense"}  # have no use for noise, so that none is drawn
+
+
+def noise_settings(config: Any) -> dict[str, Any]:
+    """The fields of a config that make equal passes in training differ, and the values that make them alike."""
+    settings: dict[str, Any] = {}
+    if config.router_sampling and config.router_estimator not in DETERMINISTIC_ESTIMATORS:
+        settings["router_sampling"] = False
+    if config.input_jitter_noise > 0:
+        settings["input_jitter_noise"] = 0
+    return settings
 
 
 def route(

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -22,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 import modeling_grin
 from modeling_grin import GrinMoeForCausalLM, GrinMoeForSequenceClassification, load_balancing_loss
 from modeling_grin.training import GrinMoeTrainer, find_problems, last_complete_checkpoint
+from modeling_grin.training.checkpoints import find_non_finite
 
 # ---- Resuming ----
 
@@ -380,6 +382,160 @@ def test_killed_at_any_moment(processes, finished, tmp_path, trainer_class):
     assert interrupted >= 3, "too few of the moments were in a save"
 
 
+# ---- Values that are not finite ----
+
+
+class Spoil:
+    """A loss that is NaN in one step."""
+
+    def __init__(self, step):
+        self.step, self.calls = step, 0
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        self.calls += 1
+        loss = outputs["logits"].float().logsumexp(dim=-1).mean()
+        return loss * float("nan") if self.calls == self.step else loss
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_one_loss_that_is_nan_costs_no_checkpoint(tmp_path, max_grad_norm):
+    """Two checkpoints are kept, and the run goes on from the last one."""
+    settings = {"save_total_limit": 2, "max_grad_norm": max_grad_norm}
+    trainer = runs.make_killed_trainer(tmp_path, **settings)
+    trainer.compute_loss_func = Spoil(step=5)
+    with pytest.raises(ValueError, match=r"step 5: the norm of the gradients is nan"):
+        trainer.train()
+    assert all(torch.isfinite(value).all() for value in runs.parameters(trainer).values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
+    trainer = runs.make_killed_trainer(tmp_path, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 9
+
+
+def test_float16s_loss_scale_leaves_the_step_out(tmp_path):
+    trainer = runs.make_killed_trainer(tmp_path, save_strategy="no", max_steps=3)
+    trainer.compute_loss_func = Spoil(step=2)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    trainer.train()
+    assert trainer.state.global_step == 3 and trainer.accelerator.scaler.get_scale() == 32
+    assert all(torch.isfinite(value).all() for value in runs.parameters(trainer).values())
+
+
+@pytest.mark.parametrize("save_strategy", ["steps", "no"])
+def test_weights_that_overflow_are_neither_saved_nor_returned(tmp_path, save_strategy):
+    """The gradient that made them so was finite."""
+    trainer = runs.make_killed_trainer(
+        tmp_path, save_strategy=save_strategy, max_steps=1, optim="sgd", learning_rate=1e38, max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: 1e4 * mean_of_logits(outputs, labels)
+    with pytest.raises(ValueError, match="after step 1 weights are not finite"):
+        trainer.train()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path, caplog, lora):
+    """And is the first to be rotated away."""
+
+    def make_trainer():
+        if not lora:
+            return runs.make_killed_trainer(tmp_path, max_steps=4)
+        model = get_peft_model(runs.make_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+        return runs.make_trainer(tmp_path, model, **runs.RESUME_ARGUMENTS | {"max_steps": 4, "save_steps": 1})
+
+    make_trainer().train()
+    (path,) = (tmp_path / "checkpoint-4").glob("*model.safetensors")
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    tensors[name].view(-1)[-1] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    message = f"{re.escape(name)} has values that are not finite"
+    with pytest.raises(ValueError, match=f"checkpoint-4 is not a complete checkpoint: {message}"):
+        make_trainer().train(resume_from_checkpoint=str(path.parent))
+    trainer = make_trainer()
+    with caplog.at_level("WARNING", logger="transformers"):
+        trainer.train(resume_from_checkpoint=True)
+    assert any(re.search(f"checkpoint-4 .*passed over: {message}", record.getMessage()) for record in caplog.records)
+    assert find_non_finite(path.parent) is None  # saved again
+
+
+def test_a_metric_that_is_nan_is_never_the_best(tmp_path):
+    trainer = runs.make_killed_trainer(tmp_path, eval_dataset=runs.Rows("various", 4), save_steps=2, **BEST)
+    scores = {**SCORES, 2: float("nan"), 8: float("nan")}
+    trainer.compute_metrics = lambda prediction: {"score": scores[trainer.state.global_step]}
+    trainer.train()
+    assert trainer.state.best_global_step == 6
+
+
+# ---- Files of another run ----
+
+
+def adamw(parameters):
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def plateau(parameters):
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+def change(file_name, state):
+    """Each way in which a file is of another kind, and what the error says."""
+    parameters = [torch.nn.Parameter(torch.zeros(3))]
+    if file_name == "optimizer.pt":
+        first = next(iter(state["state"].values()))
+        yield {**state, "state": {**state["state"], 0: {**first, "exp_avg": torch.zeros(3)}}}, "exp_avg of parameter 0"
+        yield {**state, "state": {**state["state"], 1: {**first, "step": torch.ones(4)}}}, "step of parameter 1"
+        yield {**state, "state": {5: {"momentum_buffer": torch.zeros(3)}}}, "AdamW keeps exp_avg, exp_avg_sq, step"
+        yield {**state, "param_groups": state["param_groups"][:1]}, "has groups of"
+        yield torch.optim.SGD(parameters, lr=1.0).state_dict(), r"has groups of \[1\] parameters"
+        yield [1, 2], "is not an optimizer's state"
+        yield {"state": {0: 1}, "param_groups": []}, "is not an optimizer's state"
+    elif file_name == "scheduler.pt":
+        yield plateau(parameters).state_dict(), "is not the state of a LambdaLR, which keeps base_lrs"
+        yield adamw(parameters)[1].state_dict(), r"base_lrs must be .*; got \[0.001\]"
+        yield torch.zeros(3), "is not the state of a LambdaLR"
+    else:
+        yield {**state, "cpu": torch.zeros(7, dtype=torch.uint8)}, "is not the state of random generators"
+        yield {"python": state["python"]}, r"is not the state of random generators \(KeyError: 'numpy'\)"
+        yield {**state, "python": (3, (1, 2), None)}, "is not the state of random generators"
+        yield torch.zeros(3), "is not the state of random generators"
+
+
+@pytest.mark.parametrize("file_name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_files_of_another_kind_are_refused_before_training(finished, tmp_path, file_name):
+    """torch's fused AdamW would write beyond moments that are too small."""
+    checkpoint = tmp_path / "checkpoint-8"
+    shutil.copytree(finished[0] / "checkpoint-8", checkpoint)
+    trainer = runs.make_killed_trainer(tmp_path)
+    steps = []
+    trainer.model.register_forward_pre_hook(lambda *args: steps.append(1))
+    for state, message in change(file_name, torch.load(checkpoint / file_name, weights_only=False)):
+        torch.save(state, checkpoint / file_name)
+        with pytest.raises(ValueError, match=f"{file_name}.*{message}"):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / file_name).unlink()
+    with zipfile.ZipFile(checkpoint / file_name, "w") as archive:
+        archive.writestr("archive/data.pkl", b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(ValueError, match=f"{file_name} cannot be read as tensors"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert steps == []
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"])
+def test_other_optimizers_resume(tmp_path, optim):
+    """What each keeps of a parameter is found out, or not looked at."""
+    settings = {"optim": optim, "max_steps": 3, "save_steps": 2}
+    whole = runs.make_killed_trainer(tmp_path / "run", **settings)
+    whole.train()
+    resumed = runs.make_killed_trainer(tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    expected = runs.parameters(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in runs.parameters(resumed).items())
+
+
 # ---- The balance loss under every way to compute the loss ----
 
 
@@ -431,10 +587,14 @@ def definition(batch, **config):
     }
 
 
+def first_batch():
+    rows = [runs.Rows("various")[i] for i in range(8)]
+    return {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}
+
+
 @pytest.fixture(scope="module")
 def expected_balance_gradients():
-    rows = [runs.Rows("various")[i] for i in range(8)]
-    return definition({key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask")})
+    return definition(first_batch())
 
 
 @pytest.mark.parametrize(
@@ -502,7 +662,7 @@ def trl_arguments(tmp_path, **more):
 
 @pytest.mark.parametrize("arguments", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "label smoothing"])
 @pytest.mark.parametrize("source", ["config", "argument"])
-def test_sft_has_the_same_balance_gradient(tmp_path, trained_tokenizer, expected_balance_gradients, arguments, source):
+def test_sft_has_the_same_balance_gradient(tmp_path, trained_tokenizer, arguments, source):
     from trl import SFTConfig
 
     from modeling_grin.training.trl_trainers import GrinMoeSFTTrainer
@@ -518,7 +678,7 @@ def test_sft_has_the_same_balance_gradient(tmp_path, trained_tokenizer, expected
         callback = Gradients()
         in_config, argument = (coefficient, None) if source == "config" else (7.0, coefficient)
         trainer = GrinMoeSFTTrainer(
-            model=runs.make_model(router_aux_loss_coef=in_config),
+            model=runs.make_model(router_aux_loss_coef=in_config, vocab_size=len(trained_tokenizer)),
             args=SFTConfig(**trl_arguments(tmp_path, router_aux_loss_coef=argument, **arguments),
                            dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False),
             train_dataset=dataset, processing_class=trained_tokenizer, callbacks=[callback], exact_balance=True,
@@ -526,7 +686,8 @@ def test_sft_has_the_same_balance_gradient(tmp_path, trained_tokenizer, expected
         trainer.train()
         assert trainer.model.config.router_aux_loss_coef == coefficient
         found.append(callback.values)
-    assert_same_gradients({name: found[0][name] - found[1][name] for name in found[0]}, expected_balance_gradients)
+    expected = definition(first_batch(), vocab_size=len(trained_tokenizer))
+    assert_same_gradients({name: found[0][name] - found[1][name] for name in found[0]}, expected)
 
 
 def test_plain_trl_does_not_add_a_second_balance_loss(tmp_path, trained_tokenizer, expected_balance_gradients):
@@ -656,7 +817,27 @@ def test_an_empty_dataset_is_refused(tmp_path, trained_tokenizer):
     with pytest.raises(ValueError, match="train_dataset is empty"):
         GrinMoeTrainer(runs.make_model(), train_dataset=empty)
     with pytest.raises(ValueError, match="train_dataset is empty"):
+        GrinMoeTrainer(runs.make_model(), None, None, empty)
+    with pytest.raises(ValueError, match="train_dataset is empty"):
         GrinMoeSFTTrainer(runs.make_model(), SFTConfig(**trl_arguments(tmp_path)), train_dataset=empty)
+
+
+def test_tokens_without_an_embedding_are_refused(tmp_path, trained_tokenizer):
+    """Before training where a tokenizer or a dataset says so, and else before the step."""
+    message = r"input_ids of train_dataset must be ids from 0 to 130 \(vocab_size - 1\); got ids from \d+ to 131: take"
+    model, rows = runs.make_model(), [[0, 130], [131]]
+    for dataset in (Dataset.from_dict({"input_ids": rows}), Dataset.from_dict({"input_ids": rows[::-1]}).select([0])):
+        with pytest.raises(ValueError, match=message):
+            GrinMoeTrainer(model, train_dataset=dataset)
+        with pytest.raises(ValueError, match="input_ids of eval_dataset a must be"):
+            GrinMoeTrainer(model, eval_dataset={"a": dataset})
+    GrinMoeTrainer(model, train_dataset=Dataset.from_dict({"input_ids": rows}).select([0]))
+    with pytest.raises(ValueError, match=r"ids up to 1023, the model's vocab_size is 131: .*resize_token_embeddings"):
+        GrinMoeTrainer(model, processing_class=trained_tokenizer)
+    trainer = runs.make_trainer(tmp_path, model)
+    trainer.train_dataset.rows[9]["input_ids"][0] = 131
+    with pytest.raises(ValueError, match=r"input_ids of step 2 must be ids from 0 to 130"):
+        trainer.train()
 
 
 def test_masked_labels_are_refused(tmp_path):
@@ -685,7 +866,7 @@ def test_tokens_are_counted_as_the_model_counts_them(tmp_path, mask):
     batch = {"input_ids": torch.arange(20).reshape(2, 10)} | ({} if mask is None else {"attention_mask": mask})
     trainer.state.max_steps, trainer._initial_global_step = 1, 0
     trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
-    assert trainer._step["num_tokens"] == 20
+    assert trainer._announced["num_tokens"] == 20
     for unusable in ({"inputs_embeds": torch.zeros(2, 10, 32)}, [1, 2]):
         with pytest.raises(ValueError, match="batches have to be mappings with input_ids"):
             trainer.get_batch_samples(iter([unusable]), 1, torch.device("cpu"))

@@ -8,8 +8,11 @@ off anywhere is found, without reading its tensors.
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
 from transformers import TrainerState
 
 from ..checkpoint_grinmoe import is_readable
@@ -94,8 +97,37 @@ def has_only_the_model(checkpoint: str | os.PathLike) -> bool:
     return not any(Path(checkpoint).glob("scheduler.pt"))
 
 
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> tuple[str | None, dict[str, list[str]]]:
+def find_non_finite(checkpoint: str | os.PathLike, part: int = 0, num_parts: int = 1) -> str | None:
+    """The first tensor with a NaN or infinity in a checkpoint's safetensors files, None where there is no such one.
+
+    Args:
+        part, num_parts: read every `num_parts`-th tensor only, from number `part` on.
+    """
+    number = 0
+    for path in sorted(Path(checkpoint).glob("**/*model*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                number += 1
+                if number % num_parts == part and not has_finite_values(tensors.get_tensor(name)):
+                    return name
+    return None
+
+
+def has_finite_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has neither a NaN nor an infinity."""
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:  # torch has no isfinite for float8
+        tensor = tensor.float()
+    return bool(torch.isfinite(tensor).all())
+
+
+def last_complete_checkpoint(
+    output_dir: str | os.PathLike,
+    find: Callable[[str | os.PathLike], list[str]] = find_problems,
+) -> tuple[str | None, dict[str, list[str]]]:
     """The complete checkpoint of the latest step in a run's folder, and what each incomplete one lacks.
+
+    Args:
+        find: what keeps a checkpoint from being resumed from, asked from the latest on until one has no problem.
 
     Returns:
         The path, None where there is none; and path -> `find_problems` of the checkpoints that are incomplete or were
@@ -108,7 +140,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> tuple[str | None,
     }
     complete, incomplete = None, {}
     for step in sorted(checkpoints, reverse=True):
-        if problems := find_problems(checkpoints[step]):
+        if problems := (find if complete is None else find_problems)(checkpoints[step]):
             incomplete[str(checkpoints[step])] = problems
         elif complete is None:
             complete = str(checkpoints[step])

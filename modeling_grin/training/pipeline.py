@@ -38,7 +38,10 @@ from ..modeling_grinmoe import GrinMoeForCausalLM, check_parallel_sizes
 from .sharded import load_weights
 
 # What batches hold for the loss alone, in Trainer and in trl.
-LOSS_INPUTS = {"labels", "shift_labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+LOSS_INPUTS = {
+    "labels", "shift_labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps",
+    "label", "KL_input_ids", "KL_attention_mask", "KL_completion_mask", "ref_logps", "ref_KL_logps",
+}  # fmt: skip
 
 if TYPE_CHECKING:  # checked as a part of what it is mixed into
     from transformers import Trainer as _Base
@@ -431,6 +434,10 @@ class PipelineTrainerMixin(_Base):
             return loss * dp_size  # gradients are averaged
 
         return loss_function
+
+    def get_batch_samples(self, *args, **kwargs):
+        self._micro_batches = []  # else those of a step that ran out of memory would be in the next one
+        return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         pipeline = self._pipeline

@@ -4,36 +4,74 @@ A mixin over Trainer's hooks, so that it fits `trl`'s trainers too (`trl_trainer
 routing noise and load-balance loss are functions of the optimizer step (`GrinMoePreTrainedModel.begin_step`).
 """
 
+import hashlib
+import inspect
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..balance_grinmoe import count_experts, counted_tokens
 from ..checkpoint_grinmoe import check_tensors
-from .checkpoints import OPTIMIZER_FOLDER, STAGING_FOLDER, find_problems, has_only_the_model, last_complete_checkpoint
-from .checks import check_dataset, check_sequence_length
+from .checkpoints import (
+    OPTIMIZER_FOLDER,
+    STAGING_FOLDER,
+    find_non_finite,
+    find_problems,
+    has_only_the_model,
+    last_complete_checkpoint,
+)
+from .checks import (
+    check_dataset,
+    check_dataset_ids,
+    check_generators,
+    check_optimizer_state,
+    check_preference_routing,
+    check_scheduler_state,
+    check_sequence_length,
+    check_token_ids,
+    check_vocabulary,
+    load_saved,
+)
 from .pipeline import LOSS_INPUTS, PipelineTrainerMixin
 from .sharded import load_optimizer, load_weights, save_optimizer, save_weights
 
 logger = logging.get_logger(__name__)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+# Arguments that every rank has to be given alike; folders, ports, log levels and the like may be its own.
+COMMON_ARGUMENTS = (
+    "seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "max_grad_norm",
+    "label_smoothing_factor", "train_sampling_strategy", "dataloader_drop_last", "average_tokens_across_devices",
+    "bf16", "fp16", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
+)  # fmt: skip
+OWN_FIELDS = {"_name_or_path", "distributed_config"}  # of the config
+
+# trl's trainers whose loss is of one forward pass; all others compare passes, of one model or of two.
+ONE_PASS = {"SFTTrainer", "RewardTrainer", "CPOTrainer", "ORPOTrainer", "TPOTrainer"}
+# Those whose batches hold all tokens that get a gradient; all others make some of them in the step.
+COUNTED = ONE_PASS | {"DPOTrainer", "KTOTrainer"}
 
 
 class GrinMoeTrainerMixin(PipelineTrainerMixin):
@@ -47,6 +85,9 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
     - A model that `from_pretrained(distributed_config=...)` has spread over ranks (FSDP2, tensor parallelism) is saved
       by all of them, in the released layout, and so is the optimizer: any other layout resumes from it (`sharded.py`).
     - Batches without labels and sequences beyond the model's context are errors.
+    - trl's trainers that compare forward passes (DPO, KTO, GRPO, RLOO, distillation, ...) need passes that route
+      alike: `router_sampling=False` and `input_jitter_noise=0`. Those that make tokens in the step have no
+      load-balance loss.
 
     It takes the trainer's own arguments, and these:
 
@@ -58,30 +99,30 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             the model is spread over ranks, and otherwise as `Trainer` does.
 
     Raises:
-        ValueError: an empty dataset; from `train`, a step without labels, a sequence that is too long, context or
-            sequence parallelism, and the checkpoints above.
+        ValueError: an empty dataset, token ids without an embedding, noise in passes that are compared; from `train`,
+            a step without labels, a sequence that is too long, context or sequence parallelism, and the checkpoints
+            above.
     """
 
-    # Whether a step whose labels are all masked has a finite loss. If so, one is an error only where a run starts.
-    steps_without_labels_are_finite = False
-
-    def __init__(
-        self,
-        model: Any = None,
-        args: TrainingArguments | None = None,
-        *others,
-        exact_balance: bool = False,
-        distributed_checkpoint: bool | None = None,
-        **kwargs,
-    ):
+    def __init__(self, *given, exact_balance: bool = False, distributed_checkpoint: bool | None = None, **keywords):
         self.exact_balance = exact_balance
         self._uncounted: list[dict[str, Any]] = []  # the step's batches, where their experts are yet to be counted
         self._staging: str | None = None  # stands in for the run's folder while a checkpoint is written
-        train_dataset = kwargs.get("train_dataset")
+        self._trl_name = trl_name(type(self))
+        arguments = self._name_arguments(given, keywords)
+        model, args = arguments.get("model"), arguments.get("args")
+        if self._trl_name is not None and model is not None:
+            check_trl_trainer(self._trl_name, model, args, exact_balance)
+        train_dataset = arguments.get("train_dataset")
         if hasattr(train_dataset, "__len__"):
             check_dataset(train_dataset, (), "train_dataset")
         with allow_resuming(model, args):
-            super().__init__(model, args, *others, **kwargs)
+            super().__init__(*given, **keywords)
+        if hasattr(self, "aux_loss_enabled"):
+            # trl would add Mixtral's loss of each micro-batch to the one that acts inside the model.
+            config = self._grin_model.config
+            config.router_aux_loss_coef = getattr(self, "router_aux_loss_coef", config.router_aux_loss_coef)
+            config.output_router_logits = self.aux_loss_enabled = False
         if self.label_smoother is not None and self._grin_model.get_output_embeddings() is not None:
             self.label_smoother = partial(smoothed_next_token_loss, self.label_smoother)
         self.is_sharded = self.is_distributed_loading_by_transformers
@@ -90,6 +131,17 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             # Gradients are reduced after each micro-batch: before that a rank of FSDP2 holds the whole model's.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         self._check_support()
+        self._check_reference()
+        self._check_ids()
+
+    def _name_arguments(self, given: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the trainer that the mixin stands before, by their names there."""
+        classes = type(self).__mro__
+        behind = classes[classes.index(GrinMoeTrainerMixin) + 1 :]
+        signatures = (inspect.signature(cls.__init__) for cls in behind)
+        signature = next(signature for signature in signatures if "model" in signature.parameters)
+        named = signature.bind_partial(self, *given, **keywords).arguments
+        return named | named.get("kwargs", {})
 
     def _check_support(self) -> None:
         """Raise ValueError for what cannot be right with this model, or is not known to be."""
@@ -120,6 +172,27 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
                     "use the trainer's activation_checkpointing argument instead, or set the dropout to 0"
                 )
 
+    def _check_reference(self) -> None:
+        """Raise ValueError if the reference, which trl loads from the model's folder, routes by another rule."""
+        config, reference = self._grin_model.config, getattr(getattr(self, "ref_model", None), "config", None)
+        for field in ("router_estimator", "router_jitter_noise"):
+            ours, theirs = getattr(config, field), getattr(reference, field, None)
+            if theirs is not None and ours != theirs:
+                raise ValueError(
+                    f"the reference model has {field}={theirs} and the model has {field}={ours}, so that equal "
+                    "weights route differently: load both with one value, and give the reference as ref_model"
+                )
+
+    def _check_ids(self) -> None:
+        """Raise ValueError for a tokenizer or tokenized data with ids that the model has no embedding for."""
+        config, tokenizer = self._grin_model.config, self.processing_class
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            check_vocabulary(tokenizer, config)
+        check_dataset_ids(self.train_dataset, config, "train_dataset")
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for name, dataset in held_out.items():
+            check_dataset_ids(dataset, config, f"eval_dataset {name}".rstrip())
+
     # ---- Steps ----
 
     def get_batch_samples(
@@ -134,13 +207,13 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
         # All ranks, not only those with data of their own, are the group: tensor-parallel ranks count the same tokens
         # again, in the counts as in `num_tokens`, and the ratio is what matters.
         scaler = self.accelerator.scaler
-        self._step = {
+        self._announced = {
             "step": self.state.global_step,
             "seed": self.args.seed,
             "num_tokens": num_tokens,
             "gradient_scale": 1.0 if scaler is None else scaler.get_scale(),
         }
-        self._grin_model.begin_step(**self._step)
+        self._grin_model.begin_step(**self._announced)
         exact = self.exact_balance and self._grin_model.config.router_aux_loss_coef > 0
         self._uncounted = batches if exact and len(batches) > 1 else []
         return batches, num_items_in_batch
@@ -149,44 +222,92 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
     def _grin_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    def _check_window(self, batches: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None) -> int:
-        """The tokens of a step's batches over all ranks; raises, on all of them alike, where they cannot be used."""
+    def _check_window(
+        self, batches: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None
+    ) -> int | None:
+        """The tokens of a step's batches over all ranks, None where they are yet to be made; raises, on all ranks
+        alike, where they cannot be used."""
         if self.get_cp_size() * self.get_sp_size() > 1:
             raise ValueError(
                 "context and sequence parallelism split the rows that routing noise is a function of: use data or "
                 "tensor parallelism"
             )
+        config = self._grin_model.config
         num_virtual, num_embedded = count_virtual_tokens(self._grin_model)
-        longest = 0
-        num_tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        num_tokens, longest, ids = 0, 0, [0]
         for batch in batches:
-            if not isinstance(batch, Mapping) or "input_ids" not in batch:
-                raise ValueError("GrinMoeTrainerMixin counts tokens: batches have to be mappings with input_ids")
-            input_ids, positions = batch["input_ids"], batch.get("position_ids")
-            batch_size, length = input_ids.shape
-            counted = counted_tokens(batch.get("attention_mask"), batch_size, length, input_ids.device)
-            num_tokens += counted.sum().to(num_tokens.device) + batch_size * num_embedded
-            # Rows may be several sequences one after the other, each with positions from 0.
-            length = length if positions is None else int(positions.max()) + 1
-            longest = max(longest, length + num_virtual)
+            for prefix in self._token_prefixes(batch):
+                input_ids, positions = batch[f"{prefix}input_ids"], batch.get(f"{prefix}position_ids")
+                batch_size, length = input_ids.shape
+                mask = batch.get(f"{prefix}attention_mask")
+                counted = counted_tokens(mask, batch_size, length, input_ids.device)
+                num_tokens += int(counted.sum()) + batch_size * num_embedded
+                # Rows may be several sequences one after the other, each with positions from 0.
+                length = length if positions is None else int(positions.max()) + 1
+                longest = max(longest, length + num_virtual)
+                ids += [int(input_ids.min()), int(input_ids.max())] if input_ids.numel() else []
         num_labels = 1 if num_items_in_batch is None or not batches else int(num_items_in_batch)
-        of_rank = torch.tensor([num_tokens, longest, num_labels], device=self.args.device)
-        of_ranks = self.accelerator.gather(of_rank[None])  # [ranks, 3]
-
-        check_sequence_length(int(of_ranks[:, 1].max()), self._grin_model.config, "the length of a sequence")
         is_first = self.state.global_step == self._initial_global_step
-        if of_ranks[:, 2].min() == 0 and (is_first or not self.steps_without_labels_are_finite):
+        settings = self._common_settings() if is_first else {}
+        fingerprint = int.from_bytes(hashlib.sha256(repr(settings).encode()).digest()[:7])
+        of_rank = torch.tensor(
+            [num_tokens, longest, num_labels, min(ids), max(ids), fingerprint],
+            dtype=torch.int64,
+            device=self.args.device,
+        )
+        of_ranks = self.accelerator.gather(of_rank[None])  # [ranks, 6]
+
+        if (of_ranks[:, 5] != of_ranks[0, 5]).any():
+            raise_on_differences(gather_object([settings]))
+        check_sequence_length(int(of_ranks[:, 1].max()), config, "the length of a sequence")
+        step = self.state.global_step + 1
+        check_token_ids(int(of_ranks[:, 3].min()), int(of_ranks[:, 4].max()), config, f"input_ids of step {step}")
+        # trl divides by at least one label, so that such a step has a finite loss: an error only where a run starts.
+        if of_ranks[:, 2].min() == 0 and (is_first or self._trl_name is None):
             raise ValueError(
-                f"step {self.state.global_step + 1}: all labels of the batch are masked (-100), so there is nothing "
-                "to learn; look at the label masks and at how sequences are cut"
+                f"step {step}: all labels of the batch are masked (-100), so there is nothing to learn; look at the "
+                "label masks and at how sequences are cut"
             )
-        return int(of_ranks[:, 0].sum())
+        return int(of_ranks[:, 0].sum()) if self._trl_name is None or self._trl_name in COUNTED else None
+
+    def _common_settings(self) -> dict[str, str]:
+        """What all ranks must have in common: the step, arguments and the model's config."""
+        config = self._grin_model.config.to_dict()
+        return (
+            {"step": str(self.state.global_step), "steps of the run": str(self.state.max_steps)}
+            | {name: str(getattr(self.args, name)) for name in COMMON_ARGUMENTS}
+            | {f"config.{name}": str(config[name]) for name in sorted(config) if name not in OWN_FIELDS}
+        )
+
+    def _token_prefixes(self, batch: Any) -> list[str]:
+        """What stands before `input_ids` and `attention_mask` of a batch's tokens that get a gradient."""
+        keys = batch if isinstance(batch, Mapping) else {}
+        prefixes = [prefix for prefix in ("", "chosen_", "rejected_") if f"{prefix}input_ids" in keys]
+        if not prefixes and self._trl_name is None:  # else prompts, which trl's online trainers complete
+            raise ValueError("GrinMoeTrainerMixin counts tokens: batches have to be mappings with input_ids")
+        return prefixes
 
     def training_step(self, model: nn.Module, *args, **kwargs) -> torch.Tensor:
         if self._uncounted:
-            self._grin_model.begin_step(**self._step, expert_counts=self._count_experts(self._uncounted))
+            self._grin_model.begin_step(**self._announced, expert_counts=self._count_experts(self._uncounted))
             self._uncounted = []
         return super().training_step(model, *args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradients' norm, before the optimizer uses them; raises, on all ranks alike, if it is not finite.
+
+        float16's loss scale finds the steps that overflow by such norms, and leaves them out.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            raise ValueError(
+                f"step {self.state.global_step + 1}: the norm of the gradients is {float(norm)}, and the step would "
+                "ruin every weight: look at its batch and loss, lower learning_rate, and resume from the last "
+                "checkpoint"
+            )
+        return norm
 
     @torch.no_grad()
     def _count_experts(self, batches: list[dict[str, Any]]) -> torch.Tensor:
@@ -221,13 +342,13 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             ValueError: there is nothing to resume from, or it is incomplete. Others as for the class.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint, incomplete = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint, incomplete = last_complete_checkpoint(self.args.output_dir, self._find_problems)
             for path, problems in incomplete.items():
                 logger.warning(f"{path} is not a complete checkpoint and is passed over: {', '.join(problems)}")
                 os.utime(path, (0, 0))  # half deleted by a killed run, it would be the newest, which rotation keeps
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} has no complete checkpoint to resume from")
-        elif resume_from_checkpoint and (problems := find_problems(resume_from_checkpoint)):
+        elif resume_from_checkpoint and (problems := self._find_problems(resume_from_checkpoint)):
             raise ValueError(
                 f"{resume_from_checkpoint} is not a complete checkpoint: {', '.join(problems)}; "
                 "train(resume_from_checkpoint=True) takes the newest complete one"
@@ -237,11 +358,34 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
         if resume_from_checkpoint and has_only_the_model(resume_from_checkpoint):
             logger.warning(f"{resume_from_checkpoint} has the model only: optimizer and learning rate start anew")
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._check_weights()
+            return result
         finally:  # a run that fails leaves the model as it was, too
             self._micro_batches = []
             self._grin_model.begin_step(None)
             self._grin_model.get_decoder().routing_observer = None
+
+    def _find_problems(self, checkpoint: str | os.PathLike) -> list[str]:
+        """`find_problems`, and weights that are not finite, found by all ranks together."""
+        problems = find_problems(checkpoint)
+        if not problems:
+            name = find_non_finite(checkpoint, self.args.process_index, self.args.world_size)
+            problems = [] if name is None else [f"{name} has values that are not finite"]
+        return list(dict.fromkeys(chain(*gather_object([problems]))))
+
+    def _check_weights(self) -> None:
+        """Raise ValueError, on all ranks alike, if a weight that is trained is not finite on one of them."""
+        is_ruined = torch.zeros((), dtype=torch.bool, device=self.args.device)
+        for parameter in self._grin_model.parameters():
+            if parameter.requires_grad:
+                part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                is_ruined |= ~torch.isfinite(part.detach()).all().to(is_ruined.device)
+        if self.accelerator.gather(is_ruined[None]).any():
+            raise ValueError(
+                f"after step {self.state.global_step} weights are not finite, and no checkpoint is written of them: "
+                "resume from the last one, with a lower learning_rate"
+            )
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -252,6 +396,7 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's own save, into a folder that is then moved to the checkpoint's name by one rename."""
+        self._check_weights()
         run_dir = self._get_output_dir(trial)
         staging = os.path.join(run_dir, STAGING_FOLDER)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -311,16 +456,20 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or has_only_the_model(checkpoint):
             return super()._load_optimizer_and_scheduler(checkpoint)
-        folder = os.path.join(checkpoint, OPTIMIZER_FOLDER)
+        folder, scheduler = os.path.join(checkpoint, OPTIMIZER_FOLDER), Path(checkpoint, SCHEDULER_NAME)
         if not os.path.isdir(folder):
             if self.is_sharded:
                 raise ValueError(
                     f"{checkpoint} has no {OPTIMIZER_FOLDER}, which a run on several ranks needs to resume: write it "
                     "with distributed_checkpoint=True, or start from the checkpoint as a model"
                 )
+            if (path := Path(checkpoint, OPTIMIZER_NAME)).is_file() and not self.is_fsdp_enabled:
+                check_optimizer_state(load_saved(path), self.optimizer.optimizer, path)
+            check_scheduler_state(load_saved(scheduler), self.lr_scheduler, scheduler)
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_optimizer(self._grin_model, self.optimizer.optimizer, folder)
-        state = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
+        state = load_saved(scheduler)
+        check_scheduler_state(state, self.lr_scheduler, scheduler, same_groups=False)
         num_groups, num_saved = len(self.optimizer.param_groups), len(state["_last_lr"])
         if num_groups != num_saved:  # Trainer makes parameter groups by device mesh, too, and layouts have other ones
             if len(set(state["_last_lr"])) > 1:
@@ -334,6 +483,13 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
         self.lr_scheduler.load_state_dict(state)
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+            if (path := Path(checkpoint, f"rng_state{rank}.pth")).is_file():  # not in a checkpoint of other ranks
+                check_generators(load_saved(path), path)
+        super()._load_rng_state(checkpoint)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)
@@ -411,6 +567,46 @@ def smoothed_next_token_loss(
     """
     logits = outputs["logits"][:, -labels.shape[1] :]
     return smoother({"logits": logits}, labels, **{**kwargs, "shift_labels": True})
+
+
+def raise_on_differences(settings_of_ranks: list[dict[str, str]]) -> None:
+    """Raise ValueError with the settings in which ranks differ, and their values on two of them."""
+    first = settings_of_ranks[0]
+    for rank, settings in enumerate(settings_of_ranks):
+        if names := [name for name in first if settings.get(name) != first[name]]:
+            values = ", ".join(f"{name} ({first[name]} and {settings.get(name)})" for name in names[:5])
+            raise ValueError(f"ranks 0 and {rank} differ in {values}: give all ranks the same arguments and model")
+
+
+def trl_name(trainer_class: type) -> str | None:
+    """The name of trl's trainer that a class is, or inherits from."""
+    names = (cls.__name__ for cls in trainer_class.__mro__ if cls.__module__.partition(".")[0] == "trl")
+    return next(names, None)
+
+
+def check_trl_trainer(name: str, model: Any, args: Any, exact_balance: bool) -> None:
+    """Raise ValueError for what trl's trainer `name` cannot do with a model, before it prepares data."""
+    if isinstance(model, str):
+        config = AutoConfig.from_pretrained(model, **(getattr(args, "model_init_kwargs", None) or {}))
+    else:
+        config = model.config
+    if hasattr(model, "pipeline") and name != "SFTTrainer":
+        raise ValueError(
+            f"a pipeline cannot do {name.removesuffix('Trainer')}, whose loss is not a language model's: "
+            "train without a pipeline"
+        )
+    if name not in ONE_PASS:
+        check_preference_routing(config, dropout_is_disabled=getattr(args, "disable_dropout", True))
+    if exact_balance and (name not in COUNTED or name in ("CPOTrainer", "ORPOTrainer")):
+        raise ValueError(f"exact_balance counts the experts of batches with input_ids, which {name}'s are not")
+    coefficient = getattr(args, "router_aux_loss_coef", None)
+    if coefficient is None:
+        coefficient = config.router_aux_loss_coef
+    if coefficient > 0 and name not in COUNTED:
+        raise ValueError(
+            f"router_aux_loss_coef={coefficient} is a loss over the tokens of a step, and {name} makes some of them "
+            "within the step: set router_aux_loss_coef=0"
+        )
 
 
 @contextmanager
