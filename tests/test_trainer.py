@@ -495,7 +495,7 @@ def change(file_name, state):
         yield {"state": {0: 1}, "param_groups": []}, "is not an optimizer's state"
     elif file_name == "scheduler.pt":
         yield plateau(parameters).state_dict(), "is not the state of a LambdaLR, which keeps base_lrs"
-        yield adamw(parameters)[1].state_dict(), r"base_lrs must be .*; got \[0.001\]"
+        yield adamw(parameters)[1].state_dict(), r"_last_lr must be .*; got \[0.001\]"
         yield torch.zeros(3), "is not the state of a LambdaLR"
     else:
         yield {**state, "cpu": torch.zeros(7, dtype=torch.uint8)}, "is not the state of random generators"
