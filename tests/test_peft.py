@@ -144,8 +144,13 @@ def by_peft(**settings):
     return lambda model, folder: get_peft_model(model, LoraConfig(r=2, **settings))
 
 
-def by_transformers(model, folder):
-    model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+def by_transformers(model, folder=None):
+    try:
+        model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"transformers asks for a newer peft: {error}")
     return model
 
 
@@ -195,10 +200,8 @@ def test_adapters_on_no_expert_are_warned_of(tmp_path, caplog, kind, adapt, warn
 @pytest.mark.parametrize("trainer", ["Trainer", "SFTTrainer"])
 def test_trainers_pass_the_warning_on(tmp_path, caplog, trained_tokenizer, trainer):
     logging.warning_once.cache_clear()
-    lora = LoraConfig(r=2, target_modules="all-linear")
     if trainer == "Trainer":
-        model = runs.make_model()
-        model.add_adapter(lora)
+        model = by_transformers(runs.make_model())
         runs.make_trainer(tmp_path, model, trainer_class=Trainer, max_steps=1).train()
     else:
         from trl import SFTConfig, SFTTrainer
@@ -213,7 +216,8 @@ def test_trainers_pass_the_warning_on(tmp_path, caplog, trained_tokenizer, train
         )
         rows = IDS.tolist()
         SFTTrainer(
-            model=runs.make_model(vocab_size=len(trained_tokenizer)), args=arguments, peft_config=lora,
+            model=runs.make_model(vocab_size=len(trained_tokenizer)), args=arguments,
+            peft_config=LoraConfig(r=2, target_modules="all-linear"),
             train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}), processing_class=trained_tokenizer,
         ).train()  # fmt: skip
     assert "on no expert" in caplog.text
