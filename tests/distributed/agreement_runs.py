@@ -1,0 +1,62 @@
+"""Two ranks that should stop: `agreement_runs.py FOLDER`; the errors of each go to `FOLDER/{rank}.json`.
+
+All ranks raise alike, so that the process group goes on to the next case.
+"""
+
+import json
+from pathlib import Path
+
+import runs
+import torch.distributed as dist
+from on_cpu import as_on_gpus
+from transformers import TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from modeling_grin import GrinMoeForCausalLM
+from modeling_grin.training.pipeline import pipeline_model
+
+LAYOUTS = {"DDP": None, "FSDP2": {"fsdp_size": 2}, "tensor": {"tp_size": 2}}
+SETTINGS = {"seed": [3, 4], "max_steps": [2, 3], "learning_rate": [0.1, 0.2]}
+
+
+class Spoil(TrainerCallback):
+    """In the second step, the last rank's gradients are of a loss that is NaN."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1 and dist.get_rank() == 1:
+            norm = getattr(model, "module", model).model.norm
+            norm.register_forward_hook(lambda module, args, output: output * float("nan"))
+
+
+def error_of(trainer) -> str:
+    try:
+        trainer.train()
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def main(folder: str) -> None:
+    folder = Path(folder)
+    TrainingArguments(output_dir=folder, use_cpu=True)  # starts the process group
+    rank = dist.get_rank()
+    errors = {}
+    for name, values in SETTINGS.items():
+        trainer = runs.make_trainer(folder / name, runs.make_model(), micro_batch=2, **{name: values[rank]})
+        errors[name] = error_of(trainer)
+    model = runs.make_model(router_aux_loss_coef=[0.1, 0.2][rank])
+    errors["config"] = error_of(runs.make_trainer(folder / "config", model, micro_batch=2))
+
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 3, "callbacks": [Spoil()]}
+    for name, layout in LAYOUTS.items():
+        model = runs.make_model()
+        if layout is not None:
+            as_on_gpus()  # from here on
+            config = DistributedConfig(**layout)
+            model = GrinMoeForCausalLM.from_pretrained(folder / "start", distributed_config=config)
+        errors[name] = error_of(runs.make_trainer(folder / name, model, micro_batch=2, **saving))
+    model = pipeline_model(folder / "start", pp_size=2)
+    trainer = runs.make_trainer(folder / "pipeline", model, accumulation=2, micro_batch=2, **saving)
+    errors["pipeline"] = error_of(trainer)
+    (folder / f"{rank}.json").write_text(json.dumps(errors))
+    dist.destroy_process_group()
