@@ -8,12 +8,14 @@ by GPT-2's rule.
 """
 
 import json
+import re
 from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import gguf
+from tokenizers import Tokenizer
 
 from modeling_grin import GrinMoeTokenizer
 from modeling_grin.tokenization_grinmoe import CHAT_TEMPLATE, END_OF_TURN, RELEASED_CHAT_TEMPLATE
@@ -26,6 +28,7 @@ LLAMA_STEPS = [
     {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
 ]
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+GENERATION = re.compile(r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})")
 UNUSED_SCORE = -1e9
 
 # The file has no field for "takes in the white space behind it" (`rstrip`). llama.cpp sets it for all added tokens but
@@ -103,6 +106,26 @@ def read_tokenizer(folder: Path) -> tuple[GrinMoeTokenizer, dict[str, Any]]:
     return tokenizer, json.loads(tokenizer.backend_tokenizer.to_str())
 
 
+def check_ids(path: Path, tokenizer: GrinMoeTokenizer, vocab_size: int) -> None:
+    """Raise ConversionError for a token without an embedding; says who brought it, the file or our class."""
+    in_file = Tokenizer.from_file(str(path)).get_vocab()
+    token, token_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if token_id < vocab_size:
+        return
+    if token in in_file:
+        raise ConversionError(
+            f"{path} has the token id {token_id} ({token!r}), the model only vocab_size={vocab_size} embeddings; "
+            "resize them"
+        )
+    roles = [role for role, name in tokenizer.special_tokens_map.items() if str(name) == token]
+    setting = roles[0] if roles else "extra_special_tokens"
+    raise ConversionError(
+        f"{path} has no token {token!r}: GrinMoeTokenizer has added it as {setting}, with the id {token_id}, and the "
+        f"model has only vocab_size={vocab_size} embeddings; set {setting} in tokenizer_config.json to a token of "
+        "tokenizer.json"
+    )
+
+
 def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tuple[str, list[str]]:
     """Add the tokenizer that lies in `folder`, its special tokens and chat template to a file's metadata.
 
@@ -120,11 +143,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tu
         return "", [f"no tokenizer.json in {folder}: the file has no vocabulary"]
     tokenizer, parts = read_tokenizer(folder)
     vocabulary = tokenizer.get_vocab()
-    if max(vocabulary.values()) >= vocab_size:
-        raise ConversionError(
-            f"{folder / 'tokenizer.json'} has the token id {max(vocabulary.values())}, the model only "
-            f"vocab_size={vocab_size} embeddings; resize them"
-        )
+    check_ids(folder / "tokenizer.json", tokenizer, vocab_size)
     tokens: list[str | None] = [None] * vocab_size
     for token, token_id in vocabulary.items():
         tokens[token_id] = token
@@ -170,9 +189,15 @@ def add_special_tokens(writer: gguf.GGUFWriter, tokenizer: GrinMoeTokenizer) -> 
             add(token_id)
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
-    else:  # the two render the same text; `{% generation %}` is a tag that only transformers knows
-        writer.add_chat_template(RELEASED_CHAT_TEMPLATE if template == CHAT_TEMPLATE else template)
+        texts = [{"name": name, "template": without_marks(text)} for name, text in template.items()]
+        writer.add_chat_template(texts)
+    else:  # the two render the same text
+        writer.add_chat_template(RELEASED_CHAT_TEMPLATE if template == CHAT_TEMPLATE else without_marks(template))
+
+
+def without_marks(template: str) -> str:
+    """A chat template without `{% generation %}`, a tag that only transformers knows."""
+    return GENERATION.sub(lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}", template)
 
 
 def fitting_name(added: Collection[Any]) -> tuple[str, list[str]]:

@@ -39,9 +39,7 @@ def main(
     try:
         from llama_cpp import Llama
     except ImportError as error:
-        raise SystemExit(
-            'error: llama-cpp-python is not installed: pip install ".[llama]"'
-        ) from error
+        raise SystemExit('error: llama-cpp-python is not installed: pip install ".[llama]"') from error
 
     if model is None:
         with torch.inference_mode(False):

@@ -43,15 +43,35 @@ RELEASED_CHAT_TEMPLATE = (
 # The same text, with the assistant's tokens marked. Blanks that open an answer stay outside the mark: the tokenizer
 # gives them to `<|assistant|>`, and a mark that began on them would take in that token. (U+001C to U+001F, blank to
 # Jinja but not to the tokenizer, stay unmarked at the start of an answer.)
-CHAT_TEMPLATE = r"""{%- for message in messages -%}
-    {%- if message['role'] == 'assistant' -%}
-        {%- set answer = message['content'].lstrip() -%}
-        {%- set blanks = message['content'][:message['content']|length - answer|length] -%}
+CHAT_TEMPLATE = r"""{%- macro text_of(message) -%}
+    {%- if message['content'] is string -%}
+        {{- message['content'] -}}
+    {%- elif message['content'] is undefined or message['content'] is mapping or message['content'] is not iterable -%}
+        {{- raise_exception('content of a message must be text, or a list of text parts.') -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part is not mapping or part['type'] != 'text' or part['text'] is not string -%}
+                {{- raise_exception('Parts of a message must be {"type": "text", "text": ...}.') -}}
+            {%- endif -%}
+            {{- part['text'] -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- if tools or documents -%}
+    {{- raise_exception('The chat format has no tools and no documents: write them into a message.') -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message['tool_calls'] -%}
+        {{- raise_exception('The chat format has no tool calls: write them as text.') -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {%- set text = text_of(message) -%}
+        {%- set answer = text.lstrip() -%}
+        {%- set blanks = text[:text|length - answer|length] -%}
         {{- '<|assistant|>\n' + blanks -}}
         {%- generation -%}{{- answer + '<|end|>' -}}{%- endgeneration -%}
         {{- '\n' -}}
     {%- elif message['role'] in ('system', 'user') -%}
-        {{- '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' -}}
+        {{- '<|' + message['role'] + '|>\n' + text_of(message) + '<|end|>\n' -}}
     {%- else -%}
         {{- raise_exception('Unknown role "' ~ message['role'] ~ '": a chat has system, user and assistant.') -}}
     {%- endif -%}
@@ -65,8 +85,9 @@ class GrinMoeTokenizer(TokenizersBackend):
     Token ids are those of `tokenizer.json`, whatever `tokenizer_config.json` says about it: the release names
     `LlamaTokenizer` there, for which transformers 5 would rebuild the tokenizer by other rules. The released chat
     template is replaced by `CHAT_TEMPLATE`, which renders the same text, marks the assistant's tokens for
-    `return_assistant_tokens_mask` (TRL's `assistant_only_loss`), and refuses a role it does not know (with
-    `jinja2.TemplateError`) where the released one drops the message silently. Any other template is kept.
+    `return_assistant_tokens_mask` (TRL's `assistant_only_loss`), joins content that is a list of text parts, and
+    refuses (with `jinja2.TemplateError`) what the format has no place for: tools, documents, other parts, and
+    roles that it does not know, which the released one drops. Any other template is kept.
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}

@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from conversion import gguf_export
 from conversion.checkpoint import Checkpoint
 from conversion.gguf_export import Calibration, Fold, calibrate, estimate_router_std, export_gguf, load_gguf
+from conversion.gguf_vocabulary import check_ids
 from conversion.tensors import ConversionError, StoredTensor
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeTokenizer
 from modeling_grin.tokenization_grinmoe import RELEASED_CHAT_TEMPLATE
@@ -440,14 +441,38 @@ def test_vocabulary(tokenizer_folder: Path, tmp_path: Path) -> None:
     assert report.notes == []
 
 
+def test_a_token_that_the_class_adds_is_told_from_one_of_the_file(tmp_path: Path) -> None:
+    """`tokenizer.json` of 320 tokens without the release's special ones: our class adds them, from id 320 on."""
+    plain = GrinMoeTokenizer.train_from_iterator([__doc__ * 50], 320, [AddedToken("<pad>", special=True)])
+    path = tmp_path / "tokenizer.json"
+    kept = json.loads(plain.backend_tokenizer.to_str())
+    kept["added_tokens"] = [token for token in kept["added_tokens"] if token["content"] == "<pad>"]
+    path.write_text(json.dumps(kept))
+    size = Tokenizer.from_file(str(path)).get_vocab_size()
+    checkpoint = make_checkpoint(tmp_path, vocab_size=size, hidden_size=32)
+    with pytest.raises(
+        ConversionError, match=r"has no token '<.*>': GrinMoeTokenizer has added it as \w+_token, with"
+    ):
+        export_gguf(checkpoint, tmp_path / "model")
+    settings = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<pad>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))  # as the message says
+    export_gguf(checkpoint, tmp_path / "model")
+    with pytest.raises(ConversionError, match=rf"tokenizer.json has the token id {size - 1} \(.*; resize them"):
+        check_ids(path, GrinMoeTokenizer.from_pretrained(tmp_path), size - 1)
+
+
 def test_several_chat_templates(trained_tokenizer: GrinMoeTokenizer, tmp_path: Path) -> None:
     trained_tokenizer.save_pretrained(tmp_path)
     loaded = GrinMoeTokenizer.from_pretrained(tmp_path)
-    loaded.chat_template = {"default": "{{ 1 }}", "tools": "{{ 2 }}"}
+    marked = "{% generation %}{{ 2 }}{%- endgeneration -%}"  # which no other reader knows
+    loaded.chat_template = {"default": "{{ 1 }}", "tools": marked}
     loaded.save_pretrained(tmp_path)
     export_gguf(small_checkpoint(tmp_path), tmp_path / "model")
     written = metadata(tmp_path / "model")
-    assert (written["tokenizer.chat_template"], written["tokenizer.chat_template.tools"]) == ("{{ 1 }}", "{{ 2 }}")
+    assert (written["tokenizer.chat_template"], written["tokenizer.chat_template.tools"]) == (
+        "{{ 1 }}",
+        "{% if true %}{{ 2 }}{%- endif -%}",
+    )
 
 
 def test_added_tokens_that_llama_cpp_reads_otherwise_are_noted(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 import jinja2
 import pytest
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer, LlamaTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from modeling_grin import GrinMoeTokenizer
 from modeling_grin.tokenization_grinmoe import CHAT_TEMPLATE, RELEASED_CHAT_TEMPLATE, SPECIAL_TOKENS
@@ -319,6 +320,51 @@ def test_mask_of_a_padded_batch(tokenizer: GrinMoeTokenizer) -> None:
 def test_unknown_role_is_an_error(tokenizer: GrinMoeTokenizer, content: str) -> None:
     with pytest.raises(jinja2.TemplateError, match='Unknown role "tool"'):
         tokenizer.apply_chat_template([USER, {"role": "tool", "content": content}], tokenize=False)
+
+
+def in_parts(chat: list) -> list:
+    """The same chat, each content as a list of text parts: the words, each with the white space behind it."""
+    parts = [[{"type": "text", "text": text} for text in re.findall(r"\s*\S+\s*|\s+", m["content"])] for m in chat]
+    return [{**message, "content": content} for message, content in zip(chat, parts, strict=True)]
+
+
+@pytest.mark.parametrize("chat", CHATS, ids=range(len(CHATS)))
+def test_text_parts_are_joined(tokenizer: GrinMoeTokenizer, chat: list) -> None:
+    text = tokenizer.apply_chat_template(in_parts(chat), tokenize=False)
+    assert text == tokenizer.apply_chat_template(chat, chat_template=RELEASED_CHAT_TEMPLATE, tokenize=False)
+    masks = [
+        tokenizer.apply_chat_template(given, return_assistant_tokens_mask=True)["assistant_masks"]
+        for given in (chat, in_parts(chat))
+    ]
+    assert masks[0] == masks[1]
+
+
+IMAGE = {"type": "image", "url": "x.png"}
+
+
+@pytest.mark.parametrize(
+    ("message", "options", "error"),
+    [
+        ({}, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "has no tools and no documents"),
+        ({}, {"documents": [{"title": "a", "text": "b"}]}, "has no tools and no documents"),
+        ({"content": None}, {}, "content of a message must be text"),
+        ({"content": {"type": "text", "text": "a"}}, {}, "content of a message must be text"),
+        ({"content": 3}, {}, "content of a message must be text"),
+        ({"content": [IMAGE]}, {}, "Parts of a message must be"),
+        ({"content": [{"type": "text", "text": "a"}, IMAGE]}, {}, "Parts of a message must be"),
+        ({"content": ["a"]}, {}, "Parts of a message must be"),
+        ({"content": [{"type": "text", "text": None}]}, {}, "Parts of a message must be"),
+        ({"content": [{"text": "a"}]}, {}, "Parts of a message must be"),
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, {}, "has no tool calls"),
+        ({"role": "assistant", "content": None}, {}, "content of a message must be text"),
+    ],
+)
+def test_what_the_chat_format_lacks_is_an_error(tokenizer, tmp_path, message: dict, options: dict, error: str) -> None:
+    """From a tokenizer that was saved and is loaded without this package's class, too."""
+    tokenizer.save_pretrained(tmp_path)
+    for reader in (tokenizer, PreTrainedTokenizerFast.from_pretrained(tmp_path)):
+        with pytest.raises(jinja2.TemplateError, match=error):
+            reader.apply_chat_template([USER, {**USER, **message}], tokenize=False, **options)
 
 
 OWN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
