@@ -96,6 +96,7 @@ def test_extras(metadata):
         "eval",
         "docs",
         "dev",
+        "upstream",
     }
 
 
