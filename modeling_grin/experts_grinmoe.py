@@ -210,7 +210,7 @@ def grinmoe_experts_forward(
     """`experts_implementation="grinmoe"`: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`, the best way for the device.
 
     On CPUs `ExpertsFunction`, in the dtype of `hidden_states`; elsewhere transformers' `grouped_mm`, and for a few
-    slots of inference `batched_mm`, as in its `generate`.
+    slots of inference `batched_mm`, as in its `generate`, and for ONNX.
     """
     if computes_here(self, hidden_states):
         learning = torch.is_grad_enabled()
@@ -219,7 +219,7 @@ def grinmoe_experts_forward(
         single = len(hidden_states) == 1 and not learning
         return compute_token(*inputs) if single else ExpertsFunction.apply(*inputs, learning)
     few = not torch.is_grad_enabled() and top_k_index.numel() <= self.num_experts
-    batched = few and hidden_states.device.type != "cpu"
+    batched = (few and hidden_states.device.type != "cpu") or torch.onnx.is_in_onnx_export()  # has no grouped_mm
     forward = batched_mm_experts_forward if batched else grouped_mm_experts_forward
     return forward(self, hidden_states, top_k_index, top_k_weights)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging
 
 from .configuration_grinmoe import GrinMoeConfig
 
@@ -22,6 +23,12 @@ from .configuration_grinmoe import GrinMoeConfig
 # modules are compared, or names of parameters, for which the whole path is needed.
 SKIP_LISTS = {"llm_int8_skip_modules": "gate", "skip_modules": "gate", "modules_to_not_convert": r".*\.gate"}
 HEADS = ("lm_head", "score")  # left alone, too, unless the user has a list of his own
+
+
+# Where the classes of quantised layers and weights are defined.
+QUANTIZERS = ("torchao", "torch.ao.", "optimum.", "hqq", "bitsandbytes", "gptqmodel", "awq", "compressed_tensors")
+
+logger = logging.get_logger(__name__)
 
 
 class GrinMoeLinearExpert(nn.Module):
@@ -115,6 +122,33 @@ def check_quantized(model: PreTrainedModel) -> None:
                     )
         elif name.endswith("block_sparse_moe.gate") and is_quantized(module):
             raise ValueError(f"quantization_config ({method}) has quantised the router {name}; it must be left alone")
+
+
+def is_of_quantizer(linear: nn.Module) -> bool:
+    """Whether a quantiser has replaced a linear layer or its weight; adapters and sharding do so, too."""
+    types = type(linear), type(getattr(linear, "weight", None))
+    return any(kind.__module__.startswith(QUANTIZERS) for kind in types)
+
+
+def warn_of_partial_quantization(layer: nn.Module) -> None:
+    """Warn, once, of a decoder layer that a quantiser was given after loading: of that nothing else is told.
+
+    Quantisers look for `nn.Linear`: fused experts are none, and the router is one.
+    """
+    block = layer.block_sparse_moe
+    router = is_of_quantizer(block.gate)
+    if not (router or is_of_quantizer(layer.self_attn.q_proj)):
+        return
+    if not isinstance(block.experts, GrinMoeLinearExperts):
+        logger.warning_once(
+            "The model was quantised, and its experts, 95 % of the weights, were not: quantisers see `nn.Linear` "
+            'alone. Load it with experts_implementation="linear" first, or with a quantization_config.'
+        )
+    if router:
+        logger.warning_once(
+            "The routers (`block_sparse_moe.gate`) were quantised, which changes the experts that tokens go to: leave "
+            "them out by the quantiser's filter, or load with a quantization_config, which does."
+        )
 
 
 def keep_trainable(model: PreTrainedModel) -> None:

@@ -54,7 +54,13 @@ from .checkpoint_grinmoe import (
 from .compat_grinmoe import CACHE, cache_name, either_cache
 from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
 from .experts_grinmoe import GRIN_EXPERTS, computes_here, matrix_vector_kernels
-from .linear_experts_grinmoe import GrinMoeLinearExperts, check_quantized, keep_trainable, leave_router_out
+from .linear_experts_grinmoe import (
+    GrinMoeLinearExperts,
+    check_quantized,
+    keep_trainable,
+    leave_router_out,
+    warn_of_partial_quantization,
+)
 from .loss_grinmoe import SkippedLogits, can_chunk, chunked_causal_lm_loss
 from .noise_grinmoe import fold, random_key, step_key, token_keys
 from .patterns_grinmoe import adaptable_names, check_patterns
@@ -747,6 +753,9 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         refuse_empty(inputs_embeds)
+        as_loaded = getattr(self.config, "quantization_config", None) is None
+        if as_loaded and len(self.layers) > 0 and not torch.compiler.is_compiling():
+            warn_of_partial_quantization(self.layers[0])
         if position_ids is None:
             past_length = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(past_length, past_length + inputs_embeds.shape[1], device=inputs_embeds.device)

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from checkpoints import fused, released_config, released_tensors, write_checkpoint
-from peft import PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -267,3 +267,70 @@ def test_a_loss_of_ones_own_in_a_trainer(trainer_class, model, tmp_path):
     with torch.no_grad():
         expected = 2 * model.eval()(IDS[:1], labels=IDS[:1]).loss.item()
     assert MyTrainer(model, args, train_dataset=rows).train().training_loss == pytest.approx(expected, rel=1e-4)
+
+
+# Quantisers and exporters
+
+
+def quantize_by_torch(model):
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+
+
+def quantize_by_torchao(model):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+
+
+def quantize_by_quanto(model):
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("experts", [None, "linear"])
+@pytest.mark.parametrize("quantize", [quantize_by_torch, quantize_by_torchao, quantize_by_quanto])
+def test_a_quantiser_on_a_loaded_model_is_told_what_it_leaves(quantize, experts, checkpoint):
+    model = GrinMoeForCausalLM.from_pretrained(checkpoint, experts_implementation=experts)
+    logger = logging.get_logger("modeling_grin.linear_experts_grinmoe")
+    type(logger).warning_once.cache_clear()
+    with CaptureLogger(logger) as log:
+        model(IDS)
+    assert not log.out
+    quantize(model)
+    with CaptureLogger(logger) as log:
+        model(IDS)
+        model(IDS)
+    assert log.out.count('experts_implementation="linear"') == (experts is None)
+    assert log.out.count("routers (`block_sparse_moe.gate`) were quantised") == 1
+
+
+@pytest.mark.parametrize("wrap", ["lora", "nothing"])
+def test_what_is_not_quantised_is_not_warned_of(wrap, model):
+    logger = logging.get_logger("modeling_grin.linear_experts_grinmoe")
+    type(logger).warning_once.cache_clear()
+    if wrap == "lora":
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "gate"]))
+    with CaptureLogger(logger) as log:
+        model(input_ids=IDS)
+    assert not log.out
+
+
+def test_onnx_computes_the_same(model, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    shapes = ({0: "batch", 1: "sequence"},)
+    torch.onnx.export(Logits(), (IDS,), dynamo=True, dynamic_shapes=shapes).save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    for ids in (IDS, IDS.reshape(3, 8)):
+        (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(ids).logits.detach(), rtol=1e-5, atol=1e-5)
