@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from modeling_grin.checkpoint_grinmoe import EXPERT_WEIGHTS
 from modeling_grin.modeling_grinmoe import LINEAR_EXPERTS
 from modeling_grin.patterns_grinmoe import adaptable_names, check_patterns
+from modeling_grin.saving_grinmoe import give_umasks_mode
 
 from .checkpoint import Checkpoint
 from .checks import load_model
@@ -181,6 +182,7 @@ def export_adapter(adapter: Path, base: Path | None, destination_folder: Path) -
             config[field] = values | config[field]  # peft takes the first that matches
     destination_folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, destination_folder / ADAPTER_FILE, metadata={"format": "pt"})
+    give_umasks_mode(destination_folder)
     text = json.dumps(config, indent=2) + "\n"
     (destination_folder / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
 

@@ -13,8 +13,11 @@ PART = ".part-"  # how the name of a file begins that is being written
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; at the end, if nothing was raised, that file takes the place of `path`."""
     part = path.with_name(PART + path.name)
-    yield part
-    part.replace(path)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

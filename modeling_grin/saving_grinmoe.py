@@ -7,6 +7,7 @@ complete: for the time of the moves nothing loads.
 
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +31,12 @@ def replacing_checkpoint(folder: Path, weights: str, index: str | None) -> Itera
     shutil.rmtree(made, ignore_errors=True)
     if not any((folder / name).exists() for name in last):
         yield folder
+        give_umasks_mode(folder)
         return
     try:
         yield made
     finally:
+        give_umasks_mode(made)
         if any((made / name).exists() for name in last):
             replace_files(
                 made, folder, last, shard=re.compile(rf"{Path(weights).stem}-\d{{5}}-of-\d{{5}}\.safetensors")
@@ -56,3 +59,15 @@ def replace_files(made: Path, folder: Path, last: list[str], shard: re.Pattern) 
             path.unlink()
     for name in names:
         (made / name).replace(folder / name)
+
+
+def give_umasks_mode(folder: Path) -> None:
+    """Give a folder's safetensors files the mode of a new file: safetensors makes them for their owner alone."""
+    files = [path for path in folder.glob("*.safetensors") if stat.S_IMODE(path.stat().st_mode) == 0o600]
+    if files:
+        new = folder / UNFINISHED  # a name that the next save removes, should this one be killed here
+        new.mkdir(exist_ok=True)
+        mode = new.stat().st_mode & 0o666
+        new.rmdir()
+        for path in files:
+            path.chmod(mode)

@@ -32,6 +32,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..balance_grinmoe import count_experts, counted_tokens
 from ..checkpoint_grinmoe import check_tensors
+from ..saving_grinmoe import give_umasks_mode
 from .checkpoints import (
     OPTIMIZER_FOLDER,
     STAGING_FOLDER,
@@ -428,9 +429,10 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             self._push_from_checkpoint(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.is_sharded:
-            return super()._save(output_dir, state_dict)
         folder = output_dir or self.args.output_dir
+        if not self.is_sharded:
+            super()._save(output_dir, state_dict)
+            return give_umasks_mode(Path(folder))  # peft's adapters among them
         save_weights(self._grin_model, folder)
         if self.args.should_save:
             if self.processing_class is not None:
