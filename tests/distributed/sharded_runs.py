@@ -145,11 +145,12 @@ def train(
     layer, recomputation included, and what `GradientCounts` counted.
     `noise_of_rank`: a mistake, each rank with routing noise of its own. `saved`: `save_model`, too.
     """
-    if noise_of_rank:
-        case["seed"] = int(os.environ["RANK"])
     first, fsdp = FirstGradients(), GradientCounts()
     set_seed(5)
     trainer = make_trainer(folder, name, callbacks=[first, fsdp], **case)
+    if noise_of_rank:  # the trainer itself refuses ranks with seeds of their own
+        begin_step = trainer.model.begin_step
+        trainer.model.begin_step = lambda *given, **more: begin_step(*given, **more | {"seed": dist.get_rank()})
     forwards = count_forwards(trainer.model.model.layers[0])
     with fsdp.counting():
         trainer.train(None if resume_from is None else str(folder / resume_from))
