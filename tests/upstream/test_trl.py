@@ -70,6 +70,8 @@ def import_tests(module: str):
 
 
 import_tests("testing_utils")
+from trl_tests.conftest import force_use_cpu_without_accelerator  # noqa: E402, F401 (a fixture)
+
 for module, name in TRAINERS.items():
     theirs = import_tests(f"test_{module}_trainer")
     theirs.load_dataset = load_dataset
