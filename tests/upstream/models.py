@@ -82,8 +82,8 @@ def checkpoint(kind: str, head=AutoModelForCausalLM, **settings) -> Path:
     return folder
 
 
-# Not those with images or remote code, nor Gemma, whose tests are of Gemma's own.
-HUB_NAME = re.compile(r'"(\w+-internal-testing/tiny-(?![^"]*(?:emma|Remote|Conditional))[^"]+)"')
+# Not those with images or remote code.
+HUB_NAME = re.compile(r'"(\w+-internal-testing/tiny-(?![^"]*(?:Remote|Conditional))[^"]+)"')
 
 
 @functools.cache

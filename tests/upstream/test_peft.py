@@ -6,6 +6,7 @@ import sys
 import types
 
 import peft.utils.constants
+from datasets import Dataset, DatasetDict
 from models import CAUSAL_LM, CLASSIFIER, FEATURES, FOLDER, KINDS, for_each_kind, hub  # noqa: F401 (hub: a fixture)
 
 # A run that was killed while peft compiled a kernel leaves a lock, on which the next one would wait without an end.
@@ -35,6 +36,11 @@ if sys.modules["diffusers"] is with_images:
 test_decoder_models.PEFT_DECODER_MODELS_TO_TEST[:] = test_decoder_models.SMALL_GRID_MODELS[:] = [CAUSAL_LM]
 test_seq_classifier.PEFT_SEQ_CLS_MODELS_TO_TEST[:] = [CLASSIFIER]
 test_feature_extraction_models.PEFT_FEATURE_EXTRACTION_MODELS_TO_TEST[:] = [FEATURES]
+
+
+# A data set of the Hub.
+quotes = DatasetDict(train=Dataset.from_dict({"quote": ["Beautiful is better than ugly.", "Now is better."] * 8}))
+test_decoder_models.load_dataset_english_quotes = lambda: quotes
 
 
 class Seen(collections.Counter):
