@@ -23,4 +23,12 @@ DIFFERENCES = {
     "test_tokenizer.py::TokenizerBackend::test_training_new_tokenizer_with_special_tokens_change": (
         "`special_tokens_map` is refused: the chat template relies on the names of the special tokens."
     ),
+    "test_trl.py::Test*Trainer::test_train_model_dtype": (
+        "torch's LayerNorm on CPUs takes no float16 weights under bfloat16 autocast; Phimoe fails alike."
+    ),
+    "test_transformers.py::CausalLM::test_ep_*": "There is no expert-parallel plan.",
+    "test_trl.py::TestRewardTrainer::test_train*": (
+        "They expect every parameter to move. SparseMixer gives a router a gradient at near ties alone, and the last "
+        "layer's often has none. Phimoe fails alike."
+    ),
 }
