@@ -74,6 +74,8 @@ LINEAR_EXPERTS = "linear"  # the experts_implementation with one `nn.Linear` per
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder")
 FUSED_EXPERTS = {"sonicmoe"}  # implementations that do not call `GrinMoeExperts._apply_gate`
 
+SMALL_HEAD_DIMS = (8, 16)  # with which torch's flex_attention is wrong on CPUs with AVX2 alone
+
 END_OF_TEXT_ID, END_OF_TURN_ID = 32000, 32007  # <|endoftext|> and <|end|> of the released tokenizer
 
 
@@ -574,11 +576,42 @@ def check_parallel_sizes(config: GrinMoeConfig, *, tp_size: int = 1, pp_size: in
         )
 
 
-def create_mask(config: GrinMoeConfig, *, cache: Cache | None, **kwargs) -> Any:
-    """The causal mask with the released window, in the form the config's attention implementation takes."""
-    if config._attn_implementation == "flex_attention" and getattr(cache, "is_compileable", False):
+def check_flex_attention(config: GrinMoeConfig, cache: Cache | None, device: torch.device) -> None:
+    """Raise ValueError where flex_attention would fail, or compute wrong numbers."""
+    if getattr(cache, "is_compileable", False):
         # transformers 5.23 fails in `generate`, and without a window reads the cache's length after it has grown.
         raise ValueError("flex_attention cannot use a static cache; use a dynamic one, or attn_implementation='sdpa'")
+    # torch 2.13 and 2.14 compile it for blocks of 16 keys, one vector of AVX512 and two of AVX2. Of a last block of 8
+    # keys the kernel for small heads writes both, the second one over the scores of the next query.
+    has_small_heads = config.head_dim in SMALL_HEAD_DIMS
+    if device.type == "cpu" and has_small_heads and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        raise ValueError(
+            f"flex_attention must not be used with head_dim={config.head_dim} on a CPU with AVX2 and without AVX512, "
+            "where torch computes wrong numbers; use attn_implementation='sdpa'"
+        )
+
+
+def warn_of_emulation(hidden_states: torch.Tensor) -> None:
+    """Say once that this CPU lacks instructions for the dtype that the forward pass computes in."""
+    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+        return
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
+    has_instructions = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if dtype in has_instructions and not has_instructions[dtype]():
+        name = str(dtype).removeprefix("torch.")
+        logger.warning_once(
+            f"This CPU has no instructions for {name}, which takes several times as long as float32: load the model "
+            "with dtype=torch.float32, and train without bf16 and fp16."
+        )
+
+
+def create_mask(config: GrinMoeConfig, *, cache: Cache | None, **kwargs) -> Any:
+    """The causal mask with the released window, in the form the config's attention implementation takes."""
+    if config._attn_implementation == "flex_attention":
+        check_flex_attention(config, cache, kwargs["inputs_embeds"].device)
     visible = VisibleWindowConfig(config)
     create = create_causal_mask if visible.sliding_window is None else create_sliding_window_causal_mask
     return create(config=visible, **{CACHE: cache}, **kwargs)
@@ -756,6 +789,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         as_loaded = getattr(self.config, "quantization_config", None) is None
         if as_loaded and len(self.layers) > 0 and not torch.compiler.is_compiling():
             warn_of_partial_quantization(self.layers[0])
+        warn_of_emulation(inputs_embeds)
         if position_ids is None:
             past_length = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(past_length, past_length + inputs_embeds.shape[1], device=inputs_embeds.device)
