@@ -10,6 +10,7 @@ from transformers import CompileConfig
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 
+pytestmark = pytest.mark.usefixtures("far_from_ties")
 WINDOW, LENGTH = 7, 20  # beyond the window
 
 
@@ -53,15 +54,16 @@ def assert_compiled_equals_eager(model, backend, **inputs):
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("experts", ["grinmoe", "grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("attention", "experts"),
+    [("eager", "grinmoe"), ("sdpa", "grinmoe"), ("sdpa", "grouped_mm"), ("sdpa", "batched_mm")],
+)
 def test_fullgraph_equals_eager(attention, experts, use_cache):
     model = build(attention, experts)
     assert_compiled_equals_eager(model, "aot_eager", input_ids=random_ids(2, LENGTH), use_cache=use_cache)
 
 
-@pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(("experts", "use_cache"), [("grouped_mm", True), ("batched_mm", False)])
 def test_fullgraph_in_inductor_equals_eager(experts, use_cache):
     model = build(experts=experts, num_hidden_layers=1)
     assert_compiled_equals_eager(model, "inductor", input_ids=random_ids(2, LENGTH), use_cache=use_cache)
@@ -84,14 +86,6 @@ def test_fullgraph_of_packed_sequences():
     assert_compiled_equals_eager(model, "aot_eager", input_ids=ids, position_ids=position_ids)
     plain = torch.compile(model, fullgraph=True, backend="aot_eager")(ids).logits
     assert (model(ids, position_ids=position_ids).logits - plain)[:, -8:].abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
-def test_no_graph_breaks(experts, use_cache):
-    explanation = torch._dynamo.explain(build(experts=experts))(random_ids(2, LENGTH), use_cache=use_cache)
-    assert explanation.graph_break_count == 0, explanation.break_reasons
-    assert explanation.graph_count == 1
 
 
 def test_fullgraph_with_router_logits():

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from checkpoints import released_config, released_tensors
+from checkpoints import FLEX_SIZES, released_config, released_tensors
 from reference import reference_logits
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
@@ -14,24 +14,26 @@ from transformers.modeling_flash_attention_utils import _process_flash_attention
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, route
 
+pytestmark = pytest.mark.usefixtures("far_from_ties")
 ATTENTION = ["eager", "sdpa", "flex_attention"]
-COMPILED_FLEX = "compiled flex_attention"
 EXPERTS = ["grinmoe", "eager", "grouped_mm", "batched_mm"]
 LENGTH = 24
 
 
 @pytest.fixture(autouse=True)
-def _quick_flex_attention(request):
-    """flex_attention has no backward pass on CPU, and compiles for every mask: 6 s each, so only where asked for."""
-    compiled = COMPILED_FLEX in request.node.name
-    with torch.no_grad(), torch.compiler.set_stance("default" if compiled else "force_eager"):
+def _quick_flex_attention():
+    """flex_attention has no backward pass on CPU, and compiles for every mask: 6 s each. test_parity compiles it."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield
+
+
+def make_config(**overrides):
+    return released_config(torch_dtype="float32", **{**FLEX_SIZES, **overrides})
 
 
 def build(attention=None, experts=None, tensors=None, **overrides):
     """A float32 model with (by default, the) tensors of a tiny released checkpoint."""
-    attention = "flex_attention" if attention == COMPILED_FLEX else attention
-    config = released_config(torch_dtype="float32", eos_token_id=None, pad_token_id=None, **overrides)
+    config = make_config(eos_token_id=None, pad_token_id=None, **overrides)
     model = GrinMoeForCausalLM(
         GrinMoeConfig.from_dict(config, attn_implementation=attention, experts_implementation=experts)
     )
@@ -101,7 +103,7 @@ def flash_stand_in():
 
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("window", [1, 4])
-@pytest.mark.parametrize("attention", [*ATTENTION, COMPILED_FLEX, FlashAttentionStandIn.name])
+@pytest.mark.parametrize("attention", [*ATTENTION, FlashAttentionStandIn.name])
 def test_key_at_distance_w_is_the_last_one_seen(flash_stand_in, attention, window, use_cache):
     model = build(attention, num_hidden_layers=1, sliding_window=window)
     ids, changed = random_ids(1, LENGTH), 3
@@ -177,8 +179,8 @@ def released_window_logits(config, tensors, ids, visible_keys):
     + [("eager", "static"), ("sdpa", "static")],
 )
 def test_released_window_of_2047_means_2048_keys(flash_stand_in, attention, cache):
-    sizes = {"hidden_size": 16, "num_key_value_heads": 4, "num_hidden_layers": 1}
-    config = released_config(torch_dtype="float32", **sizes)
+    sizes = {"hidden_size": 16, "head_dim": 4, "num_key_value_heads": 4, "num_hidden_layers": 1}
+    config = make_config(**sizes)
     assert config["sliding_window"] == 2047
     tensors = released_tensors(config)
     for name, tensor in tensors.items():
@@ -236,7 +238,7 @@ def test_packed_sequences_equal_the_separate_ones(attention, use_cache):
 
 
 def test_packed_sequences_equal_the_reference():
-    config = released_config(torch_dtype="float32", sliding_window=7)
+    config = make_config(sliding_window=7)
     lengths = [11, 3, 10]
     ids = random_ids(1, sum(lengths))
     positions = [position for length in lengths for position in range(length)]
@@ -257,7 +259,7 @@ def test_flash_attention_gets_the_positions_that_mark_packed_sequences(flash_sta
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_implementations_equal_the_reference(attention, experts):
-    config = released_config(torch_dtype="float32", sliding_window=7)
+    config = make_config(sliding_window=7)
     ids = random_ids(1, LENGTH)
     expected = reference_logits(config, released_tensors(config), ids[0].tolist())
     model = build(attention, experts, sliding_window=7)
