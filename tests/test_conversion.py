@@ -507,7 +507,7 @@ def test_stock_transformers_reads_the_tokenizer(tmp_path, source, request, kind)
         "print(auto.from_pretrained(sys.argv[1])(sys.argv[2]).input_ids)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "result"), text]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == AutoTokenizer.from_pretrained(source)(text).input_ids
 

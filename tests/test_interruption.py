@@ -81,10 +81,10 @@ def test_killed_at_any_moment(context, source, expected, tmp_path):
         begun = context.Event()
         process = context.Process(target=run, args=(source, destination, begun))
         process.start()
-        assert begun.wait(60)
+        assert begun.wait(600)
         time.sleep(generator.uniform(0, longest))
         process.kill()
-        process.join(60)
+        process.join(600)
         staging = incomplete(destination)
         if destination.exists():
             assert digest(destination) == expected
@@ -211,7 +211,7 @@ def test_full_disk(source, tmp_path, size, fill, message):
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
         pytest.skip("no mounts may be made here")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr
     assert message in result.stdout
     assert result.stdout.splitlines()[-1] == ("['filler', 'result']" if fill < 0 else "['filler']")

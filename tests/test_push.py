@@ -221,7 +221,7 @@ def test_loads_from_the_hub(hub, pushed, clean, tmp_path, way):
     requests = len(hub.requests)
     done = subprocess.run(
         [sys.executable, "-c", LOAD, way, tmp_path / "logits.pt", TEXT],
-        capture_output=True, text=True, cwd=tmp_path, env=variables, timeout=300,
+        capture_output=True, text=True, cwd=tmp_path, env=variables, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     module, ids, generated = json.loads(done.stdout)

@@ -313,12 +313,12 @@ def kill_and_check(processes, folder, trainer_class, expected, kill_at=None, aft
     child = processes.Process(target=runs.save_until_killed, args=(folder, trainer_class, kill_at))
     child.start()
     if after is not None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not (folder / "checkpoint-2").is_dir() and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(after)
         child.kill()
-    child.join(60)
+    child.join(600)
     assert child.exitcode in ((-signal.SIGKILL,) if after is None else (-signal.SIGKILL, 0)), child.exitcode
 
     steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))

@@ -14,9 +14,10 @@ import psutil
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT = 900.0  # seconds after which a run hangs, however busy the machine is
 
 
-def run(command: Sequence[str | Path], timeout: float) -> str:
+def run(command: Sequence[str | Path]) -> str:
     """Run `python command` with one thread a process; its output, or a failure with it."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -30,9 +31,9 @@ def run(command: Sequence[str | Path], timeout: float) -> str:
     with tempfile.TemporaryFile("w+") as file:  # a pipe would be held open by ranks that hang
         process = psutil.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, text=True)
         try:
-            process.wait(timeout)
+            process.wait(TIMEOUT)
         except psutil.TimeoutExpired:
-            shown = f"no end after {timeout} s: {shown}"
+            shown = f"no end after {TIMEOUT} s: {shown}"
             stuck = [*process.children(recursive=True), process]
             for member in stuck:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -47,18 +48,18 @@ def run(command: Sequence[str | Path], timeout: float) -> str:
     return output
 
 
-def torchrun(script: str | Path, world_size: int, *args: str | Path, timeout: float = 120) -> str:
+def torchrun(script: str | Path, world_size: int, *args: str | Path) -> str:
     """Run `script` under torchrun. Every line of the output begins with its rank, `[default0]:` and so on."""
     options = ["--standalone", f"--nproc-per-node={world_size}", "--tee=3"]
-    return run(["-m", "torch.distributed.run", *options, script, *args], timeout)
+    return run(["-m", "torch.distributed.run", *options, script, *args])
 
 
-def launch(script: str | Path, world_size: int, *args: str | Path, timeout: float = 240) -> str:
+def launch(script: str | Path, world_size: int, *args: str | Path) -> str:
     """Run the `main` of `script` on torchrun's ranks, which are forked: imports, most of the time, are done once."""
-    return run([__file__, str(world_size), script, *args], timeout)
+    return run([__file__, str(world_size), script, *args])
 
 
-def accelerate_launch(config: str, world_size: int, recipe: str, *args: str | Path, timeout: float = 240) -> str:
+def accelerate_launch(config: str, world_size: int, recipe: str, *args: str | Path) -> str:
     """Run `recipes/{recipe}.py` under `accelerate launch` with `recipes/accelerate/{config}.yaml`, as on GPUs."""
     recipes = ROOT / "recipes"
     options = ["--config_file", recipes / "accelerate" / f"{config}.yaml", "--num_machines", "1"]
@@ -76,7 +77,7 @@ def accelerate_launch(config: str, world_size: int, recipe: str, *args: str | Pa
         *scripts,
         *rest,
     ]
-    return run(command, timeout)
+    return run(command)
 
 
 def main(world_size: str, script: str, *args: str) -> None:

@@ -11,7 +11,7 @@ import failure_runs
 import pytest
 import runs
 import torch
-from launch import ROOT, torchrun
+from launch import ROOT, TIMEOUT, torchrun
 from safetensors.torch import load_file
 
 from modeling_grin.training import last_complete_checkpoint
@@ -33,11 +33,11 @@ def folder(tmp_path_factory):
     ],
 )
 def test_a_rank_that_dies_ends_the_job_with_its_error(folder, kind, reason):
-    """The other rank waits for it in a collective, and is ended within seconds."""
+    """The other rank waits for it in a collective, half an hour if nobody ends it."""
     with pytest.raises(AssertionError) as failure:
         torchrun(failure_runs.__file__, failure_runs.WORLD_SIZE, folder, kind)
     ended = time.time()
-    assert ended - float((folder / f"{kind}-at").read_text()) < 15
+    assert ended - float((folder / f"{kind}-at").read_text()) < 120
     assert re.search(reason, str(failure.value)), failure.value
 
 
@@ -75,7 +75,7 @@ def start(context, folder, output_dir, resume=False):
 
 def finish(ranks):
     for rank in ranks:
-        rank.join(60)
+        rank.join(TIMEOUT)
     assert [rank.exitcode for rank in ranks] == [0] * len(ranks)
 
 
@@ -99,14 +99,14 @@ def test_a_job_killed_at_any_moment_resumes_from_the_newest_complete_checkpoint(
     for number in range(30):
         output_dir = folder / f"killed-{number}"
         ranks = start(context, folder, output_dir)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + TIMEOUT
         while not (output_dir / "checkpoint-2").is_dir() and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(generator.uniform(0, 0.5))
         for rank in ranks:
             rank.kill()
         for rank in ranks:
-            rank.join(60)
+            rank.join(TIMEOUT)
         steps = [int(path.name.removeprefix("checkpoint-")) for path in output_dir.glob("checkpoint-*")]
         newest, incomplete = last_complete_checkpoint(output_dir)
         assert newest == str(output_dir / f"checkpoint-{max(steps)}")  # at most the step after it is lost

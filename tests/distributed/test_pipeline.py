@@ -15,7 +15,11 @@ from launch import launch
 
 from modeling_grin.training.sharded import released_views
 
-TOLERANCE = 1e-5
+# Of an update, where sums have another order; what the cases turn on changes updates by more than 0.01 (tested below).
+TOLERANCE = 1e-4
+# A clipped update is 0.2 long: one parameter of 1 that float32 rounds the other way, 1.2e-7, is 6e-5 of its hundredth,
+# which `difference` compares with. Measured: 1.1e-5 with AVX512, 2.1e-5 with AVX2.
+CLIPPED_TOLERANCE = 3e-4
 NOISE = {"router_jitter_noise": 0.1, "input_jitter_noise": 0.1}
 HIDDEN = 32
 INTERLEAVED = {"pp_size": 2, "schedule": "Interleaved1F1B"}
@@ -79,7 +83,7 @@ SAME = {
     "interleaved": ("one", 0),
     "GPipe": ("one", 0),
     "recomputed": ("one", 0),
-    "clipped": ("one-clipped", TOLERANCE),
+    "clipped": ("one-clipped", CLIPPED_TOLERANCE),
     "bf16": ("one-bf16", 0),
     "uneven": ("one-uneven", 0),
     "uneven-interleaved": ("one-uneven", 0),
@@ -87,8 +91,7 @@ SAME = {
     "sft-interleaved": ("one-sft", TOLERANCE),
     "four stages": ("one-5", 0),
     "tensor": ("one", TOLERANCE),
-    # A clipped update is smaller, and float32's rounding of the parameters not; measured 1.1e-5.
-    "tensor-clipped": ("one-clipped", 2 * TOLERANCE),
+    "tensor-clipped": ("one-clipped", CLIPPED_TOLERANCE),
     "data": ("ddp", 0),
     "data-interleaved": ("ddp", 0),
     "all": ("ddp", TOLERANCE),

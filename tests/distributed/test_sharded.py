@@ -122,7 +122,7 @@ def folder(tmp_path_factory):
         if num_ranks == 1:
             sharded_runs.main(folder, file)
         else:
-            launch(Path(sharded_runs.__file__), num_ranks, folder, file, timeout=300)
+            launch(Path(sharded_runs.__file__), num_ranks, folder, file)
     return folder
 
 
