@@ -13,6 +13,13 @@ FORM, MODEL_CHANGE, SAFETY = "The result", "Another number of experts", "Safety"
 """Panels of `convert`'s options."""
 
 
+def check_exists(path: Path) -> None:
+    """Raise ValueError for a path that is mistyped, or a name on the Hub, before anything heavy is imported."""
+    if not path.exists():
+        hint = "`hf download OWNER/NAME --local-dir FOLDER` fetches a checkpoint from the Hub"
+        raise ValueError(f"{path} does not exist: give the folder of a checkpoint; {hint}")
+
+
 def convert(
     source: Annotated[Path, typer.Argument(help="folder of a checkpoint, of a sharded one, or of a LoRA adapter")],
     destination: Annotated[Path, typer.Argument(help="folder to make; for gguf, the file")],
@@ -78,6 +85,7 @@ def convert(
 
     Example: grin-moe convert GRIN-MoE GRIN-MoE-phimoe --to phimoe
     """
+    check_exists(source)
     import conversion
 
     with hint_of_resuming(), transfer("converting", as_json) as progress:
@@ -137,6 +145,7 @@ def inspect(
 
     Example: grin-moe inspect GRIN-MoE-fused --against GRIN-MoE
     """
+    check_exists(path)
     import conversion
 
     with transfer("reading", as_json or not (verify or against)) as progress:

@@ -45,7 +45,12 @@ def run_in_process(*arguments: str) -> tuple[int, str, set[str]]:
 
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
-    [(["--help"], 0, "convert"), (["inspekt"], 2, "inspect"), (["recipes", "ls"], 0, "sft")],
+    [
+        (["--help"], 0, "convert"),
+        (["inspekt"], 2, "inspect"),
+        (["recipes", "ls"], 0, "sft"),
+        (["inspect", "microsoft/GRIN-MoE"], 1, "microsoft/GRIN-MoE does not exist: give the folder"),
+    ],
 )
 def test_nothing_heavy_is_imported_before_there_is_work(arguments, code, text):
     """Asked for help, or mistyped, the command answers at once; torch and transformers take seconds to import."""
