@@ -92,7 +92,10 @@ REFUSED_OPCODES = (
 )  # fmt: skip
 
 
-class BoundedUnpickler(pickle._Unpickler):
+Unpickler: Any = pickle._Unpickler  # typeshed knows nothing of its methods
+
+
+class BoundedUnpickler(Unpickler):
     """Makes records without code, in time and memory that are bounded by the length of the pickle.
 
     It is Python's unpickler in Python: the one in C sets aside whatever memory a number in the file asks for. Tuples
@@ -100,9 +103,7 @@ class BoundedUnpickler(pickle._Unpickler):
     copied (arguments, sizes, states) has more than `MAX_ITEMS`, for it could be copied as often as the file is long.
     """
 
-    dispatch = {
-        code: load for code, load in pickle._Unpickler.dispatch.items() if code not in b"".join(REFUSED_OPCODES)
-    }
+    dispatch = {code: load for code, load in Unpickler.dispatch.items() if code not in b"".join(REFUSED_OPCODES)}
 
     def check(self, condition: bool, what: str) -> None:
         if not condition:

@@ -135,9 +135,10 @@ def warn_of_partial_quantization(layer: nn.Module) -> None:
 
     Quantisers look for `nn.Linear`: fused experts are none, and the router is one.
     """
-    block = layer.block_sparse_moe
+    block: Any = layer.block_sparse_moe
+    attention: Any = layer.self_attn
     router = is_of_quantizer(block.gate)
-    if not (router or is_of_quantizer(layer.self_attn.q_proj)):
+    if not (router or is_of_quantizer(attention.q_proj)):
         return
     if not isinstance(block.experts, GrinMoeLinearExperts):
         logger.warning_once(

@@ -61,7 +61,7 @@ class SkippedLogits:
 
     __getattr__ = __getitem__ = __iter__ = __len__ = __array__ = _raise
     __add__ = __sub__ = __mul__ = __truediv__ = __matmul__ = __neg__ = _raise
-    __torch_function__ = classmethod(_raise)
+    __torch_function__: Any = classmethod(_raise)  # type: ignore[arg-type]
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -871,7 +871,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = GrinMoeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.loss_type = self.loss_type or "ForCausalLM"  # transformers finds it in the class's name, if it is there
+        self.loss_type: str = self.loss_type or "ForCausalLM"  # transformers looks for it in the class's name
         self.post_init()
 
     @can_return_tuple
@@ -1053,7 +1053,7 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
         self.num_labels = config.num_labels
         self.model = GrinMoeModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.loss_type = self.loss_type or "ForSequenceClassification"
+        self.loss_type: str = self.loss_type or "ForSequenceClassification"
         self.post_init()
 
     @can_return_tuple

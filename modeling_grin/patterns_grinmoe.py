@@ -59,7 +59,7 @@ def check_patterns(config: Mapping[str, Any], names: Iterable[str], source: Any)
     """
     tried, expressions = [], []
     for field, (how, form) in FORMS.items():
-        value = config.get(field)
+        value: Any = config.get(field)
         is_list = isinstance(value, list | dict) and field not in LISTS_OF_NAMES
         for pattern in value if is_list else [value]:
             if isinstance(pattern, str) and not re.fullmatch(r"[\w.]*", pattern):  # else nothing is repeated in it

@@ -105,6 +105,8 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             above.
     """
 
+    label_smoother: Any  # Trainer's, or None
+
     def __init__(self, *given, exact_balance: bool = False, distributed_checkpoint: bool | None = None, **keywords):
         self.exact_balance = exact_balance
         self._uncounted: list[dict[str, Any]] = []  # the step's batches, where their experts are yet to be counted
@@ -139,7 +141,7 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
         """The arguments of the trainer that the mixin stands before, by their names there."""
         classes = type(self).__mro__
         behind = classes[classes.index(GrinMoeTrainerMixin) + 1 :]
-        signatures = (inspect.signature(cls.__init__) for cls in behind)
+        signatures = (inspect.signature(cls.__init__) for cls in behind)  # type: ignore[misc]
         signature = next(signature for signature in signatures if "model" in signature.parameters)
         named = signature.bind_partial(self, *given, **keywords).arguments
         return named | named.get("kwargs", {})
