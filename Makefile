@@ -10,13 +10,24 @@ PYTEST_ARGS ?=
 LLAMA_CMAKE_ARGS := $(addprefix -D,$(addsuffix =OFF,GGML_NATIVE GGML_OPENMP GGML_LLAMAFILE LLAVA_BUILD LLAMA_CURL \
 	LLAMA_BUILD_TESTS LLAMA_BUILD_TOOLS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_SERVER))
 
+OLDEST_TRANSFORMERS := 5.17.0
+VERSION_TESTS := $(addprefix tests/,test_versions.py test_parity.py distributed/test_layouts.py \
+	$(addprefix test_generation.py::test_,greedy_generation_equals_a_loop_of_full_forwards \
+		generation_from_embeddings_equals_generation_from_ids speculative_generation_gives_greedy_output \
+		cache_goes_by_either_name keyword_that_no_one_knows_is_an_error continuous_batching_equals_generate) \
+	test_phimoe.py::test_generation_from_embeddings_across_the_boundary \
+	$(addprefix test_training.py::test_,trainer_learns_evaluates_and_saves lora_on_attention) \
+	test_lora.py::test_adapters_are_saved_and_loaded_exactly \
+	$(addprefix test_loading.py::test_,layouts save_writes_the_released_layout load_sharded_checkpoint) \
+	test_conversion.py::test_there_and_back_is_the_identity test_hub.py::test_loads_in_a_clean_process)
+
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-llama test-upstream lint format docs wheel clean
+.PHONY: help setup demo test test-versions test-llama test-upstream lint format docs wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +50,23 @@ demo: $(READY) ## Train, save, reload and generate with a tiny GRIN on real text
 # Files in alphabetical order: those with several processes, which take longest, come first and leave no gap at the end.
 test: $(READY) ## Run the tests (PYTEST_ARGS="...", WORKERS=2)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# The oldest version that setup.py allows and the newest that there is; the pinned one has the whole suite.
+test-versions: $(READY) ## Run quick tests on the oldest and the newest transformers
+	@pinned=$$(sed -n 's/^transformers==//p' constraints.txt); \
+	newest=$$($(PY) -m pip index versions transformers 2>/dev/null | tr ' ,' '\n\n' | grep -m 1 '^5\.' || echo $$pinned); \
+	for version in $$(printf '%s\n' $(OLDEST_TRANSFORMERS) $$newest | sort -u | grep -vx $$pinned); do \
+		overlay=.venv-transformers-$$version; \
+		echo "transformers $$version"; \
+		if ! test -e $$overlay/.ready; then \
+			$(PY) -m venv --without-pip $$overlay && \
+			$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$overlay/shared.pth && \
+			mv $$overlay/shared.pth $$overlay/lib/python3*/site-packages && \
+			$(PY) -m pip --python $$overlay/bin/python install -q transformers==$$version && \
+			touch $$overlay/.ready || exit 1; \
+		fi; \
+		PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $$overlay/bin/python -m pytest -k "not flex" $(VERSION_TESTS) || exit 1; \
+	done
 
 test-llama: $(READY) ## Build llama-cpp-python (4 minutes) and run the tests that need it
 	CMAKE_ARGS="$(LLAMA_CMAKE_ARGS)" CMAKE_BUILD_PARALLEL_LEVEL=$(WORKERS) \
@@ -68,5 +96,5 @@ wheel: $(READY) ## Build dist/*.whl
 	@ls dist/*.whl
 
 clean: ## Remove .venv and everything built
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-transformers-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,8 +7,9 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 
 REQUIRES = [
-    "torch>=2.10",
-    "transformers>=5.23,<6",
+    "accelerate>=1.15",  # device_map
+    "torch>=2.11",
+    "transformers>=5.17,<6",
     "safetensors>=0.8",
     "jinja2>=3.1",  # chat templates
     "matplotlib>=3.10",
@@ -18,7 +19,6 @@ REQUIRES = [
 ]
 
 TRAIN = [
-    "accelerate>=1.15",
     "datasets>=5.0",
     "peft>=0.21",
     "tensorboard>=2.20",
@@ -54,7 +54,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
-    python_requires=">=3.11",  # as transformers 5.23
+    python_requires=">=3.11",
     install_requires=REQUIRES,
     extras_require={
         "train": TRAIN,
@@ -80,6 +80,8 @@ setup(
         "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

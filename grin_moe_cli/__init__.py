@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -22,8 +23,17 @@ for command in (convert, inspect, routing, gradients, plan, card, push):
 app.add_typer(recipes_app, name="recipes")
 
 
+def show_version(asked: bool) -> None:
+    if asked:
+        print(*(f"{name} {version(name)}" for name in ("grin-moe", "transformers", "torch")), sep="\n")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    version_asked: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="show versions")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the whole traceback of an error")] = False,
 ) -> None:
     """Tools for gradient-informed mixture-of-experts models."""

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, apply_renamings
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.hub import cached_file
 
@@ -284,7 +284,10 @@ def check_tensors(
     for file in checkpoint_files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                renamed = apply_renamings(name, renamings).removeprefix(prefix)
+                renamed = name
+                for renaming in renamings:
+                    renamed, _ = renaming.rename_source_key(renamed)
+                renamed = renamed.removeprefix(prefix)
                 header = tensors.get_slice(name)
                 found[renamed] = header.get_shape(), f"{name} in {file}", header.get_dtype()
 

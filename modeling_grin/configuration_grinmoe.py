@@ -1,7 +1,10 @@
 """Configuration of GRIN-MoE: the fields of the released `config.json`, checked when they are read."""
 
+from .compat_grinmoe import CACHES_READ_TEXT_CONFIG  # first: it checks the version
+
+# isort: split
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -28,6 +31,9 @@ class VisibleWindowConfig:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._config)
 
     @property
     def sliding_window(self) -> int | None:
@@ -291,6 +297,11 @@ class GrinMoeConfig(PreTrainedConfig):
     def per_layer_config(self) -> Sequence[VisibleWindowConfig]:
         """Each layer's config as transformers' caches ask for it; the layers are alike, and this cannot be set."""
         return [VisibleWindowConfig(self)] * self.num_hidden_layers
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """As in transformers; caches ask with `decoder=True`."""
+        config = super().get_text_config(decoder=decoder, encoder=encoder)
+        return VisibleWindowConfig(config) if decoder and CACHES_READ_TEXT_CONFIG else config
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

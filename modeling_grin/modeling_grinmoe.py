@@ -4,6 +4,9 @@ Module and parameter names follow the release; `checkpoint_grinmoe.py` says how 
 Shapes: T tokens, H hidden_size, F intermediate_size, E num_local_experts, K num_experts_per_tok.
 """
 
+from .compat_grinmoe import CACHE, cache_name, either_cache, require_layouts  # first: it checks the version
+
+# isort: split
 import inspect
 import json
 import os
@@ -51,7 +54,6 @@ from .checkpoint_grinmoe import (
     register_expert_layout,
     released_names,
 )
-from .compat_grinmoe import CACHE, cache_name, either_cache
 from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
 from .experts_grinmoe import GRIN_EXPERTS, computes_here, matrix_vector_kernels
 from .linear_experts_grinmoe import (
@@ -510,6 +512,8 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False would load a pickle, which can run any code; convert it first")
         kwargs["use_safetensors"] = True
+        if kwargs.get("distributed_config") is not None or kwargs.get("tp_plan") is not None:
+            require_layouts()
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = leave_router_out(kwargs["quantization_config"])
         with_loading_info = kwargs.pop("output_loading_info", False)
@@ -993,13 +997,14 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GenerationMixin):
                 cache = next_sequence_length = None
                 past_length = 0
         if inputs_embeds is not None and positions is not None:
-            if not is_first_iteration and past_length == 0:  # there is no cache, or it is computed anew
-                new_ids = input_ids[:, input_ids.shape[1] + inputs_embeds.shape[1] - positions.shape[-1] :]
-                inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(new_ids)], dim=1)
-                is_first_iteration = True
-            elif is_first_iteration and next_sequence_length is None:  # the whole prompt, or a chunk of it
+            new_length = positions.shape[-1] - inputs_embeds.shape[1]
+            if new_length > 0 and past_length == 0:  # there is no cache, or it is computed anew
+                new_embeds = self.get_input_embeddings()(input_ids[:, -new_length:])
+                inputs_embeds, is_first_iteration = torch.cat([inputs_embeds, new_embeds], dim=1), True
+            elif new_length <= 0:  # the whole prompt, or a chunk: transformers 5.17 calls that no first iteration
                 if positions.shape[-1] == 0:
                     raise ValueError("prefill_chunk_size divides input_ids: give them beside inputs_embeds")
+                is_first_iteration = True
                 inputs_embeds = inputs_embeds[:, past_length : past_length + positions.shape[-1]]
         return super().prepare_inputs_for_generation(
             input_ids,

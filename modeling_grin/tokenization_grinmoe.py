@@ -1,5 +1,8 @@
 """GRIN-MoE's tokenizer: the release's `tokenizer.json` as it stands, its chat format, and vocabularies of your own."""
 
+from .compat_grinmoe import TRANSFORMERS  # noqa: F401 (first: it checks the version)
+
+# isort: split
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 

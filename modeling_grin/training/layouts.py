@@ -12,6 +12,8 @@ from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
 from transformers.utils import strtobool
 
+from ..compat_grinmoe import require_layouts
+
 
 def take_launched_layout(training: TrainingArguments, pipeline_parallel_size: int = 1) -> DistributedConfig | None:
     """FSDP2 and tensor parallelism as `accelerate launch` was told in its config file; None: neither.
@@ -33,6 +35,7 @@ def take_launched_layout(training: TrainingArguments, pipeline_parallel_size: in
     )
     if not (use_fsdp or use_sizes):
         return None
+    require_layouts()
     sizes = ParallelismConfig() if use_sizes else ParallelismConfig(dp_shard_size=training.world_size)
     if sizes.cp_size * sizes.sp_size > 1:
         raise ValueError("context and sequence parallelism are not supported: use parallelism_config_tp_size")

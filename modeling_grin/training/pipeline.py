@@ -33,6 +33,7 @@ from transformers import GenerationConfig
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
+from ..compat_grinmoe import require_layouts
 from ..configuration_grinmoe import GrinMoeConfig
 from ..modeling_grinmoe import GrinMoeForCausalLM, check_parallel_sizes
 from .sharded import load_weights
@@ -293,6 +294,7 @@ def check_pipeline(
     chunks_per_rank: int | None = None,
 ) -> tuple[int, int]:
     """The number of chunks of a pipeline, and of its data-parallel ranks; arguments and errors as `pipeline_model`."""
+    require_layouts()
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is none of {', '.join(SCHEDULES)}")
     kind = SCHEDULES[schedule]

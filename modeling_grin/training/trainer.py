@@ -32,6 +32,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..balance_grinmoe import count_experts, counted_tokens
 from ..checkpoint_grinmoe import check_tensors
+from ..compat_grinmoe import is_spread_over_ranks
 from ..saving_grinmoe import give_umasks_mode
 from .checkpoints import (
     OPTIMIZER_FOLDER,
@@ -110,6 +111,7 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
     def __init__(self, *given, exact_balance: bool = False, distributed_checkpoint: bool | None = None, **keywords):
         self.exact_balance = exact_balance
         self._uncounted: list[dict[str, Any]] = []  # the step's batches, where their experts are yet to be counted
+        self._first_step: int | None = None  # of the run, which may be resumed
         self._staging: str | None = None  # stands in for the run's folder while a checkpoint is written
         self._trl_name = trl_name(type(self))
         arguments = self._name_arguments(given, keywords)
@@ -128,7 +130,7 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             config.output_router_logits = self.aux_loss_enabled = False
         if self.label_smoother is not None and self._grin_model.get_output_embeddings() is not None:
             self.label_smoother = partial(smoothed_next_token_loss, self.label_smoother)
-        self.is_sharded = self.is_distributed_loading_by_transformers
+        self.is_sharded = is_spread_over_ranks(self)
         self.distributed_checkpoint = self.is_sharded if distributed_checkpoint is None else distributed_checkpoint
         if self.is_sharded and self._grin_model.config.distributed_config.dp_replicate_size == 1:
             # Gradients are reduced after each micro-batch: before that a rank of FSDP2 holds the whole model's.
@@ -205,6 +207,8 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
         if self.state.global_step >= self.state.max_steps:  # resumed at the end, where Trainer takes one step more
             self.control.should_training_stop = True
             return [], None
+        if self._first_step is None:
+            self._first_step = self.state.global_step
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_tokens = self._check_window(batches, num_items_in_batch)
         # All ranks, not only those with data of their own, are the group: tensor-parallel ranks count the same tokens
@@ -250,7 +254,7 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
                 longest = max(longest, length + num_virtual)
                 ids += [int(input_ids.min()), int(input_ids.max())] if input_ids.numel() else []
         num_labels = 1 if num_items_in_batch is None or not batches else int(num_items_in_batch)
-        is_first = self.state.global_step == self._initial_global_step
+        is_first = self.state.global_step == self._first_step
         settings = self._common_settings() if is_first else {}
         fingerprint = int.from_bytes(hashlib.sha256(repr(settings).encode()).digest()[:7])
         of_rank = torch.tensor(
@@ -360,6 +364,7 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
             logger.warning("train_dataset has no length: resuming is exact within its first pass only")
         if resume_from_checkpoint and has_only_the_model(resume_from_checkpoint):
             logger.warning(f"{resume_from_checkpoint} has the model only: optimizer and learning rate start anew")
+        self._first_step = None
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
             self._check_weights()

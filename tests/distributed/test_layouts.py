@@ -8,6 +8,8 @@ import runs
 import torch
 from launch import launch
 
+from modeling_grin.compat_grinmoe import TRANSFORMERS
+
 LAYOUTS = [(1, 1, 8), (1, 4, 2), (1, 8, 1), (2, 1, 4), (2, 4, 1), (4, 2, 1)]  # processes, accumulation, micro-batch
 RUNS = Path(runs.__file__)
 TOLERANCE = 1e-5
@@ -34,7 +36,8 @@ def cases():
     yield 1, "equal", settings(1, 8, True, data="alike_equal_labels")
     for data in ("alike", "various"):
         yield 1, f"{data}-no_balance", settings(1, 8, True, data=data, config={"router_aux_loss_coef": 0.0})
-    yield 2, "resume", {"resumed_at": 3, "accumulation": 2, "micro_batch": 1}
+    if TRANSFORMERS >= (5, 18):  # before, Trainer reads the optimizer of several ranks for a device "cpu:0"
+        yield 2, "resume", {"resumed_at": 3, "accumulation": 2, "micro_batch": 1}
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +164,7 @@ def test_sampled_routing_does_not_depend_on_the_layout(trained):
         assert difference(trained[f"exact-{label(layout)}"][0], base) < TOLERANCE, layout
 
 
+@pytest.mark.skipif(TRANSFORMERS < (5, 18), reason="transformers 5.17 cannot resume on several CPU ranks")
 def test_two_processes_resume_bit_for_bit(trained):
     for rank, result in enumerate(trained["resume"]):
         assert result["resumed_losses"] == result["whole_losses"], f"rank {rank}"
