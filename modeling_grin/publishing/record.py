@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..compat_grinmoe import is_spread_over_ranks
 from ..files import write_whole
 
 if TYPE_CHECKING:  # needs what only training installs
@@ -132,7 +133,7 @@ def record_run(trainer: "Trainer", arguments: "RecipeArguments", method: str) ->
             "pipeline": arguments.pipeline_parallel_size,
             # Trainer's size is that of all ranks with the same rows.
             "tensor": trainer.get_tp_size() // arguments.pipeline_parallel_size,
-            "fully sharded": trainer.is_fsdp_enabled or trainer.is_distributed_loading_by_transformers,
+            "fully sharded": trainer.is_fsdp_enabled or is_spread_over_ranks(trainer),
         },
         "hardware": describe_hardware(trainer),
         "versions": {
