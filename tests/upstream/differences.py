@@ -32,6 +32,6 @@ DIFFERENCES = {
     "test_transformers.py::CausalLM::test_ep_*": "There is no expert-parallel plan.",
     "test_trl.py::TestRewardTrainer::test_train*": (
         "They expect every parameter to move. SparseMixer gives a router a gradient at near ties alone, and the last "
-        "layer's often has none. Phimoe fails alike."
+        "layer's often has none. Phimoe fails as well, on the bias of its last norm."
     ),
 }
