@@ -349,7 +349,6 @@ class GrinMoePreTrainedModel(PreTrainedModel):
         register_expert_layout(cls.config_class.model_type)
         if issubclass(cls, GenerationMixin):
             list_causal_lm(cls.__name__, cls.config_class.model_type)
-        list_adapter_targets(cls.config_class.model_type)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As in transformers, and `"linear"`: experts of `nn.Linear` modules, as quantisers need them.
@@ -685,6 +684,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         self.adapts_experts: bool | None = None
         """Whether the experts have adapters. None: not known yet; False: they are left out on purpose, as `add_lora`
         can."""
+        list_adapter_targets(config.model_type)
         self.post_init()
 
     def train(self, mode: bool = True):

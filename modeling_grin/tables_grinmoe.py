@@ -21,7 +21,10 @@ def list_causal_lm(class_name: str, model_type: str) -> None:
 
 
 def list_adapter_targets(model_type: str) -> None:
-    """Give a model type what peft adapts by default in Mixtral, whose modules have our names."""
+    """Give a model type what peft adapts by default in Mixtral, whose modules have our names.
+
+    A model asks for it when it is made: peft takes seconds to import, and reading a config does not need it.
+    """
     if not is_peft_available():
         return
     for name, table in vars(importlib.import_module("peft.utils.constants")).items():
