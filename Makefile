@@ -65,7 +65,7 @@ test-versions: $(READY) ## Run quick tests on the oldest and the newest transfor
 			$(PY) -m pip --python $$overlay/bin/python install -q transformers==$$version && \
 			touch $$overlay/.ready || exit 1; \
 		fi; \
-		PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $$overlay/bin/python -m pytest -k "not flex" $(VERSION_TESTS) || exit 1; \
+		PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $$overlay/bin/python -m pytest -n $(WORKERS) --dist loadfile -k "not flex" $(VERSION_TESTS) || exit 1; \
 	done
 
 test-llama: $(READY) ## Build llama-cpp-python (4 minutes) and run the tests that need it

@@ -33,6 +33,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 from ..balance_grinmoe import count_experts, counted_tokens
 from ..checkpoint_grinmoe import check_tensors
 from ..compat_grinmoe import is_spread_over_ranks
+from ..configuration_grinmoe import GrinMoeConfig
 from ..saving_grinmoe import give_umasks_mode
 from .checkpoints import (
     OPTIMIZER_FOLDER,
@@ -68,7 +69,6 @@ COMMON_ARGUMENTS = (
     "label_smoothing_factor", "train_sampling_strategy", "dataloader_drop_last", "average_tokens_across_devices",
     "bf16", "fp16", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
 )  # fmt: skip
-OWN_FIELDS = {"_name_or_path", "distributed_config"}  # of the config
 
 # trl's trainers whose loss is of one forward pass; all others compare passes, of one model or of two.
 ONE_PASS = {"SFTTrainer", "RewardTrainer", "CPOTrainer", "ORPOTrainer", "TPOTrainer"}
@@ -278,12 +278,15 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
         return int(of_ranks[:, 0].sum()) if self._trl_name is None or self._trl_name in COUNTED else None
 
     def _common_settings(self) -> dict[str, str]:
-        """What all ranks must have in common: the step, arguments and the model's config."""
-        config = self._grin_model.config.to_dict()
+        """What all ranks must have in common: the step, arguments and the fields of GRIN-MoE's config.
+
+        Fields of every config say where it is from: a rank that has saved the model has its `architectures`.
+        """
+        config = self._grin_model.config
         return (
             {"step": str(self.state.global_step), "steps of the run": str(self.state.max_steps)}
             | {name: str(getattr(self.args, name)) for name in COMMON_ARGUMENTS}
-            | {f"config.{name}": str(config[name]) for name in sorted(config) if name not in OWN_FIELDS}
+            | {f"config.{name}": str(getattr(config, name)) for name in GrinMoeConfig.__annotations__}
         )
 
     def _token_prefixes(self, batch: Any) -> list[str]:

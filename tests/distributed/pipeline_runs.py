@@ -1,7 +1,7 @@
 """Training runs in a pipeline, for `launch`: every case of a file of them.
 
 A case is a dict of `name`, `function` (of this file, `train` by default) and its arguments. What that returns goes to
-`FOLDER/{name}-{rank}.pt`; checkpoints and the tokenizer are in `FOLDER`, too.
+`FOLDER/{name}-{rank}.pt`; the checkpoints are in `FOLDER`.
 """
 
 import json
@@ -14,8 +14,9 @@ import torch
 from datasets import Dataset
 from on_cpu import as_on_gpus
 from sharded_runs import count_forwards
+from tokenizers import Tokenizer, models
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 from trl import SFTConfig
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
@@ -88,7 +89,11 @@ def sft(folder: Path, name: str, layout: dict[str, Any] | None, checkpoint: str,
     """Training with `GrinMoeSFTTrainer` on packed rows, whose micro-batches are one row each, of any length."""
     model = make_model(folder, layout, checkpoint)
     generator = torch.Generator().manual_seed(7)
-    rows = [torch.randint(5, 131, (size,), generator=generator).tolist() for size in (5, 9, 3, 16, 7, 12, 4, 11) * 4]
+    vocab_size = model.config.vocab_size
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(vocab_size)}, unk_token="2"))
+    rows = [
+        torch.randint(5, vocab_size, (size,), generator=generator).tolist() for size in (5, 9, 3, 16, 7, 12, 4, 11) * 4
+    ]
     trainer = GrinMoeSFTTrainer(
         model=model,
         args=SFTConfig(
@@ -98,7 +103,7 @@ def sft(folder: Path, name: str, layout: dict[str, Any] | None, checkpoint: str,
             disable_tqdm=True, use_cpu=True, bf16=False, router_aux_loss_coef=runs.COEFFICIENT, **arguments,
         ),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
-        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1"),
     )  # fmt: skip
     with CountSends() as sends:
         trainer.train()

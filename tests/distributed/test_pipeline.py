@@ -110,13 +110,12 @@ def run_cases(processes: int, cases: dict, folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, trained_tokenizer):
+def trained(tmp_path_factory):
     """name -> results of every rank, all cases of one number of processes in one launch."""
     folder = tmp_path_factory.mktemp("pipeline")
     for layers in (4, 5):
         runs.make_model(num_hidden_layers=layers, **NOISE).save_pretrained(folder / f"layers-{layers}")
     runs.make_model(seed=4, num_hidden_layers=4, **NOISE).save_pretrained(folder / "other")
-    trained_tokenizer.save_pretrained(folder / "tokenizer")
     results = {}
     for processes, cases in (*CASES.items(), (1, FROM_PIPELINE)):
         results.update(run_cases(processes, cases, folder))
