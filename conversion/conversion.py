@@ -147,12 +147,12 @@ def convert(
         base = adapters.find_base(source, base)
     # In whose folders the tokenizer may be; an adapter's and that of --config are the newer ones.
     beside = [Path(path) for path in ((base, source) if is_adapter else (source, config)) if path is not None]
-    for folder in beside:
-        check_settings(folder)
     inputs = [Path(path).resolve() for path in (source, base, config, calibration) if path is not None]
     for path in inputs:
         if path.is_dir() and (problem := describe_links(path)):
             raise ConversionError(problem)
+    for folder in beside:
+        check_settings(folder)
     plan = {"source": [(str(path), fingerprint(path)) for path in inputs], "to": to, "dtype": dtype,
             "max_shard_size": max_shard_size, "num_experts": num_experts, "top_k": top_k, "noise": noise,
             "seed": seed, "version": __version__}  # fmt: skip
