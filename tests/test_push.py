@@ -158,18 +158,6 @@ def oids(folder):
 # Up, and down again
 
 
-def test_what_save_pretrained_pushes_is_what_it_saved(hub, model):
-    """Over an older checkpoint; the repository is named after the folder, as ever."""
-    old = weights(model)
-    trained = GrinMoeForCausalLM.from_pretrained(model)
-    torch.nn.init.ones_(trained.model.norm.bias)
-    trained.save_pretrained(model, push_to_hub=True, max_shard_size="1GB")
-    assert weights(model) == ["model.safetensors"] != old
-    pushed = hub.content("me/model")
-    assert {"README.md", "config.json", "generation_config.json", "model.safetensors"} <= pushed.keys()
-    assert all((model / name).read_bytes() == content for name, content in pushed.items() if name != ".gitattributes")
-
-
 def test_what_goes_up(hub, pushed, clean, trained_tokenizer):
     repo, content = hub.repos["me/tiny"], hub.content("me/tiny")
     assert len(repo.commits) == 2, "the one that made the repository, and ours"
@@ -283,6 +271,18 @@ def test_a_new_version_replaces_the_old_one(hub, model, capsys):
     assert stay | code <= content.keys()
     assert content["model.safetensors"] == (model / "model.safetensors").read_bytes()
     assert len(hub.repos["me/versions"].commits) == 8
+
+
+def test_what_save_pretrained_pushes_is_what_it_saved(hub, model):
+    """Over an older checkpoint; the repository is named after the folder, as ever."""
+    old = weights(model)
+    trained = GrinMoeForCausalLM.from_pretrained(model)
+    torch.nn.init.ones_(trained.model.norm.bias)
+    trained.save_pretrained(model, push_to_hub=True, max_shard_size="1GB")
+    assert weights(model) == ["model.safetensors"] != old
+    pushed = hub.content("me/model")
+    assert {"README.md", "config.json", "generation_config.json", "model.safetensors"} <= pushed.keys()
+    assert all((model / name).read_bytes() == content for name, content in pushed.items() if name != ".gitattributes")
 
 
 def test_what_is_made_for_the_hub_stays_where_the_card_links_to_its_source(hub, model):
