@@ -552,7 +552,7 @@ def test_other_models_of_tokenizers_are_refused(tmp_path: Path) -> None:
 
 def test_more_tokens_than_embeddings_are_refused(trained_tokenizer: GrinMoeTokenizer, tmp_path: Path) -> None:
     trained_tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ConversionError, match="token id 1023, the model only vocab_size=131 embeddings"):
+    with pytest.raises(ConversionError, match=r"token id 1023 \(.*\), the model only vocab_size=131 embeddings"):
         export_gguf(make_checkpoint(tmp_path), tmp_path / "model")
 
 
