@@ -308,7 +308,10 @@ def _count_parameters(config: GrinMoeConfig) -> int:
 
 
 def _explain(error: Exception, values: dict[str, Any], config_class: Any) -> str:
-    """What an error of `config_class.from_dict(values)` says, after the field without which there is none."""
+    """Return the message of an error that `config_class.from_dict(values)` raised, after the name of its field.
+
+    That field is the first without which the call succeeds.
+    """
     reason = "".join(filter(str.isprintable, textwrap.shorten(str(error), 500)))
     for name in list(values)[:MAX_FIELDS]:
         with suppress(Exception):

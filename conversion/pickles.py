@@ -84,7 +84,7 @@ DCP_CLASSES = {
 }
 
 
-# What hashes or sets aside whatever the file asks for, and is in no file of torch's.
+# These hash, or allocate, as much as the file asks for. torch never writes them.
 REFUSED_OPCODES = (
     pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.NEXT_BUFFER,
     pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX,

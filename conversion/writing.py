@@ -45,10 +45,10 @@ def incomplete_folder(destination: Path) -> Path:
 
 @contextmanager
 def locked(destination: Path) -> Iterator[Path]:
-    """`incomplete_folder`, made if need be, and no other process's at the same time; a kill frees it, too.
+    """Create `incomplete_folder` if it is absent, and lock it for this process. A killed process loses its lock.
 
     Raises:
-        ConversionError: it is another process's.
+        ConversionError: another process holds the lock.
     """
     folder = incomplete_folder(destination)
     while True:
@@ -78,8 +78,9 @@ def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Pa
         resume: go on with what an interrupted conversion with the same plan has left.
 
     Raises:
-        ConversionError: another process is making the destination, or has made it; an interrupted conversion is in the
-            way, or another one is to be gone on with; the destination has appeared meanwhile; or the disk is full.
+        ConversionError: another process is making the destination, or has made it. An interrupted conversion has
+            left its files, or `resume` finds those of another plan. The destination has appeared meanwhile. The disk
+            is full.
     """
     with locked(destination) as folder:
         was_interrupted = (folder / PLAN).exists()
