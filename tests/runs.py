@@ -133,16 +133,23 @@ def resume_case(output_dir, resumed_at: int, trainer_class=GrinMoeTrainer, confi
     return results
 
 
-def save_until_killed(output_dir, trainer_class=GrinMoeTrainer, kill_at: tuple[str, int] | None = None) -> None:
-    """Save after every step. `kill_at` (audit event, n): SIGKILL at the n-th such event since the third step ended."""
-    count = 0
+# Moments of the third step's save, by the audit event that comes just before: what the run does, and to which path.
+MOMENTS = {
+    "nothing written": ("shutil.rmtree", 0, "_incomplete"),
+    "in the files": ("open", 0, "checkpoint-3/config.json"),
+    "all written": ("os.rename", 1, "run/checkpoint-3"),
+    "named": ("shutil.rmtree", 0, "_incomplete"),
+}
+
+
+def save_until_killed(output_dir, trainer_class=GrinMoeTrainer, moment: str | None = None) -> None:
+    """Save after every step, until SIGKILL at one of MOMENTS of the third step's save."""
 
     def hook(event: str, args: tuple) -> None:
-        nonlocal count
-        if started and event == kill_at[0]:
-            count += 1
-            if count == kill_at[1]:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if started and event == wanted and str(args[place]).endswith(path):
+            if moment == "named" and not Path(output_dir, "checkpoint-3").is_dir():
+                return
+            os.kill(os.getpid(), signal.SIGKILL)
 
     class Start(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -150,7 +157,8 @@ def save_until_killed(output_dir, trainer_class=GrinMoeTrainer, kill_at: tuple[s
                 started.append(True)
 
     started: list[bool] = []
-    if kill_at is not None:
+    if moment is not None:
+        wanted, place, path = MOMENTS[moment]
         sys.addaudithook(hook)
     make_killed_trainer(output_dir, trainer_class, callbacks=[Start()]).train()
 

@@ -308,9 +308,9 @@ def processes():
     return context
 
 
-def kill_and_check(processes, folder, trainer_class, expected, kill_at=None, after=None):
+def kill_and_check(processes, folder, trainer_class, expected, moment=None, after=None):
     """Kill a run while it saves, and resume it; returns whether a save was really interrupted."""
-    child = processes.Process(target=runs.save_until_killed, args=(folder, trainer_class, kill_at))
+    child = processes.Process(target=runs.save_until_killed, args=(folder, trainer_class, moment))
     child.start()
     if after is not None:
         deadline = time.monotonic() + 600
@@ -342,20 +342,20 @@ def kill_and_check(processes, folder, trainer_class, expected, kill_at=None, aft
 
 
 @pytest.mark.parametrize(
-    ("trainer_class", "kill_at", "interrupted"),
+    ("trainer_class", "moment", "interrupted"),
     [
-        (GrinMoeTrainer, ("shutil.rmtree", 1), False),  # before anything is written
-        (GrinMoeTrainer, ("open", 2), True),
-        (GrinMoeTrainer, ("os.rename", 1), True),  # all is written, and not yet named
-        (GrinMoeTrainer, ("shutil.rmtree", 2), False),  # named
-        (Trainer, ("open", 2), True),
+        (GrinMoeTrainer, "nothing written", False),
+        (GrinMoeTrainer, "in the files", True),
+        (GrinMoeTrainer, "all written", True),
+        (GrinMoeTrainer, "named", False),
+        (Trainer, "in the files", True),
     ],
 )
 def test_killed_run_resumes_from_the_newest_complete_checkpoint(
-    processes, finished, tmp_path, trainer_class, kill_at, interrupted
+    processes, finished, tmp_path, trainer_class, moment, interrupted
 ):
     """SIGKILL at chosen moments of the third save; what the plain Trainer leaves is recognised, too."""
-    assert kill_and_check(processes, tmp_path / "run", trainer_class, finished[1], kill_at) == interrupted
+    assert kill_and_check(processes, tmp_path / "run", trainer_class, finished[1], moment) == interrupted
 
 
 def test_a_half_deleted_checkpoint_is_the_first_to_go(tmp_path):
