@@ -90,8 +90,7 @@ def plan(
     precision: Annotated[
         str,
         typer.Option(
-            help="mixed (the recipes' bf16: float32 weights, computed in bfloat16), float32, bfloat16, megatron or "
-            "deepspeed",
+            help="mixed (float32 weights, bfloat16 compute: the recipes' `bf16: true`), float32 or bfloat16",
             rich_help_panel=STEP,
         ),
     ] = "mixed",
@@ -99,9 +98,6 @@ def plan(
     checkpointing: Annotated[
         bool, typer.Option(help="compute layers again in the backward pass", rich_help_panel=STEP)
     ] = True,
-    shard_optimizer: Annotated[
-        bool, typer.Option(help="optimizer state of replicas sharded, ZeRO-1", rich_help_panel=STEP)
-    ] = False,
     balance_loss: Annotated[
         bool | None,
         typer.Option(
@@ -118,8 +114,10 @@ def plan(
 
     Example: grin-moe plan --devices 64 --num-local-experts 32 --assume peak_flops=312e12
     """
-    from modeling_grin.analysis import planner
     from modeling_grin.configuration_grinmoe import GrinMoeConfig
+    from modeling_grin.planning.plan import plan as make_plan
+    from modeling_grin.planning.setting import GB, Training
+    from modeling_grin.planning.setting import assume as make_assumptions
 
     fields = ("num_local_experts", "num_experts_per_tok", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads", "num_key_value_heads")  # fmt: skip
@@ -134,12 +132,9 @@ def plan(
         model = GrinMoeConfig.from_pretrained(path, **sizes)
     if balance_loss is not None:  # what it costs does not depend on the coefficient
         model.router_aux_loss_coef = (model.router_aux_loss_coef or 1.0) if balance_loss else 0.0
-    training = planner.Training(
-        micro_batch, global_batch, sequence, precision, optimizer, checkpointing, shard_optimizer
-    )
-    hardware = {"memory": memory * planner.GB, "devices_per_machine": devices_per_machine}
-    assumptions = planner.assume(assume or [], **hardware)
-    estimates, left_out = planner.plan(model, devices, training, assumptions)
+    training = Training(micro_batch, global_batch, sequence, precision, optimizer, checkpointing)
+    assumptions = make_assumptions(assume or [], memory=memory * GB, devices_per_machine=devices_per_machine)
+    estimates, left_out = make_plan(model, devices, training, assumptions)
     if as_json:
         stated = {"training": vars(training), "assumptions": vars(assumptions)}
         layouts = [estimate.to_dict() for estimate in estimates]
@@ -154,11 +149,11 @@ def plan(
     for column in ("weights", "grads", "optim.", "activ.", "comm.", "total", "step", "bubble", "wait", "tokens/s",
                    "/device", "balance"):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
-    available = (assumptions.memory - assumptions.reserve) / planner.GB
+    available = (assumptions.memory - assumptions.reserve) / GB
     for estimate in estimates[:rows]:
         needs = estimate.memory
         parts = needs.weights, needs.gradients, needs.optimizer, needs.activations, needs.communication, needs.total()
-        cells = [f"{part / planner.GB:.1f}" for part in parts]
+        cells = [f"{part / GB:.1f}" for part in parts]
         if estimate.fits:
             seconds, total = estimate.seconds, estimate.step_time
             waiting = total - sum(seconds[cause] for cause in ("compute", "bubble", "optimizer"))

@@ -39,10 +39,13 @@ REFERENCE = {  # page: what it says, and the modules it shows
         "modeling_grin.training.checkpoints", "modeling_grin.training.sharded", "modeling_grin.training.lora",
         "modeling_grin.training.layouts", "modeling_grin.training.pipeline", "modeling_grin.training.recipes",
     ]),
-    "analysis": ("Analysis", "Studies of routing and of router gradients, and the planner of many devices.", [
+    "analysis": ("Analysis", "Studies of routing and of router gradients.", [
         "modeling_grin.analysis.routing", "modeling_grin.analysis.specialization", "modeling_grin.data",
         "modeling_grin.analysis.figures", "modeling_grin.analysis.report", "modeling_grin.analysis.gradients",
-        "modeling_grin.analysis.planner",
+    ]),
+    "planning": ("Planning", "What training on many devices costs.", [
+        "modeling_grin.planning.plan", "modeling_grin.planning.setting", "modeling_grin.planning.memory",
+        "modeling_grin.planning.time", "modeling_grin.planning.parameters",
     ]),
     "conversion": ("Conversion", "Checkpoints of every form, read and written.", [
         "conversion.conversion", "conversion.inspection", "conversion.checkpoint", "conversion.sources",

@@ -27,9 +27,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..analysis import plot_expert_load
-from ..analysis.planner import Stage
 from ..configuration_grinmoe import GrinMoeConfig
 from ..files import replacing, write_whole
+from ..planning.parameters import count_parameters
 from . import TO_FILL_IN
 from .forms import check_form, loss, number, parse_json, read_json
 from .markdown import cell, code, escape, render
@@ -241,13 +241,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:
     ]
     lines = [columns, rules, *([cell_text(cell) for cell in row] for row in rows)]
     return Markup("\n".join("| " + " | ".join(line) + " |" for line in lines))
-
-
-def count_parameters(config: GrinMoeConfig) -> tuple[int, int]:
-    """Those of the model, and those that a token uses."""
-    model = Stage(layers=config.num_hidden_layers, embedding=True, head=True, in_flight=1).parameters(config)
-    idle = config.num_local_experts - config.num_experts_per_tok
-    return int(sum(model)), int(sum(model) - model.experts * idle / config.num_local_experts)
 
 
 def config_rows(records: Records) -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from ..compat_grinmoe import require_layouts
 from ..configuration_grinmoe import GrinMoeConfig
 from ..modeling_grinmoe import GrinMoeForCausalLM, check_parallel_sizes
+from ..planning.schedules import SCHEDULES, Schedule
 from .sharded import load_weights
 
 # What batches hold for the loss alone, in Trainer and in trl.
@@ -49,32 +50,6 @@ if TYPE_CHECKING:  # checked as a part of what it is mixed into
 else:
     _Base = object
 
-
-class Schedule(NamedTuple):
-    """A schedule of torch.distributed.pipelining, by its names there."""
-
-    name: str
-    chunks_per_rank: int
-    """By default."""
-    fallback: str
-    """For a number of micro-batches that the schedule cannot do, at the end of an epoch and in evaluation."""
-    admits: Callable[[int, int], bool]
-    """Whether it can do `(micro-batches, ranks)`."""
-
-
-SCHEDULES = {
-    schedule.name: schedule
-    for schedule in (
-        Schedule("GPipe", 1, "GPipe", lambda num_micro_batches, pp_size: True),
-        Schedule("1F1B", 1, "GPipe", lambda num_micro_batches, pp_size: num_micro_batches >= pp_size),
-        Schedule(
-            "Interleaved1F1B",
-            2,
-            "LoopedBFS",
-            lambda num_micro_batches, pp_size: num_micro_batches % max(1, num_micro_batches // pp_size) == 0,
-        ),
-    )
-}
 
 DEFAULT_SCHEDULE = "1F1B"
 

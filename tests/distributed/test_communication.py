@@ -11,14 +11,9 @@ from communication import BATCH, LENGTH, VOCABULARY
 from launch import launch
 
 from modeling_grin import GrinMoeConfig
-from modeling_grin.analysis.planner import (
-    Layout,
-    Training,
-    communication,
-    micro_batches,
-    stage_memory,
-    stages,
-)
+from modeling_grin.planning.memory import stage_memory, stages
+from modeling_grin.planning.setting import Layout, Training, micro_batches
+from modeling_grin.planning.time import communication
 
 CONFIG = released_config(
     vocab_size=VOCABULARY,

@@ -1,0 +1,65 @@
+"""Count a model's parameters from its config, tensor by tensor."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from transformers import PreTrainedConfig
+
+from .setting import Layout
+
+
+class Parameters(NamedTuple):
+    """Element counts of one tensor or several, by how tensor and expert parallelism treat them."""
+
+    sharded: int = 0
+    replicated: int = 0
+    experts: int = 0
+
+    def local(self, layout: Layout) -> float:
+        """Count on one device while it computes, when FSDP2 has gathered the weights."""
+        return self.sharded / layout.tp + self.replicated + self.experts / (layout.tp * layout.ep)
+
+
+def add(tensors: Iterable[Parameters]) -> Parameters:
+    """Sum each kind."""
+    return Parameters(*map(sum, zip(Parameters(), *tensors, strict=True)))
+
+
+def embedding_tensors(config: PreTrainedConfig) -> list[Parameters]:
+    """Tensors before the first layer."""
+    return [Parameters(sharded=config.vocab_size * config.hidden_size)]
+
+
+def layer_tensors(config: PreTrainedConfig) -> list[Parameters]:
+    """Tensors of a layer, in the model's order. The bias of o is added after the sum over ranks: it is replicated."""
+    hidden, experts = config.hidden_size, config.num_local_experts
+    query = config.num_attention_heads * config.head_dim
+    norm = [Parameters(replicated=hidden)] * 2  # weight and bias
+    attention = []
+    for size in (query, *[config.num_key_value_heads * config.head_dim] * 2):
+        attention += [Parameters(sharded=size * hidden), Parameters(sharded=size * config.attention_bias)]
+    attention += [Parameters(sharded=query * hidden), Parameters(replicated=hidden * config.attention_bias)]
+    router = [Parameters(replicated=hidden * config.moe_output_scale), Parameters(replicated=experts * hidden)]
+    gate_up = Parameters(experts=2 * experts * config.intermediate_size * hidden)
+    down = Parameters(experts=experts * config.intermediate_size * hidden)
+    return [*norm, *attention, *norm, *router, gate_up, down]
+
+
+def head_tensors(config: PreTrainedConfig) -> list[Parameters]:
+    """Tensors after the last layer: the norm and the head. A tied head has no weight of its own."""
+    weight = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    norm = [Parameters(replicated=config.hidden_size)] * 2
+    return [*norm, Parameters(sharded=weight), Parameters(sharded=config.vocab_size * config.lm_head_bias)]
+
+
+def active_parameters(total: int, experts: int, top_k: int, num_experts: int) -> int:
+    """The parameters that a token uses: all but the experts that it is not routed to."""
+    return total - experts * (num_experts - top_k) // num_experts
+
+
+def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
+    """Total and active parameter counts of a language model."""
+    layers = layer_tensors(config) * config.num_hidden_layers
+    model = add([*embedding_tensors(config), *layers, *head_tensors(config)])
+    active = active_parameters(sum(model), model.experts, config.num_experts_per_tok, config.num_local_experts)
+    return sum(model), active
