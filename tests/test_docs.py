@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from snippets import bash_lines
 from typer.testing import CliRunner
 
 from grin_moe_cli import app
@@ -31,14 +32,6 @@ QUICK = {  # what is cut short, and what has nothing to do with the command
         "--load_best_model_at_end", "false",
     ],
 }  # fmt: skip
-
-
-def commands(page: str) -> list[str]:
-    """Those of a page's bash blocks, a line each, without comments."""
-    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in (re.sub(r"(^|  +)#.*", "", line).strip() for line in lines) if line]
 
 
 @pytest.fixture
@@ -99,9 +92,7 @@ def _typer(function) -> typer.Typer:
 
 @pytest.mark.parametrize("page", [page for page in TASKS if page not in ELSEWHERE])
 def test_commands_of_a_task_page_run(page, folder, tiny_release):
-    listed = commands(page)
-    assert listed
-    for command in listed:
+    for command in bash_lines(ROOT / "docs" / f"{page}.md"):
         run(command, tiny_release)
 
 
