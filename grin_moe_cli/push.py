@@ -13,19 +13,18 @@ from .terminal import console, errors, escape, transfer
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="of a checkpoint in the released layout, such as a recipe's output")],
-    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if it is not there")],
-    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
-    revision: Annotated[
-        str | None, typer.Option(help="branch, made if it is not there; by default the main one")
+    folder: Annotated[Path, typer.Argument(help="checkpoint in the released layout, such as a recipe's output_dir")],
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; created if it does not exist")],
+    private: Annotated[bool, typer.Option("--private", help="create a private repository")] = False,
+    revision: Annotated[str | None, typer.Option(help="branch, created if it does not exist; default: main")] = None,
+    no_card: Annotated[bool, typer.Option("--no-card", help="leave out README.md and figures/")] = False,
+    include: Annotated[
+        list[str] | None, typer.Option(help="pattern of other files to send, such as 'results.json'; may be repeated")
     ] = None,
-    no_card: Annotated[bool, typer.Option("--no-card", help="without README.md, and what it shows")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="list files, sizes and what would be refused; contact nobody")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list files and problems; contact nobody")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Send a model to the Hub: weights, code, tokenizer, card, in one commit. The same command resumes.
+    """Send a model to the Hub in one commit: weights, code, tokenizer, card. Run it again to resume.
 
     Example: grin-moe push sft-output me/my-grin --dry-run
     """
@@ -48,11 +47,12 @@ def push(
                 private=private,
                 revision=revision,
                 card=not no_card,
+                include=include or [],
                 dry_run=dry_run,
                 progress=progress,
             )
         except KeyboardInterrupt:
-            errors.print("interrupted: the same command goes on; what has arrived is not sent again")
+            errors.print("interrupted: run the same command to resume")
             raise
     if as_json:
         print(json.dumps(vars(report), indent=2))
@@ -63,8 +63,8 @@ def push(
         table.add_column(justify="right", no_wrap=True)
         for name, nbytes in report.files.items():
             table.add_row("file", escape(name), decimal(nbytes))
-        for name, reason in report.left.items():
-            table.add_row("left", escape(f"{name}: {reason}"))
+        for name in report.left:
+            table.add_row("left", escape(name))
         for name in report.removed:
             table.add_row("removed", escape(name))
         for note in report.notes:
@@ -74,7 +74,7 @@ def push(
         console.print(table)
         total = f"{len(report.files)} files, {decimal(sum(report.files.values()))}"
         if dry_run:
-            console.print(f"{total} for {escape(report.repo_id)}; nothing has been sent", highlight=False)
+            console.print(f"{total} for {escape(report.repo_id)}; nothing was sent", highlight=False)
         else:
             outcome = "pushed to" if report.changed else "already in"
             console.print(

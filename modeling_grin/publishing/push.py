@@ -1,25 +1,23 @@
-"""A model's folder to the Hub: what goes up, what is refused, and the upload. Behind `grin-moe push`.
+"""Upload a model's folder to the Hub. Behind `grin-moe push`.
 
-What goes up is a list of what is allowed, never all but something: a run's folder holds optimizer states, pickles and
-whatever else its user has put there. Nothing is copied, and the folder is not written to.
+Uploads use an allow-list: a run's folder also holds optimizer states, pickles and whatever else its user put there.
+Nothing is copied, and the folder is not written to.
 """
 
 import json
 import re
 import shlex
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from rich.markdown import Markdown
 from yaml import YAMLError
 
 from conversion import Checkpoint, open_checkpoint
@@ -30,7 +28,6 @@ from conversion.headers import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     INDEX_FILE,
-    PICKLE_SUFFIXES,
     WEIGHTS_FILE,
     read_generation_config,
     read_json,
@@ -45,15 +42,13 @@ from . import TO_FILL_IN
 
 CARD_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "README.md", "tokenizer.json", "tokenizer_config.json"
 WEIGHTS, CODE = "model*.safetensors", "*_grinmoe.py"
-# What a push says all of: files of these names that it does not bring are removed from the repository. Old shards
-# beside new ones would be loaded in their place, and beside an adapter its base model.
+# Remote files of these names that are absent from the upload are deleted: transformers would load stale shards, or the
+# base model of an old adapter.
 ADAPTER = (ADAPTER_CONFIG_FILE, "adapter_model.*")
 OWNED = (*(name for name in CARRIED if name[0].islower()), CONFIG_FILE, INDEX_FILE, WEIGHTS, *ADAPTER, CODE)
-# What else goes up, where the card shows it or links to it: pictures and results.
-CARD_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".csv", ".json", ".jsonl"}
-HTML_LINK = re.compile(r"\b(?:src|href)=[\"']([^\"']+)")
+PICTURES = ("figures/*.png", "figures/*.jpg", "figures/*.jpeg", "figures/*.gif", "figures/*.webp", "figures/*.svg")
 MACHINE_PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # settings of a tokenizer
-UNFINISHED = (f"{PART}*", "*.part", "*.partial", "*.tmp", "*.incomplete")  # names of what is still being written
+UNFINISHED = (f"{PART}*", "*.part", "*.partial", "*.tmp", "*.incomplete")  # names of files that are being written
 
 AUTO_CLASSES = {
     GrinMoeModel: "AutoModel",
@@ -61,34 +56,15 @@ AUTO_CLASSES = {
     GrinMoeForSequenceClassification: "AutoModelForSequenceClassification",
 }
 
-# What follows a word that names a secret: 16 characters in quotes that begin no special token and no placeholder.
-ASSIGNED = rb"[\\\"']*\s*[:=]\s*"
-QUOTED = rb"[\\\"']*[\"'](?![<\[{$])[^\"'\n]{16}"
-
-# What no file that goes up may hold: the forms that well-known services give their secrets, and words that name one.
+# What no uploaded file may hold; the Hub scans uploads for other kinds.
 SECRETS = {
     "a Hugging Face token": rb"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----",
-    "an AWS key": rb"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{50})",
-    "a GitLab or npm token": rb"\b(?:glpat-[A-Za-z0-9_-]{20}|npm_[A-Za-z0-9]{36})",
-    "an API key": rb"\b(?:sk-[A-Za-z0-9_-]{32}|AIza[A-Za-z0-9_-]{35}|xox[abprs]-[A-Za-z0-9-]{20})",
-    "a Weights & Biases key": rb"(?i)\bwandb[\w.(-]*(?:\s+login)?[\\\"']*[\s:=(]+[\\\"']*[0-9a-f]{40}\b",
     "a password in a URL": rb"\bhttps?://[^\s/:@\"']+:[^\s/:@\"']+@",
-    "a line of .netrc": rb"\bmachine\s+\S+\s+login\s+\S+\s+password\s+\S",
-    "a password or key": (
-        rb"(?i)(?:password|passwd|secret|(?:api|access|private)[_-]?key)"
-        rb"%b(?:%b|[a-z0-9/+_=-]{16})" % (ASSIGNED, QUOTED)
-    ),
-    # Without quotes one has a digit: `next_token = scores_of_experts` is code.
-    "a token": (
-        rb"(?i)(?:[_-]|hub|auth|access)token"
-        rb"%b(?:%b|(?=[a-z/+_=-]*[0-9])[a-z0-9/+_=-]{16})" % (ASSIGNED, QUOTED)
-    ),
 }
 
 Source = Path | bytes
-"""A file of the folder, or what is made here: the bytes."""
+"""A file of the folder, or the bytes of one that is made here."""
 
 
 @dataclass
@@ -96,20 +72,20 @@ class Push:
     """What a push sends, or would send.
 
     Args:
-        repo_id: `OWNER/NAME`; the owner is known after the upload where only a name was given.
-        files: what the repository holds then: name -> bytes.
-        left: entries of the folder that stay behind -> why.
-        problems: what stands against it, in sentences.
-        notes: what the card lacks, which does not.
-        removed: files of an earlier push that this one has not brought.
-        url, commit: of the repository and its newest commit; None before the upload.
-        changed: whether the upload has made a commit; an equal folder makes none.
+        repo_id: `OWNER/NAME`; if only a name was given, the upload adds the owner.
+        files: contents of the repository after the push: name -> bytes.
+        left: entries of the folder that are not sent.
+        problems: sentences that say why the push is refused.
+        notes: gaps in the card, which do not stop the push.
+        removed: files of an earlier push that this one deletes.
+        url, commit: the repository and its newest commit; None before the upload.
+        changed: whether the upload made a commit; an unchanged folder makes none.
     """
 
     folder: str
     repo_id: str
     files: dict[str, int] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
@@ -125,31 +101,33 @@ def push(
     private: bool = False,
     revision: str | None = None,
     card: bool = True,
+    include: Sequence[str] = (),
     dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Push:
-    """Send a model's folder to the Hub, in one commit: weights, config, tokenizer, code and card, or nothing.
+    """Send a model's folder to the Hub in one commit: weights, config, tokenizer, code and card.
 
-    The token is that of `hf auth login` or of the environment's HF_TOKEN. What has been interrupted is gone on with by
-    the same call: files that have arrived are not sent again, and of an equal folder nothing is.
+    The token comes from `hf auth login` or from HF_TOKEN. Call again to resume: uploaded files are skipped, and an
+    unchanged folder makes no commit.
 
     Args:
         folder: a checkpoint in the released layout, with its tokenizer.
-        repo_id: of a model repository, `OWNER/NAME` or a name of your own; made if it is not there.
-        private: make the repository private; one that is there must be.
-        revision: a branch, made if it is not there; by default the main one.
-        card: send README.md and what it shows, and refuse a folder without; else leave it.
-        dry_run: check everything, contact nobody, and return what has been found, `problems` among it.
-        progress: called with the bytes of weights read for the check since the last call, and with those in all.
+        repo_id: a model repository, `OWNER/NAME` or a name of your own; created if it does not exist.
+        private: create a private repository; refuse an existing public one.
+        revision: a branch, created if it does not exist; default: the main branch.
+        card: send README.md and figures/, and refuse a folder without a card.
+        include: glob patterns of other files of the folder to send.
+        dry_run: check everything, contact nobody, and return the findings, `problems` among them.
+        progress: called with the bytes of weights checked since the last call, and with the total.
 
     Raises:
-        ValueError: something stands against it, in the folder (all of it is named), the repository or the token; or
-            the connection failed.
+        ValueError: the folder has problems (all are named), the repository or the token is wrong, or the connection
+            failed.
     """
     folder = Path(folder)
     validate_repo_id(repo_id)
     report = Push(str(folder), repo_id)
-    sources = gather(folder, card, report, progress)
+    sources = gather(folder, card, include, report, progress)
     if dry_run:
         return report
     if report.problems:
@@ -159,19 +137,22 @@ def push(
     return report
 
 
-def gather(folder: Path, card: bool, report: Push, progress: Callable[[int, int], None]) -> dict[str, Source]:
-    """The files to send: name in the repository -> source. Fills the report's fields for a dry run."""
+def gather(
+    folder: Path, card: bool, include: Sequence[str], report: Push, progress: Callable[[int, int], None]
+) -> dict[str, Source]:
+    """Find the files to send, by their name in the repository, and fill the report's fields for a dry run."""
     problems = report.problems
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give that of a checkpoint")
+        raise ValueError(f"{folder} must be the folder of a checkpoint")
     sources: dict[str, Source] = {}
-    # Each part names what is wrong with it, so that one run tells everything. What is made for the Hub comes first,
-    # and stays where the card links to the file that it is made of.
+    # Every part is tried, so that one run names all problems. Files made for the Hub come first: later ones of the
+    # same name do not replace them.
     for part in (
         lambda: weights_and_config(folder, problems, progress),
         lambda: tokenizer_files(folder),
         lambda: carried_files(folder),
         lambda: card_files(folder, report.notes) if card else {},
+        lambda: find_files(folder, include),
     ):
         try:
             sources = part() | sources
@@ -185,7 +166,7 @@ def gather(folder: Path, card: bool, report: Push, progress: Callable[[int, int]
     report.left = left_out(folder, sources)
     for path in (folder.resolve(), *folder.iterdir()):
         if any(fnmatch(path.name, pattern) for pattern in UNFINISHED):
-            problems.append(f"{path} is the name of something half-written: let its writer end, or delete it")
+            problems.append(f"{path} is still being written: let its writer end, or delete it")
     for name, source in sources.items():
         problems += find_secrets(name, source)
     return sources
@@ -196,27 +177,29 @@ def size(source: Source) -> int:
 
 
 def weights_and_config(folder: Path, problems: list[str], progress: Callable[[int, int], None]) -> dict[str, Source]:
-    """Weights, index and config.json of a checkpoint, every tensor read and found finite.
+    """Weights, index and config.json of a checkpoint, after every tensor was read and found finite.
 
     Raises:
         ValueError: the checkpoint is damaged or incomplete, or not one that `from_pretrained` loads as GRIN-MoE.
     """
     to_hub = f"grin-moe convert {shlex.quote(str(folder))} NEW_FOLDER --to hub"
     if (folder / ADAPTER_CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} holds an adapter, which is no model: merge it by `{to_hub}`, and push that")
+        raise ValueError(f"{folder} holds an adapter, not a model: merge it by `{to_hub}` and push the result")
     if find_dcp_folder(folder) or find_pickles(folder):
         raise ValueError(
             f"{folder} has its weights in pickles, which can run code: `{to_hub} --weights-only` reads the tensors"
         )
     if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} has no {CONFIG_FILE}: it is not the folder of a model")
+        raise ValueError(f"{folder} has no {CONFIG_FILE}: give the folder of a model")
     checkpoint = open_checkpoint(folder)
     if checkpoint.form != "hub" or not checkpoint.is_standard:
         reason = f"it is {checkpoint.form}"
         if checkpoint.form == "hub":
             is_named = any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
             reason = "its tensors have a prefix" if is_named else f"its weights are not in {WEIGHTS_FILE} or an index"
-        raise ValueError(f"{folder} is not in the released layout ({reason}): convert it by `{to_hub}`, and push that")
+        raise ValueError(
+            f"{folder} is not in the released layout ({reason}): convert it by `{to_hub}` and push the result"
+        )
     found = describe(checkpoint)
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     verify_tensors(checkpoint.tensors.values(), found, lambda done: progress(done, total))
@@ -226,17 +209,16 @@ def weights_and_config(folder: Path, problems: list[str], progress: Callable[[in
 
 
 def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config.json with which the travelling code loads: what `register_for_auto_class` makes `save_pretrained`
-    write."""
+    """The config.json that loads the uploaded code, as `save_pretrained` writes it after `register_for_auto_class`."""
     model_class = model_class_of(checkpoint.tensors)
     auto_map = {"AutoConfig": class_path(GrinMoeConfig), AUTO_CLASSES[model_class]: class_path(model_class)}
     values = {**config_for(checkpoint, "hub", None), "auto_map": auto_map}
-    values.pop("_name_or_path", None)  # which may be a path on the machine
+    values.pop("_name_or_path", None)  # may be a path of this machine
     return values
 
 
 def class_path(cls: type) -> str:
-    """Where a class is in the repository: file and name."""
+    """The place of a class in the repository: file and name."""
     return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
 
 
@@ -245,10 +227,10 @@ def as_json(values: dict[str, Any]) -> bytes:
 
 
 def tokenizer_files(folder: Path) -> dict[str, Source]:
-    """tokenizer.json as it is, and the settings with our class in them; the release's name another one.
+    """tokenizer.json as it is, and its settings with this package's class; the release names another class.
 
     Raises:
-        ValueError: there is no tokenizer, or none that can be read, or it is another model's.
+        ValueError: the tokenizer is missing, cannot be read or belongs to another model.
     """
     if not (folder / TOKENIZER_FILE).is_file():
         raise ValueError(f"{folder} has no {TOKENIZER_FILE}: save the model's tokenizer there")
@@ -260,8 +242,8 @@ def tokenizer_files(folder: Path) -> dict[str, Source]:
         vocab_size = read_json(folder / CONFIG_FILE).get("vocab_size")
         if isinstance(vocab_size, int) and largest >= vocab_size:
             raise ValueError(
-                f"{folder / TOKENIZER_FILE} has id {largest}, and the model vocab_size={vocab_size}: it is another "
-                "model's tokenizer"
+                f"{folder / TOKENIZER_FILE} must have ids below vocab_size={vocab_size}; got {largest}; save this "
+                "model's own tokenizer"
             )
     path = folder / TOKENIZER_CONFIG_FILE
     settings = read_json(path) if path.is_file() else {}
@@ -272,37 +254,38 @@ def tokenizer_files(folder: Path) -> dict[str, Source]:
 
 
 def carried_files(folder: Path) -> dict[str, Source]:
-    """What else a checkpoint has beside its weights, generation settings and licence among it.
+    """The other small files of a checkpoint, such as generation settings and licence.
 
     Raises:
         ValueError: one cannot be read.
     """
     made = {CARD_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE}
-    patterns = [pattern for pattern in CARRIED if pattern not in made]
-    files = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
-    for path in files:
-        if path.name == GENERATION_CONFIG_FILE:
-            read_generation_config(path)
-        elif path.suffix == ".json":
-            read_json(path)
-    return {path.name: path for path in files}
+    files = find_files(folder, [pattern for pattern in CARRIED if pattern not in made])
+    for name in files:
+        if name == GENERATION_CONFIG_FILE:
+            read_generation_config(folder / name)
+        elif name.endswith(".json"):
+            read_json(folder / name)
+    return files
 
 
-def links_of(text: str) -> Iterator[str]:
-    """Addresses of the links and pictures of a Markdown text, those of its HTML among them; code has none."""
-    for block in Markdown(text).parsed:
-        for token in (block, *(block.children or [])):
-            if token.type.startswith("html_"):
-                yield from HTML_LINK.findall(token.content)
-            elif address := token.attrGet("src") or token.attrGet("href"):
-                yield str(address)
+def find_files(folder: Path, patterns: Sequence[str]) -> dict[str, Source]:
+    """Files of the folder by name.
+
+    Raises:
+        ValueError: a pattern leads out of the folder.
+    """
+    if outside := [pattern for pattern in patterns if Path(pattern).is_absolute() or ".." in Path(pattern).parts]:
+        raise ValueError(f"include must be patterns within {folder}; got {', '.join(outside)}")
+    files = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in files}
 
 
 def card_files(folder: Path, notes: list[str]) -> dict[str, Source]:
-    """The card, and the pictures and results of the folder that it shows. What a person should add is noted.
+    """The card and its pictures. What a person should add is noted.
 
     Raises:
-        ValueError: there is no card, its metadata are not YAML that can be read, or it shows what is not there.
+        ValueError: there is no card, or its metadata are not YAML.
     """
     path = folder / CARD_FILE
     if not path.is_file():
@@ -316,87 +299,59 @@ def card_files(folder: Path, notes: list[str]) -> dict[str, Source]:
         notes.append(f"{CARD_FILE} has {blanks} places for a person to fill in: look for {TO_FILL_IN}")
     if card.data.license is None:
         notes.append(f"{CARD_FILE} names no license, without which nobody may use the model")
-    files: dict[str, Source] = {CARD_FILE: path}
-    missing = []
-    for address in links_of(card.text):
-        link = urlsplit(address)
-        name = unquote(link.path)
-        if link.scheme or link.netloc or Path(name).suffix.lower() not in CARD_SUFFIXES:
-            continue
-        shown = PurePosixPath(name)
-        if shown.is_absolute() or ".." in shown.parts or not (folder / shown).is_file():
-            missing.append(name)
-        else:
-            files[str(shown)] = folder / shown
-    if missing:
-        raise ValueError(f"{path} shows what is not in the folder: {', '.join(missing)}")
-    return files
+    return find_files(folder, [CARD_FILE, *PICTURES])
 
 
-def left_out(folder: Path, sources: dict[str, Source]) -> dict[str, str]:
-    """Entries of the folder that are not sent -> why. A folder that nothing is sent of is one entry."""
-    left = {}
+def left_out(folder: Path, sources: dict[str, Source]) -> list[str]:
+    """Entries of the folder that are not sent. A folder of which nothing is sent is one entry."""
+    left = []
     for entry in sorted(folder.iterdir()):
-        sent_within = entry.is_dir() and any(name.startswith(f"{entry.name}/") for name in sources)
-        for path in sorted(entry.rglob("*")) if sent_within else [entry]:
-            name = path.relative_to(folder).as_posix()
-            if name in sources or (sent_within and path.is_dir()):
-                continue
-            if path.is_dir():
-                is_checkpoint = name.startswith("checkpoint-")
-                left[f"{name}/"] = "a checkpoint of the run" if is_checkpoint else "not part of a model"
-            elif name == CARD_FILE:
-                left[name] = "as asked"
-            elif path.suffix in PICKLE_SUFFIXES:
-                left[name] = "a pickle, which can run code"
-            elif path.suffix == ".py":
-                left[name] = "code; this package's goes up"
-            elif path.suffix == ".safetensors":
-                left[name] = "weights that belong to no tensor of the model"
-            else:
-                left[name] = "not part of a model"
+        if any(name.startswith(f"{entry.name}/") for name in sources):
+            files = (path.relative_to(folder).as_posix() for path in sorted(entry.rglob("*")) if path.is_file())
+            left += [name for name in files if name not in sources]
+        elif entry.name not in sources:
+            left.append(f"{entry.name}/" if entry.is_dir() else entry.name)
     return left
 
 
 def read_text_of(path: Path) -> bytes:
-    """A file's bytes; of safetensors those of the header, which has what the writer noted."""
+    """A file's bytes; of safetensors only the header, which holds the writer's notes."""
     with path.open("rb") as file:
         return file.read(int.from_bytes(file.read(8), "little")) if path.suffix == ".safetensors" else file.read()
 
 
 def find_secrets(name: str, source: Source) -> Iterator[str]:
-    """Where a file holds what looks like a secret, in sentences that do not repeat it."""
+    """Name the places of a file that look like a secret, without repeating it."""
     data = source if isinstance(source, bytes) else read_text_of(source)
     for kind, pattern in SECRETS.items():
         for match in re.finditer(pattern, data):
             line = data.count(b"\n", 0, match.start()) + 1
-            yield f"{name}, line {line} holds what looks like {kind}: take it out, and have it revoked if it is one"
+            yield f"{name}, line {line} holds what looks like {kind}: remove it, and revoke it if it is real"
 
 
 def upload(sources: dict[str, Source], private: bool, revision: str | None, report: Push) -> None:
-    """Make the repository and the branch if need be, and the commit."""
+    """Create the repository and the branch if they do not exist, and make the commit."""
     api = HfApi(library_name="grin-moe", library_version=__version__)
-    api.whoami()  # whether there is a token and the Hub knows it, before anything is asked of the repository
+    api.whoami()  # fails without a valid token, before the repository is touched
     url = api.create_repo(report.repo_id, private=private or None, exist_ok=True)
     report.repo_id, report.url = url.repo_id, str(url)
     if private and not api.model_info(url.repo_id).private:
-        raise ValueError(f"{url.repo_id} is there and public: make it private in its settings, or push elsewhere")
+        raise ValueError(f"{url.repo_id} is public: make it private in its settings, or push elsewhere")
     if revision is not None:
         api.create_branch(url.repo_id, branch=revision, exist_ok=True)
     before = api.model_info(url.repo_id, revision=revision)
     present = {file.rfilename for file in before.siblings or []}
     if ".gitignore" in present:
         raise ValueError(
-            f"{url.repo_id} has a .gitignore, by which the Hub leaves files out of a commit: delete it there"
+            f"{url.repo_id} has a .gitignore, which makes the Hub drop files from a commit: delete it there"
         )
     report.removed = sorted(
         name
         for name in present - sources.keys()
         if "/" not in name and any(fnmatch(name, pattern) for pattern in OWNED)
     )
-    # One commit, unlike `upload_folder`, which may make several: nobody ever loads half of a model. Both go through
-    # the same upload, which skips what has arrived; this one checks the card's metadata first. The parent is given so
-    # that another push in the meantime is not mixed with this one.
+    # One commit, so that nobody loads half of a model; `upload_folder` may make several. It skips uploaded files and
+    # checks the card's metadata first. With the parent given, it fails if somebody else pushed in the meantime.
     commit = api.create_commit(
         url.repo_id,
         [
@@ -411,7 +366,7 @@ def upload(sources: dict[str, Source], private: bool, revision: str | None, repo
 
 
 def is_of_the_connection(error: BaseException | None) -> bool:
-    """Whether an error comes of a connection that was not made, was lost or timed out."""
+    """Whether a connection that failed, was lost or timed out caused an error."""
     while error is not None and not isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -419,24 +374,23 @@ def is_of_the_connection(error: BaseException | None) -> bool:
 
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """What can go wrong with the Hub, as a ValueError of a sentence that says what to do."""
+    """Turn errors of the Hub into a ValueError that says what to do."""
     try:
         yield
     except ValueError:
         raise
     except LocalTokenNotFoundError as error:
-        raise ValueError(f"{repo_id}: there is no token for the Hub: run `hf auth login`, or set HF_TOKEN") from error
+        raise ValueError(f"{repo_id}: no token for the Hub was found: run `hf auth login`, or set HF_TOKEN") from error
     except Exception as error:  # of many types: status codes, connections, xet
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status == 401:
             reason = "the Hub does not know the token: run `hf auth login`, or set HF_TOKEN to one that can write"
         elif status == 403:
-            reason = "the token may not write there: give one that can, or another repository"
+            reason = "the token may not write there: use one that can, or another repository"
         elif status == 412:
-            reason = "the repository has changed meanwhile: look what it holds, and push again"
+            reason = "the repository has changed meanwhile: look at its files and push again"
         else:
             causes = [str(cause).strip().partition("\n")[0].rstrip(".") for cause in (error, error.__cause__) if cause]
             lost = "the Hub was not reached: " if is_of_the_connection(error) else ""
-            reason = f"{lost}{'; '.join(dict.fromkeys(causes))}. The same command goes on: what has arrived is not "
-            reason += "sent again"
+            reason = f"{lost}{'; '.join(dict.fromkeys(causes))}. Run the same command to resume"
         raise ValueError(f"{repo_id}: {reason}") from error
