@@ -15,6 +15,7 @@ import typer
 from snippets import bash_lines
 from typer.testing import CliRunner
 
+import modeling_grin
 from grin_moe_cli import app
 from recipes import data, demo, dpo, pretrain, sft
 
@@ -138,6 +139,12 @@ def test_quoted_errors_are_those_of_the_code():
     assert len(ours) >= 8
     for message in ours:
         assert message in sources, message
+
+
+def test_the_version_is_the_same_everywhere():
+    for name in ("setup.py", "CITATION.cff"):
+        (version,) = re.findall(r"^ *version\W+([\d.]+)", (ROOT / name).read_text("utf-8"), re.MULTILINE)
+        assert version == modeling_grin.__version__, name
 
 
 def test_site_builds_without_a_warning(tmp_path):
