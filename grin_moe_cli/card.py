@@ -10,23 +10,25 @@ from .terminal import console, escape
 
 
 def card(
-    folder: Annotated[Path, typer.Argument(help="of a model or a LoRA adapter, such as a recipe's output_dir")],
+    folder: Annotated[Path, typer.Argument(help="model or LoRA adapter, such as a recipe's output_dir")],
     run: Annotated[
         Path | None,
-        typer.Option(help="the run's folder, for what FOLDER lacks: a checkpoint, a merged or converted model"),
+        typer.Option(help="folder of the training run, if FOLDER lacks its files: a checkpoint, a merged model"),
     ] = None,
-    evaluation: Annotated[Path | None, typer.Option(help="results of recipes/evaluate.py (JSON)")] = None,
-    base_evaluation: Annotated[Path | None, typer.Option(help="the same of the base model, to stand beside")] = None,
-    repo_id: Annotated[str | None, typer.Option(help="where the model will be on the Hub, for the snippets")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="results.json of recipes/evaluate.py")] = None,
+    base_evaluation: Annotated[
+        Path | None, typer.Option(help="results.json of the base model, to compare with")
+    ] = None,
+    repo_id: Annotated[str | None, typer.Option(help="the model's name on the Hub, for the snippets")] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="name on the Hub of what it was trained from, where the run does not say")
+        str | None, typer.Option(help="the base model's name on the Hub, if the run does not tell")
     ] = None,
-    license: Annotated[str | None, typer.Option(help="the Hub's name of it; GRIN-MoE's own is mit")] = None,
+    license: Annotated[str | None, typer.Option(help="license, as the Hub names it; GRIN-MoE's is mit")] = None,
     language: Annotated[list[str] | None, typer.Option(help="ISO 639 code, such as en; may be repeated")] = None,
-    force: Annotated[bool, typer.Option("--force", help="write over a card that somebody wrote or edited")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="what was written, as JSON")] = False,
+    force: Annotated[bool, typer.Option("--force", help="overwrite an existing card")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Write a model card, README.md with pictures, from what a training run left. An edited card is left alone.
+    """Write a model card, README.md with pictures, from the files of a training run.
 
     Example: grin-moe card output/sft_tiny --repo-id me/grin-tiny --license mit --language en
     """

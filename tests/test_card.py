@@ -1,14 +1,10 @@
 """Model cards: what a run records, what its card says, metadata, snippets, cards that people wrote."""
 
 import ast
-import csv
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -31,9 +27,10 @@ from typer.testing import CliRunner
 from grin_moe_cli.card import card as card_command
 from grin_moe_cli.checkpoints import convert
 from grin_moe_cli.study import plan
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeTokenizer
+from modeling_grin import GrinMoeForCausalLM
+from modeling_grin.analysis.figures import draw_loss
 from modeling_grin.publishing import card as cards
-from modeling_grin.publishing.card import draw_loss, may_write_card, table, write_card
+from modeling_grin.publishing.card import may_write_card, table, write_card
 from modeling_grin.publishing.markdown import render
 from modeling_grin.publishing.record import record_run
 from modeling_grin.training import RoutingCallback, add_lora
@@ -186,7 +183,7 @@ def test_the_card_says_what_the_run_left(folder, trained):
     experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name)
     total = sum(tensor.numel() for tensor in tensors.values())
     assert config["parameters"] == [f"{total:,}"]
-    assert config["parameters that a token uses"] == [f"{total - experts * (EXPERTS - TOP_K) // EXPERTS:,}"]
+    assert config["active parameters"] == [f"{total - experts * (EXPERTS - TOP_K) // EXPERTS:,}"]
     assert config["router_estimator"] == ["sparsemixer_v2"] and config["router_aux_loss_coef"] == ["1"]
     assert "Router gradient `sparsemixer_v2`, load-balance coefficient 1.0." in text
 
@@ -249,7 +246,7 @@ def test_a_classifier_is_refused(folder):
     config = read_json(folder / "config.json")
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["GrinMoeForSequenceClassification"]}))
-    with pytest.raises(ValueError, match=r"tiny-sft is a sequence classifier, .* for language models: write .*README"):
+    with pytest.raises(ValueError, match=r"tiny-sft is a sequence classifier; .*language models only: write .*README"):
         write_card(folder)
     assert not (folder / "README.md").exists()
 
@@ -399,67 +396,19 @@ def test_limited_results_are_shown_as_such_and_left_out_of_the_metadata(folder, 
     assert card.data.eval_results is None and "model-index" not in card.data.to_dict()
 
 
-# ---- Carbon ----
-
-
-def test_emissions_of_every_start_are_added(folder):
-    columns = ["timestamp", "run_id", "duration", "emissions", "energy_consumed", "country_name", "cpu_model",
-               "gpu_model", "latitude"]  # fmt: skip
-    rows = [
-        ["t1", "a", 10, 0.5, 2.0, "Norway", "Some CPU", "2 x H100", 59.9],
-        ["t2", "a", 20, 1.5, 5.0, "Norway", "Some CPU", "2 x H100", 59.9],  # the same start, later
-        ["t3", "b", 20, 0.25, 1.0, "Norway", "Some CPU", "2 x H100", 59.9],
-    ]
-    with (folder / "emissions.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
-    write_card(folder)
-    card = ModelCard.load(folder / "README.md")
-    assert card.data.to_dict()["co2_eq_emissions"] == {
-        "emissions": 1750.0, "source": "codecarbon", "training_type": "fine-tuning",
-        "geographical_location": "Norway", "hardware_used": "2 x H100",
-    }  # fmt: skip
-    assert "1.75 kg of CO2 equivalents and 6 kWh in\nNorway, on 2 x H100" in card.text and "59.9" not in card.text
-
-
-@pytest.mark.parametrize("gpu", ["", "2 x H100"])
-def test_emissions_name_the_cpu_where_there_is_no_gpu(gpu, folder):
-    row = {"run_id": "a", "emissions": 0.5, "energy_consumed": 2.0, "country_name": "Norway", "cpu_model": "Some CPU"}
-    with (folder / "emissions.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([[*row, "gpu_model"], [*row.values(), gpu]])
-    write_card(folder)
-    emissions = ModelCard.load(folder / "README.md").data.to_dict()["co2_eq_emissions"]
-    assert emissions["hardware_used"] == (gpu or "Some CPU")
-
-
 # ---- Cards that people wrote ----
 
 
-def test_an_edited_card_is_never_overwritten(folder):
+def test_a_card_that_exists_is_left_alone(folder):
     assert may_write_card(folder)
     write_card(folder)
     before = (folder / "README.md").read_bytes()
-    write_card(folder, license="apache-2.0")  # as it was left: written anew
-    written = (folder / "README.md").read_bytes()
-    assert b"apache-2.0" in written and b"apache-2.0" not in before
-    edits = (
-        written.replace(b"**TO FILL IN:** what the model is for", b"For nothing"),
-        written + b"more\n",
-        written.replace(b"license: apache-2.0", b"license: mit"),
-        written.replace(b"\n", b"\r\n"),
-        b"# Mine\n",
-        b"\xff\xfe broken",
-        b"",
-    )
     pictures = {path: path.read_bytes() for path in (folder / "figures").iterdir()}
-    for edited in edits:
-        assert edited != written
-        (folder / "README.md").write_bytes(edited)
-        for path in pictures:
-            path.write_bytes(b"mine")
-        with pytest.raises(ValueError, match=r"README\.md was written or edited .* --force"):
-            write_card(folder)
-        assert (folder / "README.md").read_bytes() == edited
-        assert all(path.read_bytes() == b"mine" for path in pictures)
+    for path in (folder / "README.md", *pictures):
+        path.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"README\.md exists: .* --force"):
+        write_card(folder)
+    assert all(path.read_bytes() == b"mine" for path in (folder / "README.md", *pictures))
     write_card(folder, force=True)
     assert (folder / "README.md").read_bytes() == before
     assert {path: path.read_bytes() for path in pictures} == pictures
@@ -471,17 +420,17 @@ def test_an_edited_card_is_never_overwritten(folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"license": "MIT"}, "license=MIT has not the form of the Hub's names"),
-        ({"license": "mit\nextra: 1"}, "license=mit\nextra: 1 has not the form"),
-        ({"language": ["en", "English"]}, "language=English is no ISO 639 code"),
-        ({"repo_id": "a/b/c"}, "repo_id=a/b/c is no name on the Hub"),
-        ({"base_model": "./local folder"}, "base_model=./local folder is no name on the Hub"),
-        ({"evaluation": "none.json"}, "none.json: no such file"),
+        ({"license": "MIT"}, "license must be a name as on the Hub.*; got MIT"),
+        ({"license": "mit\nextra: 1"}, "; got mit\nextra: 1"),
+        ({"language": ["en", "English"]}, "language must be an ISO 639 code, such as en; got English"),
+        ({"repo_id": "a/b/c"}, "repo_id must be a name on the Hub, .* got a/b/c"),
+        ({"base_model": "./local folder"}, "base_model must be a name on the Hub, .* got ./local folder"),
+        ({"evaluation": "none.json"}, "none.json does not exist"),
         ({"evaluation": "broken.json"}, "broken.json is not JSON"),
         ({"evaluation": "list.json"}, r"list\.json has \[1\], which must be a dict"),
         ({"evaluation": "short.json"}, r"short.json: rows\[0\] lacks tasks, shots"),
-        ({"base_evaluation": "short.json"}, "base_evaluation stands beside the model's own scores"),
-        ({"run": "nowhere"}, "run=nowhere is not a folder"),
+        ({"base_evaluation": "short.json"}, "base_evaluation needs evaluation"),
+        ({"run": "nowhere"}, "run must be the folder of a training run; got nowhere"),
     ],
 )
 def test_a_wrong_value_is_named_and_nothing_is_written(settings, message, folder, monkeypatch):
@@ -495,14 +444,13 @@ def test_a_wrong_value_is_named_and_nothing_is_written(settings, message, folder
 
 
 def test_a_folder_without_a_model_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"neither config\.json nor adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"must be a model's folder, with config\.json or adapter_config\.json"):
         write_card(tmp_path)
 
 
-@pytest.mark.parametrize("license", ["mit", "apache-2.0", "cc-by-nc-sa-4.0", "openrail++", "llama3.1"])
-def test_licenses_are_spelt_as_on_the_hub(license, folder):
-    write_card(folder, license=license)
-    assert ModelCard.load(folder / "README.md").data.license == license
+def test_licenses_are_spelt_as_on_the_hub():
+    names = ("mit", "apache-2.0", "cc-by-nc-sa-4.0", "openrail++", "llama3.1")
+    assert all(cards.LICENSE.fullmatch(name) for name in names)
 
 
 # ---- Template ----
@@ -546,7 +494,6 @@ def rendered(text):
     inline = [child for token in tokens for child in token.children or []]
     tags = [token.tag for token in [*tokens, *inline] if token.tag not in ("", "th", "td", "tr", "code")]
     html = [token.content for token in [*tokens, *inline] if token.type.startswith("html_")]
-    html = [text for text in html if "grin-moe card" not in text]  # the checksum
     links = [token.attrGet("href") or token.attrGet("src") for token in inline if token.type in ("link_open", "image")]
     return sorted(tags), html, links, [token.content for token in inline if token.type in ("text", "code_inline")]
 
@@ -567,9 +514,6 @@ def test_what_others_have_written_is_shown_and_does_nothing(text, folder, tmp_pa
         run["hardware"]["device"], run["versions"] = text, {text: text}
         (copy / "run.json").unlink()
         (copy / "run.json").write_text(json.dumps(run))
-        row = {"run_id": "a", "emissions": 0.5, "energy_consumed": 2, "country_name": text, "cpu_model": text}
-        with (copy / "emissions.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([[*row, "gpu_model"], [*row.values(), text]])
         results = write_results(tmp_path / "results.json", [result_row(text, 1.0, 0, metric=text, unit=text)])
         write_card(copy, evaluation=results)
         return (copy / "README.md").read_text()
@@ -593,14 +537,6 @@ def snippets_of(card):
 # ---- Snippets ----
 
 
-@pytest.mark.parametrize("name", ["card", "record"])
-def test_the_card_needs_nothing_that_only_training_installs(name):
-    code = (ROOT / "modeling_grin" / "publishing" / f"{name}.py").read_text(encoding="utf-8")
-    imports = [node for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)]  # when it loads
-    modules = " ".join(ast.unparse(node) for node in imports)
-    assert len(imports) > 5 and not re.search(r"training|trl|peft|datasets|accelerate", modules)
-
-
 @pytest.mark.parametrize("method", ["pretraining", "SFT"])
 def test_the_snippet_with_the_library_runs(method, folder, monkeypatch, capsys):
     record = {**read_json(folder / "run.json"), "method": method}
@@ -608,29 +544,11 @@ def test_the_snippet_with_the_library_runs(method, folder, monkeypatch, capsys):
     (folder / "run.json").write_text(json.dumps(record))
     write_card(folder)
     monkeypatch.chdir(folder.parent)
-    snippet = snippets(folder / "README.md")[0]
+    snippet, remote = snippets(folder / "README.md")
     assert ("messages" in snippet) == (method == "SFT") and '"tiny-sft"' in snippet
+    assert remote.replace(", trust_remote_code=True", "") == snippet.split("\n", 1)[1], "as test_push.py loads it"
     exec(snippet.replace("max_new_tokens=100", "max_new_tokens=3"), {})
     assert capsys.readouterr().out.startswith("Once upon a time") == (method == "pretraining")
-
-
-def test_the_snippet_with_remote_code_runs_where_the_library_is_not(trained, trained_tokenizer, tmp_path, monkeypatch):
-    for cls, name in ((GrinMoeConfig, "AutoConfig"), (GrinMoeForCausalLM, "AutoModelForCausalLM"),
-                      (GrinMoeTokenizer, "AutoTokenizer")):  # fmt: skip
-        monkeypatch.setattr(cls, "_auto_class", None)
-        cls.register_for_auto_class(name)
-    published = tmp_path / "me" / "tiny"
-    GrinMoeForCausalLM.from_pretrained(trained).save_pretrained(published)
-    trained_tokenizer.save_pretrained(published)
-    write_card(published, run=trained, repo_id="me/tiny")
-    snippet = snippets(published / "README.md")[1].replace("max_new_tokens=100", "max_new_tokens=3")
-    assert "trust_remote_code=True" in snippet and "modeling_grin" not in snippet
-    script = 'import sys\nsys.modules["modeling_grin"] = None\n' + snippet
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("experts", ["grinmoe", "linear"])
@@ -658,7 +576,7 @@ def test_an_adapter_without_a_record_names_no_base(trained, tmp_path):
     add_lora(GrinMoeForCausalLM.from_pretrained(trained), r=2).save_pretrained(tmp_path)
     notes = " ".join(write_card(tmp_path, force=True).notes)
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model is None and "give it as --base-model" in notes
+    assert card.data.base_model is None and "name it with --base-model" in notes
     assert str(trained.parent) not in card.text and 'from_pretrained("BASE_MODEL", **settings)' in card.text
 
 
@@ -736,7 +654,7 @@ def test_commands_of_the_page_run(folder, trained, tmp_path, monkeypatch):
     for command in commands:
         result = CliRunner().invoke(app, command.split())
         assert result.exit_code == 0, (command, result.output, result.exception)
-    written = json.loads(CliRunner().invoke(app, ["card", "output/sft_tiny", "--json"]).stdout)
+    written = json.loads(CliRunner().invoke(app, ["card", "output/sft_tiny", "--force", "--json"]).stdout)
     assert set(written) == {field.name for field in fields(cards.Card)}
     assert written["path"] == "output/sft_tiny/README.md"
 

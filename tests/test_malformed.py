@@ -197,14 +197,6 @@ def test_results(tmp_path):
     check(path, {"rows": [row], "model-index": [{"name": "x", "results": [result]}]}, read)
 
 
-def test_emissions(tmp_path):
-    for text in ("a,b\n1,2\n", "run_id,emissions\nx\n", f"{','.join(cards.EMISSIONS)}\na,x,1,b,c,d\n",
-                 f"{','.join(cards.EMISSIONS)}\na,nan,1,b,c,d\n"):  # fmt: skip
-        (tmp_path / "emissions.csv").write_text(text)
-        with pytest.raises(ValueError, match=r"emissions\.csv is not as codecarbon writes it"):
-            _ = cards.Records(tmp_path, tmp_path).emissions
-
-
 def test_training_checkpoints(tmp_path):
     """Nothing is raised: what is wrong is what `find_problems` returns."""
     folder = tmp_path / "checkpoint-3"

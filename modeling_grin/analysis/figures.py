@@ -1,9 +1,11 @@
 """Pictures of routing. L layers, E experts, S sets of texts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm
@@ -15,6 +17,7 @@ ANNOTATED = 256  # cells of a heatmap, at most, whose numbers are written into t
 SIGNIFICANT = 0.05  # false discoveries among the experts that are called specialised
 MIN_EXPECTED = 5  # tokens of a pair: below, how often it occurs says nothing
 NAMED_LINES = 10  # of a plot: the colours that can be told apart
+MEAN_PARTS = 50  # a running mean is over this part of a curve
 BY_CHANCE = "by chance, all sets"  # a line to compare the others with
 
 
@@ -35,6 +38,31 @@ def draw_expert_load(load: torch.Tensor, title: str = "Expert load") -> Figure:
 def plot_expert_load(load: torch.Tensor, path: str | Path, title: str = "Expert load") -> None:
     """Write `draw_expert_load`'s heatmap of `[L, E]` to `path`."""
     draw_expert_load(load, title).savefig(path, dpi=150)
+
+
+def draw_loss(log: Sequence[Mapping[str, Any]], label: str = "loss (nats per token)") -> Figure:
+    """Draw training and validation loss of a trainer's `log_history` against the step.
+
+    A long training curve is faint, under its running mean over a fiftieth of the logs.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, name, color in (("loss", "training", "tab:blue"), ("eval_loss", "validation", "tab:orange")):
+        points = sorted({entry["step"]: entry[key] for entry in log if entry.get(key) is not None}.items())
+        if not points:
+            continue
+        steps, losses = np.array(points).T
+        window = len(losses) // MEAN_PARTS if key == "loss" else 1
+        if window > 1:
+            axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+            losses = np.convolve(losses, np.full(window, 1 / window), "valid")
+            steps = steps[(window - 1) // 2 :][: len(losses)]  # the middle of each window
+            name = f"{name}, mean of {window} logs"
+        axes.plot(steps, losses, color=color, marker="o" if len(losses) <= 50 else "", markersize=4, label=name)
+    axes.set(xlabel="optimizer step", ylabel=label)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right")
+    return figure
 
 
 def draw_loads(loads: Mapping[str, torch.Tensor]) -> Figure:

@@ -1,18 +1,15 @@
-"""Model cards: README.md from what a training run leaves, by the template model_cards/template.md.
+"""Write model cards: README.md from the files of a training run, by the template model_cards/template.md.
 
-A run leaves `run.json` (`record.py`), trainer_state.json, the model's config.json or adapter_config.json,
-routing/layers.jsonl (`RoutingCallback`) and, if it was tracked, codecarbon's emissions.csv. What is not there is left
-out of the card, and named. E experts, K experts of a token.
+A run leaves `run.json` (`record.py`), trainer_state.json, config.json or adapter_config.json, and routing/layers.jsonl
+(`RoutingCallback`). The card leaves out what a missing file would say, and a note names the file.
 """
 
-import csv
-import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,9 +21,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import EvalResult, model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from ..analysis import plot_expert_load
+from ..analysis.figures import draw_expert_load, draw_loss
 from ..configuration_grinmoe import GrinMoeConfig
 from ..files import replacing, write_whole
 from ..planning.parameters import count_parameters
@@ -40,19 +36,17 @@ TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
 
 TRAINER_STATE_FILE = "trainer_state.json"
 
+DPI = 150
+
 GRIN_MOE = "microsoft/GRIN-MoE"
 
-SEAL = re.compile(r"\n<!-- grin-moe card ([0-9a-f]{64}): .* -->\n\Z")
-
-LICENSE = re.compile(r"[a-z0-9.+-]+")  # the form of the Hub's names, which it checks itself when a card is pushed
+LICENSE = re.compile(r"[a-z0-9.+-]+")  # the form of the Hub's names, which it checks when a card is pushed
 
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # ISO 639-1 to 639-3, and the Hub's own
 
 RESULT_FIELDS = ("row", "tasks", "shots", "metric", "filter", "unit", "score", "paper", "settings")
 
 OF_THE_MODEL = ("model", "identity", "revision", "dtype", "attn_implementation", "experts_implementation")
-
-PAPER = "GRIN-MoE, paper"  # column of Table 2's figures
 
 CONFIG_FIELDS = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_local_experts", "num_experts_per_tok",
@@ -61,7 +55,7 @@ CONFIG_FIELDS = (
     "router_sampling", "freeze_router", "expert_dropout",
 )  # fmt: skip
 
-EVAL_LABELS = {  # of a trainer's log, on held-out data
+EVAL_LABELS = {  # keys of a trainer's log, on held-out data
     "eval_loss": "loss",
     "eval_mean_token_accuracy": "accuracy of the next token",
     "eval_rewards/accuracies": "pairs whose chosen answer has the higher reward",
@@ -69,7 +63,7 @@ EVAL_LABELS = {  # of a trainer's log, on held-out data
 }
 
 
-# What the card reads of each file, and no more: who else writes one may leave the rest out.
+# The fields of each file that the card reads; a file may lack all others.
 SOURCE = {"name": str, "hub": bool, "config?": str, "split?": str, "rows?": int}
 RUN = {
     "method?": str, "base_model?": SOURCE, "train_data?": SOURCE, "eval_data?": SOURCE, "eval_fraction?": number,
@@ -87,7 +81,6 @@ TRAINER_STATE = {
 }  # fmt: skip
 PER_LAYER = ("load_max", "dead_experts", "load_entropy", "near_tie_rate", "balance_loss")
 ROUTING = {"step": int, "load": [[number]], **{key: [loss] for key in PER_LAYER}}
-EMISSIONS = ("run_id", "emissions", "energy_consumed", "country_name", "cpu_model", "gpu_model")
 RESULTS = {
     "model-index": [
         {"results": [{"task": {"type": str}, "dataset": {"type": str, "name": str}, "metrics": [{"type": str}]}]}
@@ -101,22 +94,21 @@ RESULTS = {
 
 @dataclass
 class Records:
-    """What is known of a model: files of its folder, else of the run's."""
+    """The files of a model's folder; those that it lacks come from the run's folder."""
 
     folder: Path
     run_folder: Path
-    notes: list[str] = field(default_factory=list)
-    """What is missing, and what to do about it."""
+    notes: list[str] = field(default_factory=list)  # what is missing, and what to do about it
 
     def find(self, name: str) -> Path | None:
-        """Where a file is; None if it is in neither folder."""
+        """Find a file; None if both folders lack it."""
         return next((path / name for path in (self.folder, self.run_folder) if (path / name).is_file()), None)
 
     def read(self, name: str, what: str, form: dict[str, Any]) -> dict[str, Any]:
-        """A JSON object; an empty one, and a note that the card is without `what`, where the file is missing."""
+        """Read a JSON object; if the file is missing, return an empty one and note that the card lacks `what`."""
         path = self.find(name)
         if path is None:
-            self.notes.append(f"no {name}, so the card is without {what}")
+            self.notes.append(f"no {name}, so the card lacks {what}")
             return {}
         return read_json(path, form)
 
@@ -134,104 +126,55 @@ class Records:
 
     @cached_property
     def adapter(self) -> dict[str, Any] | None:
-        """Of a LoRA's folder, its config."""
+        """The config of a LoRA's folder."""
         path = self.folder / "adapter_config.json"
         return read_json(path, dict) if path.is_file() else None
 
     @cached_property
     def config(self) -> GrinMoeConfig | None:
-        """The model's; that of a LoRA's base model, which its folder lacks, as the run had it."""
+        """The model's config; of a LoRA, the base model's config in `run.json`."""
         if (self.folder / "config.json").is_file():
             return read_config(self.folder / "config.json", None)
         if self.adapter is None:
-            raise ValueError(f"{self.folder} has neither config.json nor adapter_config.json: give a model's folder")
+            raise ValueError(f"{self.folder} must be a model's folder, with config.json or adapter_config.json")
         return read_config(self.run_folder / RUN_FILE, self.run["config"]) if self.run.get("config") else None
 
     @cached_property
     def routing(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The first and the last line of `RoutingCallback`'s layers.jsonl."""
+        """The first and last line of `RoutingCallback`'s layers.jsonl."""
         path = self.find("routing/layers.jsonl")
         text = "" if path is None else path.read_text(encoding="utf-8")
-        lines = text.rpartition("\n")[0].splitlines()  # of a killed run the last one may be half a line
+        lines = text.rpartition("\n")[0].splitlines()  # a killed run may leave half a line
         if not lines:
-            self.notes.append(
-                "no routing/layers.jsonl, so the card is without expert load (RoutingCallback writes it)"
-            )
+            self.notes.append("no routing/layers.jsonl, so the card lacks expert load (RoutingCallback writes it)")
             return None
         first, last = (parse_json(line, ROUTING, str(path)) for line in (lines[0], lines[-1]))
         for line in (first, last):
             sizes = {len(layer) for layer in line["load"]}
             counts = {len(line[key]) for key in PER_LAYER}
             if len(sizes) != 1 or counts != {len(line["load"])}:
-                raise ValueError(
-                    f"{path} has a load that is no table of layers and experts, or figures of other layers"
-                )
+                raise ValueError(f"{path} must have a load of each layer and expert, and every figure of each layer")
         return first, last
-
-    @cached_property
-    def emissions(self) -> list[dict[str, str]]:
-        """The last row of each of codecarbon's runs; a resumed training has several."""
-        path = self.find("emissions.csv")
-        if path is None:
-            return []
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = list({row["run_id"]: row for row in csv.DictReader(file)}.values())
-                for row in rows:
-                    missing = [name for name in EMISSIONS if row[name] is None]
-                    if missing or not (number(float(row["emissions"])) and number(float(row["energy_consumed"]))):
-                        raise ValueError(f"a line is too short, or has no numbers: {missing}")
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
-            raise ValueError(f"{path} is not as codecarbon writes it: {type(error).__name__}: {error}") from error
-        return rows
 
 
 def read_config(path: Path, values: dict[str, Any] | None) -> GrinMoeConfig:
-    """The config in a file, or in the `values` of one."""
+    """Read the config of a file, or of its `values`."""
     try:
         return GrinMoeConfig.from_pretrained(path) if values is None else GrinMoeConfig.from_dict(values)
-    except Exception as error:  # of any type: transformers' code meets values that it never expects
+    except Exception as error:  # of any type: transformers does not expect such values
         raise ValueError(f"{path} has no usable config: {' '.join(str(error).split())}") from error
 
 
-# ---- Pictures ----
-
-
-def draw_loss(log: Sequence[Mapping[str, Any]], label: str = "loss (nats per token)") -> Figure:
-    """Training and validation loss of a trainer's `log_history` against the step.
-
-    A long curve is drawn faintly, with its running mean (over a fiftieth of it) on top.
-    """
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for key, name, color in (("loss", "training", "tab:blue"), ("eval_loss", "validation", "tab:orange")):
-        points = sorted({entry["step"]: entry[key] for entry in log if entry.get(key) is not None}.items())
-        if not points:
-            continue
-        steps, losses = np.array(points).T
-        window = len(losses) // 50 if key == "loss" else 1
-        if window > 1:
-            axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
-            losses = np.convolve(losses, np.full(window, 1 / window), "valid")
-            steps = steps[(window - 1) // 2 :][: len(losses)]  # the middle of each window
-            name = f"{name}, mean of {window} logs"
-        axes.plot(steps, losses, color=color, marker="o" if len(losses) <= 50 else "", markersize=4, label=name)
-    axes.set(xlabel="optimizer step", ylabel=label)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
-    return figure
-
-
-# ---- Tables: rows of cells, which the template sets ----
+# ---- Tables ----
 
 
 def cell_text(value: Any) -> str:
-    """Floats in four digits, the rest escaped; `Markup` is not."""
+    """Floats in four digits; other values escaped, except `Markup`."""
     return f"{value:.4g}" if isinstance(value, float) else cell(value)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:
-    """A Markdown table, empty if it has no rows; columns of numbers are set to the right."""
+    """A Markdown table with numbers aligned right; empty without rows."""
     rows = list(rows)
     if not rows:
         return Markup()
@@ -248,7 +191,7 @@ def config_rows(records: Records) -> list[tuple[str, Any]]:
     if config is None:
         return []
     total, active = count_parameters(config)
-    sizes = [("parameters", f"{total:,}"), ("parameters that a token uses", f"{active:,}")]
+    sizes = [("parameters", f"{total:,}"), ("active parameters", f"{active:,}")]
     return [*sizes, *((code(name), getattr(config, name)) for name in CONFIG_FIELDS)]
 
 
@@ -260,7 +203,7 @@ def hyperparameter_rows(records: Records) -> list[tuple[str, Any]]:
 
 
 def link(source: Mapping[str, Any], kind: str = "") -> Markup:
-    """A source of `run.json` in Markdown; `kind` is `datasets/` for data."""
+    """Link a source of `run.json`; `kind` is `datasets/` for data."""
     name = source["name"]
     if not source["hub"]:
         return Markup(f"{code(name)} (local)")
@@ -279,7 +222,7 @@ def data_rows(records: Records) -> list[tuple[Any, ...]]:
 
 
 def training_rows(records: Records) -> list[tuple[str, Any]]:
-    """How long it took, and on what."""
+    """Duration, hardware and versions."""
     rows: list[tuple[str, Any]] = []
     end = next((entry for entry in reversed(records.log) if entry.get("train_runtime") is not None), None)
     if records.state:
@@ -301,13 +244,13 @@ def training_rows(records: Records) -> list[tuple[str, Any]]:
 
 
 def held_out_rows(records: Records) -> list[tuple[str, float]]:
-    """What the last evaluation of the run measured: of the weights that were saved."""
+    """Figures of the run's last evaluation, which measured the saved weights."""
     last: dict[str, Any] = next((entry for entry in reversed(records.log) if entry.get("eval_loss") is not None), {})
     return [(label, last[key]) for key, label in EVAL_LABELS.items() if last.get(key) is not None]
 
 
 def balance_table(records: Records) -> Markup:
-    """Figures of the first and the last log, and what they are in balance."""
+    """Figures of the first and last log beside their value in perfect balance."""
     if records.routing is None:
         return Markup()
     columns = ("", *(f"step {line['step']}" for line in records.routing), "balanced")
@@ -328,17 +271,17 @@ def balance_table(records: Records) -> Markup:
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """What recipes/evaluate.py writes, results.json: `rows`, each with RESULT_FIELDS, and the Hub's `model-index`.
+    """Read results.json of recipes/evaluate.py: `rows`, each with RESULT_FIELDS, and the Hub's `model-index`.
 
     Raises:
-        ValueError: the file is not there, or has another form.
+        ValueError: the file is missing or has another form.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; recipes/evaluate.py writes one, results.json in its output_dir")
+        raise ValueError(f"{path} does not exist: give results.json of recipes/evaluate.py")
     document = read_json(path, dict)
     if not document.get("rows") or "model-index" not in document:
-        raise ValueError(f"{path} is no results.json of recipes/evaluate.py: it lacks rows or model-index")
+        raise ValueError(f"{path} lacks rows or model-index: give results.json of recipes/evaluate.py")
     check_form(document, {"rows": [dict]}, str(path))
     for index, row in enumerate(document["rows"]):
         if missing := [name for name in RESULT_FIELDS if name not in row]:
@@ -348,44 +291,38 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 
 def eval_results(path: Path) -> list[EvalResult]:
-    """The Hub's `model-index` in a results file."""
+    """Read the Hub's `model-index` of a results file."""
     try:
         return model_index_to_eval_results(read_results(path)["model-index"])[1]
     except Exception as error:  # of many types, by the version of huggingface_hub
-        raise ValueError(f"{path} has a model-index that is not the Hub's: {type(error).__name__} {error}") from error
+        raise ValueError(f"{path} must have the Hub's model-index; got {type(error).__name__} {error}") from error
 
 
 def comparable(row: Mapping[str, Any]) -> str:
-    """All that was asked of the harness, but for the model: scores that agree in it can be compared."""
+    """Everything asked of the harness except the model: equal for scores that can be compared."""
     return json.dumps({name: value for name, value in row["settings"].items() if name not in OF_THE_MODEL})
 
 
-def limit_of(row: Mapping[str, Any]) -> float | None:
-    """The examples of each task that a score is limited to."""
-    return row["settings"].get("limit")
-
-
-def metric_of(row: Mapping[str, Any]) -> str:
-    """What a score is, and its unit if that is not percent."""
-    how = "" if row["filter"] == "none" else f", {row['filter']}"
-    return f"{row['metric']}{how}" + ("" if row["unit"] == "%" else f" ({row['unit']})")
-
-
-def in_unit(score: float, unit: str) -> float:
-    """A score as the table has it: of percentages two decimals, of others, whose size nobody knows, all digits."""
-    return round(float(score), 2) if unit == "%" else float(score)
+def in_unit(row: Mapping[str, Any]) -> float:
+    """The score for the table: percentages with two decimals, other units in full."""
+    return round(float(row["score"]), 2) if row["unit"] == "%" else float(row["score"])
 
 
 def evaluation_table(rows: Sequence[Mapping[str, Any]], base_rows: Sequence[Mapping[str, Any]]) -> Markup:
-    """Scores beside those of the base model and of the paper, where there are any."""
-    of_base = {comparable(row): in_unit(row["score"], row["unit"]) for row in base_rows}
+    """Scores beside the base model's and the paper's, if there are any."""
+    of_base = {comparable(row): in_unit(row) for row in base_rows}
     columns = {
         "task": [row["row"] for row in rows],
         "shots": ["/".join(map(str, row["shots"])) for row in rows],
-        "metric": [metric_of(row) for row in rows],
-        "this model": [in_unit(row["score"], row["unit"]) for row in rows],
+        "metric": [
+            row["metric"]
+            + f", {row['filter']}" * (row["filter"] != "none")
+            + f" ({row['unit']})" * (row["unit"] != "%")
+            for row in rows
+        ],
+        "this model": [in_unit(row) for row in rows],
         "base model": [of_base.get(comparable(row), "") for row in rows],
-        PAPER: ["" if row["paper"] is None else float(row["paper"]) for row in rows],
+        "GRIN-MoE, paper": ["" if row["paper"] is None else float(row["paper"]) for row in rows],
     }
     used = {name: cells for name, cells in columns.items() if any(cell != "" for cell in cells)}
     return table(list(used), zip(*used.values(), strict=True))
@@ -395,60 +332,39 @@ def evaluation_table(rows: Sequence[Mapping[str, Any]], base_rows: Sequence[Mapp
 
 
 def check_repo_id(name: str, option: str) -> str:
-    """`name`; ValueError if the Hub could have nothing of that name."""
+    """Return `name`; raise ValueError if no repository of the Hub can have it."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"{option}={name} is no name on the Hub, such as {GRIN_MOE}: {error}") from error
+        raise ValueError(f"{option} must be a name on the Hub, such as {GRIN_MOE}; got {name}: {error}") from error
     return name
-
-
-def carbon(records: Records) -> dict[str, Any] | None:
-    """The Hub's `co2_eq_emissions`: `emissions` in grams of CO2 equivalents; None if nothing was tracked."""
-    rows = records.emissions
-    if not rows:
-        return None
-    known = {
-        "source": "codecarbon",
-        "training_type": "pre-training" if records.run.get("method") == "pretraining" else "fine-tuning",
-        "geographical_location": rows[-1]["country_name"],
-        "hardware_used": rows[-1]["gpu_model"] or rows[-1]["cpu_model"],
-    }
-    grams = 1000 * sum(float(row["emissions"]) for row in rows)  # codecarbon writes kilograms
-    return {"emissions": float(f"{grams:.4g}"), **known}
 
 
 @dataclass
 class Card:
-    """A card that was written."""
+    """A written card."""
 
     path: str
     figures: list[str]
-    notes: list[str]
-    """What it is without, and what a person has to add."""
+    notes: list[str]  # what it lacks, and what a person has to add
 
 
 def may_write_card(folder: Path) -> bool:
-    """Whether there is no card, or one as `write_card` left it."""
-    path = folder / "README.md"
-    if not path.exists():
-        return True
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    seal = SEAL.search(text)
-    return seal is not None and seal[1] == hashlib.sha256(text[: seal.start()].encode()).hexdigest()
+    """Whether `folder` has no card yet: an existing one may hold somebody's work."""
+    return not (folder / "README.md").exists()
 
 
 def find_base(records: Records, base_model: str | None) -> dict[str, Any] | None:
-    """What the model was trained from, as `run.json` describes it; None for a new model, or where nothing says."""
+    """The model before training, as in `run.json`; None for a new model, or if no file tells."""
     if base_model is not None:
         return {"name": check_repo_id(base_model, "base_model"), "hub": True}
     base = records.run.get("base_model")
     if base and not base["hub"]:
         records.notes.append(
-            f"the base model, {base['name']}, was a local folder, so the metadata name none: --base-model does"
+            f"the base model, {base['name']}, was a local folder: name it on the Hub with --base-model"
         )
     elif base is None and records.adapter is not None:
-        records.notes.append("no base model is recorded: give it as --base-model")
+        records.notes.append("no base model is recorded: name it with --base-model")
     return base
 
 
@@ -464,11 +380,11 @@ def make_metadata(
     if license is None and base and base["name"] == GRIN_MOE:
         license = "mit"
     if license is None:
-        records.notes.append("no license, without which nobody may use the model: give one as --license")
+        records.notes.append("no license, without which nobody may use the model: give --license")
     elif not LICENSE.fullmatch(license):
-        raise ValueError(f"license={license} has not the form of the Hub's names, such as mit, apache-2.0 or other")
+        raise ValueError(f"license must be a name as on the Hub, such as mit, apache-2.0 or other; got {license}")
     if unknown := [code for code in language if not LANGUAGE.fullmatch(code)]:
-        raise ValueError(f"language={unknown[0]} is no ISO 639 code, such as en")
+        raise ValueError(f"language must be an ISO 639 code, such as en; got {unknown[0]}")
     method = records.run.get("method")
     data = [records.run.get("train_data")]
     known: dict[str, Any] = {}
@@ -487,7 +403,6 @@ def make_metadata(
         datasets=[source["name"] for source in data if source and source["hub"]] or None,
         model_name=name if results else None,
         eval_results=results or None,
-        co2_eq_emissions=carbon(records),
         **known,
     )
 
@@ -508,53 +423,52 @@ def write_card(
 
     Args:
         folder: of a model or LoRA adapter, such as a recipe's output_dir.
-        run: the folder of the run, for what `folder` lacks: a checkpoint, a merged or a converted model.
+        run: folder of the training run, if `folder` lacks its files: a checkpoint, a merged or a converted model.
         evaluation: a results file (`read_results`).
-        base_evaluation: one of the base model, to stand beside it.
-        repo_id: where the model will be on the Hub; by default the snippets name the folder.
-        base_model: what it was trained from, as a name on the Hub, where the run does not say.
-        license: the Hub's name of it; by default that of GRIN-MoE, if it was trained from that.
+        base_evaluation: a results file of the base model, to compare with.
+        repo_id: the model's name on the Hub; by default the snippets name the folder.
+        base_model: the base model's name on the Hub, if the run does not tell.
+        license: as the Hub names it; default: GRIN-MoE's, if the model was trained from it.
         language: ISO 639 codes.
-        force: write over a card that a person wrote or edited. One that is as this function left it is written anew.
+        force: overwrite an existing card.
 
     Raises:
-        ValueError: there is such a card, no language model, or a value that the Hub would refuse.
+        ValueError: a card exists, the model is no language model, or the Hub would refuse a value.
     """
     folder = Path(folder)
     path = folder / "README.md"
     if not force and not may_write_card(folder):
-        raise ValueError(f"{path} was written or edited by somebody: move it away, or write over it with --force")
+        raise ValueError(f"{path} exists: move it away, or overwrite it with --force")
     if run is not None and not Path(run).is_dir():
-        raise ValueError(f"run={run} is not a folder: give the output_dir of the training run")
+        raise ValueError(f"run must be the folder of a training run; got {run}")
     if base_evaluation is not None and evaluation is None:
-        raise ValueError("base_evaluation stands beside the model's own scores: give those, too, as evaluation")
+        raise ValueError("base_evaluation needs evaluation, the model's own scores")
     records = Records(folder, Path(run) if run is not None else folder)
     config = records.config
     if config is not None and any("ForSequenceClassification" in name for name in config.architectures or ()):
         raise ValueError(
-            f"{folder} is a sequence classifier, and this card is for language models: write {path} yourself"
+            f"{folder} is a sequence classifier; this card is for language models only: write {path} yourself"
         )
     name = folder.resolve().name if repo_id is None else check_repo_id(repo_id, "repo_id").rpartition("/")[2]
     rows = [] if evaluation is None else read_results(evaluation)["rows"]
     base_rows = [] if base_evaluation is None else read_results(base_evaluation)["rows"]
-    limits = {limit for row in rows if (limit := limit_of(row)) is not None}
+    limits = {limit for row in rows if (limit := row["settings"].get("limit")) is not None}
     if limits:
-        records.notes.append("the evaluation was limited to a part of the tasks, so the metadata leave it out")
+        records.notes.append("the evaluation was limited to some examples, so the metadata leave it out")
     results = [] if evaluation is None or limits else eval_results(Path(evaluation))
     base = find_base(records, base_model)
     metadata = make_metadata(records, base, name, results, license, language)
     if repo_id is None:
-        records.notes.append("the snippets name the folder: --repo-id puts the name on the Hub there")
+        records.notes.append("the snippets name the folder: give the name on the Hub with --repo-id")
 
     method = records.run.get("method")
-    figures: dict[str, Callable[[Path], None]] = {}
+    figures = {}
     if any(entry.get("loss") is not None for entry in records.log):
         label = "loss" if method == "DPO" else "loss (nats per token)"
-        figures["loss"] = draw_loss(records.log, label).savefig
+        figures["loss"] = draw_loss(records.log, label)
     if records.routing is not None:
         last = records.routing[1]
-        load, title = torch.tensor(last["load"]), f"Expert load, step {last['step']}"
-        figures["expert_load"] = partial(plot_expert_load, load, title=title)
+        figures["expert_load"] = draw_expert_load(torch.tensor(last["load"]), f"Expert load, step {last['step']}")
 
     adapter = records.adapter
     text = render(
@@ -582,16 +496,12 @@ def write_card(
         evaluation=evaluation_table(rows, base_rows),
         beside_paper=any(row["paper"] is not None for row in rows),
         limits=sorted(limits),
-        emissions=metadata.get("co2_eq_emissions"),
-        energy=sum(float(row["energy_consumed"]) for row in records.emissions),
     )
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    for figure, plot in figures.items():
+    for figure, picture in figures.items():
         (folder / "figures").mkdir(exist_ok=True)
         with replacing(folder / "figures" / f"{figure}.png") as part:
-            plot(part)
-    seal = f"<!-- grin-moe card {digest}: written anew by that command until somebody edits it -->"
-    write_whole(path, f"{text}\n{seal}\n")
+            picture.savefig(part, dpi=DPI)
+    write_whole(path, f"{text}\n")
     if blanks := text.count(TO_FILL_IN):
         records.notes.append(f"{blanks} places are for a person to fill in: look for {TO_FILL_IN}")
     return Card(str(path), [f"figures/{figure}.png" for figure in figures], records.notes)
