@@ -17,6 +17,9 @@ from typer.testing import CliRunner
 
 import modeling_grin
 from grin_moe_cli import app
+from modeling_grin import GrinMoeConfig
+from modeling_grin.planning.plan import plan
+from modeling_grin.planning.setting import GB, Training, assume
 from recipes import data, demo, dpo, pretrain, sft
 
 ROOT = Path(__file__).parent.parent
@@ -139,6 +142,24 @@ def test_quoted_errors_are_those_of_the_code():
     assert len(ours) >= 8
     for message in ours:
         assert message in sources, message
+
+
+def test_gpus_of_the_readme_are_the_planners():
+    """Each cell of the rows on training is the smallest number of GPUs for which a layout fits."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row, precision in (("bfloat16", "bfloat16"), ("the recipes' float32 and bfloat16", "mixed")):
+        (cells,) = re.findall(rf"^\| train all weights, {row} \| .*? \| (.*) \|$", text, re.MULTILINE)
+        for memory, written in zip((24, 48, 80, 141), cells.split(" | "), strict=True):
+            assumptions = assume([], memory=memory * GB)
+            fitting = (
+                devices
+                for devices in (1, 2, 4, 8, 16)
+                if any(
+                    estimate.fits and estimate.layout.ep == 1
+                    for estimate in plan(GrinMoeConfig(), devices, Training(precision=precision), assumptions)[0]
+                )
+            )
+            assert written == str(next(fitting, "more than 16")), (row, memory)
 
 
 def test_the_version_is_the_same_everywhere():
