@@ -1,7 +1,7 @@
 """Train the same small GRIN-MoE with one router-gradient estimator after another, and draw the learning curves.
 
 The text is the source code of Python's standard library; weights, data and their order are the same for all.
-docs/router_gradients.md has longer runs, three seeds and what follows from them.
+docs/router_gradients.md has longer runs, over three seeds, and conclusions.
 
     python examples/compare_estimators.py --output-dir estimators     # four minutes on two cores
 """
@@ -26,10 +26,12 @@ DEFAULT = ["sparsemixer_v2", "sparsemixer_v2_paper", "sparsemixer_v2_star", "gsh
 
 
 def main(
-    output_dir: Annotated[Path, typer.Option(help="where the picture and the figures go")] = Path("estimators"),
-    estimator: Annotated[list[str] | None, typer.Option(help="may be repeated; four of them by default")] = None,
+    output_dir: Annotated[Path, typer.Option(help="folder for the picture and the table")] = Path("estimators"),
+    estimator: Annotated[
+        list[str] | None, typer.Option(help="estimator to train with; repeatable; four by default")
+    ] = None,
     max_steps: Annotated[int, typer.Option(min=10, help="optimizer steps of each run")] = 300,
-    seed: Annotated[int, typer.Option(help="of weights, data order and routing")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of weights, data order and routing")] = 0,
 ) -> None:
     """Compare router-gradient estimators by the loss they reach.
 

@@ -27,9 +27,9 @@ def main(
     model: Annotated[
         Path | None, typer.Option(help="folder of a checkpoint; a tiny one is trained by default")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="what is continued")] = "    def __init__(self, name",
-    output_dir: Annotated[Path, typer.Option(help="where the file goes, and the tiny model")] = Path("llama_cpp"),
-    max_steps: Annotated[int, typer.Option(min=1, help="of the tiny model's training")] = 300,
+    prompt: Annotated[str, typer.Option(help="text to continue")] = "    def __init__(self, name",
+    output_dir: Annotated[Path, typer.Option(help="folder for the file and the tiny model")] = Path("llama_cpp"),
+    max_steps: Annotated[int, typer.Option(min=1, help="optimizer steps of the tiny model")] = 300,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 40,
 ) -> None:
     """Convert a model and continue a text with it, in torch and in llama.cpp.

@@ -29,7 +29,7 @@ MAX_ROWS = 10  # of a text, in a measurement
 
 
 class Watch(TrainerCallback):
-    """Measures the routing of each kind of text at the beginning and `times` times during a run."""
+    """Measure the routing of each kind of text at the beginning and `times` times during a run."""
 
     def __init__(self, held_out, times: int):
         self.held_out, self.times = held_out, times
@@ -52,7 +52,7 @@ class Watch(TrainerCallback):
 
 
 def rows_of(texts: list[str], tokenizer: GrinMoeTokenizer) -> list[tuple[list[int], bool]]:
-    """The ids of texts in rows, each with whether it starts a text: specialisation shuffles whole texts."""
+    """Return rows of ids, each with whether it starts a text: specialisation shuffles whole texts."""
     rows = []
     for text in texts:
         ids = tokenizer(text, verbose=False)["input_ids"][: MAX_ROWS * SEQUENCE_LENGTH]
@@ -61,7 +61,7 @@ def rows_of(texts: list[str], tokenizer: GrinMoeTokenizer) -> list[tuple[list[in
 
 
 def draw(history, path: Path) -> None:
-    """Left: every expert's score as it grows. Right: the last scores, by layer and expert."""
+    """Draw every expert's score as it grows (left), and the last scores by layer and expert (right)."""
     steps = [step for step, _, _ in history]
     scores = torch.stack([found.score for _, found, _ in history])  # [times, L, E]
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -83,9 +83,9 @@ def draw(history, path: Path) -> None:
 
 
 def main(
-    output_dir: Annotated[Path, typer.Option(help="where the picture and the model go")] = Path("specialise"),
+    output_dir: Annotated[Path, typer.Option(help="folder for the picture and the model")] = Path("specialise"),
     max_steps: Annotated[int, typer.Option(min=10, help="optimizer steps")] = 400,
-    seed: Annotated[int, typer.Option(help="of weights, data order and routing")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of weights, data order and routing")] = 0,
 ) -> None:
     """Train on two kinds of text and measure which experts each takes.
 

@@ -1,7 +1,7 @@
-"""Pages of the site that are not files of docs/: the README as its front page, and the reference, from docstrings.
+"""Add pages to the site that are not files of docs/: the README as front page, and a reference from docstrings.
 
-Links between the documents are relative to their places in the repository, where people read them, too. Here they lead
-to the site's pages, or to a module's reference.
+People also read the documents in the repository, so their links are relative to it. Here these links lead to the
+site's pages, or to a module's reference.
 """
 
 import posixpath
@@ -64,7 +64,7 @@ LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)([^)]*)\)")  # text, ta
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages."""
+    """Add the pages to the site's files."""
     for document, page in DOCUMENTS.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / document)))
     for page, (title, about, modules) in REFERENCE.items():
@@ -74,7 +74,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links to places in the repository become links to the site's pages, or plain text where there is none."""
+    """Turn links into the repository into links to the site's pages, or into plain text without a page."""
     place = next((document for document, name in DOCUMENTS.items() if name == page.file.src_uri), None)
     folder = posixpath.dirname(place) if place else "docs"
 
