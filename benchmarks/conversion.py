@@ -30,7 +30,7 @@ from rich.progress import track
 from benchmarks.measure import show
 from benchmarks.quantized_memory import OwnPagesPeak, memory
 from conversion import Checkpoint, convert
-from conversion.conversion import Report, write_folder
+from conversion.conversion import Report, Request, write_folder
 from conversion.forms import HUB
 from conversion.tensors import StoredTensor
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
@@ -72,20 +72,12 @@ def write_checkpoint(folder: str, sizes: dict[str, int]) -> None:
         for seed, (name, shape) in enumerate(shapes.items())
     }
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    Path(folder, "none").mkdir(parents=True)
-    report = Report("", "", "", "")
-    checkpoint = Checkpoint(Path(folder, "none"), "hub", config, tensors)
-    write_folder(
-        checkpoint,
-        [Path(folder, "none")],
-        Path(folder),
-        "hub",
-        None,
-        math.ceil(nbytes / (NUM_SHARDS - 1)),
-        lambda *_: None,
-        report,
-    )
-    Path(folder, "none").rmdir()
+    nothing = Path(folder, "none")
+    nothing.mkdir(parents=True)
+    request = Request(nothing, Path(folder), "hub", max_shard_size=math.ceil(nbytes / (NUM_SHARDS - 1)))
+    checkpoint = Checkpoint(nothing, "hub", config, tensors)
+    write_folder(checkpoint, request, Path(folder), lambda *_: None, Report("", "", "", ""))
+    nothing.rmdir()
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, float]:

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from benchmarks.conversion import PHI_TINY, write_checkpoint
 from benchmarks.measure import run_with, show, spread
 from benchmarks.quantized_memory import OwnPagesPeak, memory
-from conversion.configs import phimoe_config
+from conversion.phimoe_config import phimoe_config
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 
 MODELS: dict[str, type[PreTrainedModel]] = {"ours": GrinMoeForCausalLM, "stock Phimoe": PhimoeForCausalLM}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PhimoeConfig, PhimoeForCausalLM
 
-from conversion.configs import phimoe_config
+from conversion.phimoe_config import phimoe_config
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 
 STOCK_EXPERTS = "grouped_mm"  # the fastest of transformers' implementations here

@@ -1,9 +1,9 @@
-"""Checkpoints of GRIN-MoE from every form to every other: streamed, exact, safe. Also behind `grin-moe convert`."""
+"""Convert checkpoints of GRIN-MoE between all their forms: streamed, exact, safe. Also behind `grin-moe convert`."""
 
 from .checkpoint import Checkpoint
 from .conversion import Report, convert
 from .inspection import Inspection, inspect
-from .sources import open_checkpoint
+from .open import open_checkpoint
 from .tensors import ConversionError
 
 __all__ = ["Checkpoint", "ConversionError", "Inspection", "Report", "convert", "inspect", "open_checkpoint"]

@@ -14,18 +14,17 @@ from .tensors import StoredTensor
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been opened: its headers have been read and checked, its tensors have not been read.
+    """An opened checkpoint: its headers have been read and checked, its tensors have not been read.
 
     Args:
-        path: the folder (or file) it was opened from; tokenizer and generation settings lie beside its weights.
-        form: `hub`, `fused`, `phimoe`, `stock` (transformers' Phimoe as it spells its own modules), `dcp` or `pickle`;
-            `adapter` of a model that an adapter has been merged into, `experts` of one with other experts than in
-            `path`.
+        path: the folder it was opened from, with tokenizer and generation settings beside the weights.
+        form: `hub`, `fused`, `phimoe`, `dcp` or `pickle`; `adapter` after an adapter was merged into it, `experts`
+            after the number of experts was changed.
         config: as this library understands it, whatever the file's model type.
         tensors: every tensor that the model needs, by its released name, in the model's order, and no other. Experts
             are `model.layers.{n}.block_sparse_moe.experts.{e}.w1.weight` [F, H] (gate), `w3` [F, H] (up) and `w2`
             [H, F] (down).
-        is_standard: whether transformers' `from_pretrained` reads the folder as it lies.
+        is_standard: whether transformers' `from_pretrained` reads the folder as it is.
     """
 
     path: Path
@@ -36,5 +35,5 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The one that holds every tensor as it is."""
+        """The dtype that holds every tensor as it is."""
         return functools.reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors.values()})

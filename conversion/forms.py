@@ -1,15 +1,15 @@
-"""The forms of a checkpoint, as maps between the names in its files and the released tensors. Strict both ways.
+"""The forms of a checkpoint: maps between the names in its files and the released tensors. Strict both ways.
 
-What the model's parameters are follows from its config; what a form calls them, from two things: whether it stacks
-the experts of a layer, and how it spells two modules. Row-major stacking puts one expert's bytes after the other's, so
-that changing the form of a checkpoint moves bytes and computes nothing.
+The model's parameters follow from its config; a form only decides whether the experts of a layer are stacked.
+Row-major stacking puts one expert's bytes after the other's, so that changing the form moves bytes and computes
+nothing.
 
 Shapes: E num_local_experts, F intermediate_size, H hidden_size.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import initialization as init
@@ -30,46 +30,35 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of wei
 
 @dataclass(frozen=True)
 class Form:
-    """How a form's names differ from the released ones.
+    """A way to store a model.
 
     Args:
-        fused: experts are stacked, `experts.gate_up_proj` [E, 2F, H] (each w1 above its w3) and `experts.down_proj`
-            [E, H, F] (w2), as the model has them.
-        spelling: released part of a name -> this form's.
+        fused: experts are stacked as in the model: `experts.gate_up_proj` [E, 2F, H], each w1 above its w3, and
+            `experts.down_proj` [E, H, F], w2.
     """
 
     name: str
     fused: bool = False
-    spelling: Mapping[str, str] = field(default_factory=dict)
 
     def groups(self, config: GrinMoeConfig, model_class: type[GrinMoePreTrainedModel]) -> Groups:
-        """The tensors of this form for a model."""
+        """Return the tensors of this form for a model."""
         groups: dict[str, tuple[Shape, Mapping[str, Shape]]] = {}
         for name, shape in model_shapes(config, model_class).items():
             parts = released_parts(name, shape)
             if self.fused:
-                groups[self.spell(name)] = shape, parts
+                groups[name] = shape, parts
             else:
-                groups |= {self.spell(part): (part_shape, {part: part_shape}) for part, part_shape in parts.items()}
+                groups |= {part: (part_shape, {part: part_shape}) for part, part_shape in parts.items()}
         return groups
-
-    def spell(self, name: str) -> str:
-        for released, ours in self.spelling.items():
-            name = name.replace(released, ours)
-        return name
 
 
 HUB = Form("hub")  # the release, and the siblings' model type `phimoe`
 FUSED = Form("fused", fused=True)
-# What transformers' Phimoe calls its own modules: seen where training saves them as they are.
-STOCK_MODULES = Form(
-    "stock", True, {".block_sparse_moe.gate.": ".mlp.router.", ".block_sparse_moe.experts.": ".mlp.experts."}
-)
-FORMS = (HUB, FUSED, STOCK_MODULES)
+FORMS = (HUB, FUSED)
 
 
 def model_shapes(config: GrinMoeConfig, model_class: type[GrinMoePreTrainedModel]) -> dict[str, Shape]:
-    """The parameters of a model, without those that are tied to another: name -> shape."""
+    """Return name -> shape of a model's parameters, without those that are tied to another."""
     with torch.device("meta"), init.no_init_weights():
         model = model_class(config)
     tied = model.all_tied_weights_keys if config.tie_word_embeddings else {}
@@ -77,7 +66,7 @@ def model_shapes(config: GrinMoeConfig, model_class: type[GrinMoePreTrainedModel
 
 
 def released_parts(name: str, shape: Shape) -> dict[str, Shape]:
-    """The released tensors that a parameter's memory holds, in this order: name -> shape."""
+    """Return name -> shape of the released tensors that a parameter's memory holds, in this order."""
     module, _, attribute = name.rpartition(".")
     if attribute not in EXPERT_WEIGHTS:
         return {name: shape}
@@ -91,16 +80,15 @@ def released_parts(name: str, shape: Shape) -> dict[str, Shape]:
 
 
 def model_class_of(names: Iterable[str]) -> type[GrinMoePreTrainedModel]:
-    """The class of model that tensors of these names belong to."""
+    """Return the class of model that tensors of these names belong to."""
     modules = {name.partition(".")[0] for name in names}
     if "score" in modules:
         return GrinMoeForSequenceClassification
     return GrinMoeForCausalLM if "model" in modules else GrinMoeModel
 
 
-def without_prefix(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """`found` without what wrappers put before every name (`module.`, and `model.` twice where a trainer saves
-    `{"model": state_dict}`)."""
+def remove_prefix(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Remove what wrappers put before every name: `module.`, or `model.` twice as in `{"model": state_dict}`."""
     embeddings = "embed_tokens.weight"
     anchor = next((name for name in found if name.endswith(embeddings)), embeddings)
     prefix = anchor.removesuffix(embeddings).removesuffix("model.")
@@ -114,7 +102,7 @@ def without_prefix(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
 def released_tensors(
     found: Mapping[str, StoredTensor], config: GrinMoeConfig, where: str
 ) -> tuple[Form, type[GrinMoePreTrainedModel], dict[str, StoredTensor]]:
-    """The released tensors of a checkpoint of whatever form.
+    """Return the released tensors of a checkpoint of any form.
 
     Args:
         found: the tensors by the names that the files give them.
@@ -124,10 +112,10 @@ def released_tensors(
         The form, the class of model, and the tensors in the order of the model's parameters.
 
     Raises:
-        ConversionError: a tensor is missing, mis-shaped, or one that the model of this config does not have.
+        ConversionError: a tensor is missing, mis-shaped, or unknown to the model of this config.
     """
-    found = without_prefix(found)
-    if config.num_hidden_layers > len(found):  # before a model of so many layers is described
+    found = remove_prefix(found)
+    if config.num_hidden_layers > len(found):  # checked before the model, which may be absurdly large, is described
         raise ConversionError(
             f"{where}: the config says num_hidden_layers={config.num_hidden_layers}, but there are only {len(found)} "
             "tensors"
@@ -142,15 +130,16 @@ def released_tensors(
         key=lambda pair: len(found.keys() & pair[1].keys()),
     )
     problems = [f"{name} is missing" for name in groups if name not in found]
+    present = {name: found[name] for name in groups if name in found}
     problems += [
-        f"{found[name].where} has shape {list(found[name].shape)}, the config says {list(shape)}"
-        for name, (shape, _) in groups.items()
-        if name in found and found[name].shape != shape
+        f"{tensor.where} has shape {list(tensor.shape)}, the config says {list(groups[name][0])}"
+        for name, tensor in present.items()
+        if tensor.shape != groups[name][0]
     ]
     problems += [
-        f"{found[name].where} has dtype {found[name].dtype}, which is none of {', '.join(map(str, DTYPES))}"
-        for name in groups
-        if name in found and found[name].dtype not in DTYPES
+        f"{tensor.where} has dtype {tensor.dtype}; it must be one of {', '.join(map(str, DTYPES))}"
+        for tensor in present.values()
+        if tensor.dtype not in DTYPES
     ]
     extra = [name for name in found if name not in groups]
     if config.tie_word_embeddings and "lm_head.weight" in extra and not problems:
@@ -158,8 +147,8 @@ def released_tensors(
         embeddings = next(tensor for name, tensor in found.items() if name.endswith("embed_tokens.weight"))
         if not torch.equal(found["lm_head.weight"].read(), embeddings.read()):
             problems.append(
-                "lm_head.weight differs from model.embed_tokens.weight though the config ties them "
-                "(tie_word_embeddings): set it to false if the head is meant"
+                "lm_head.weight differs from model.embed_tokens.weight though the config ties them: set "
+                "tie_word_embeddings to false to keep the head"
             )
     problems += [f"{found[name].where} is not part of the model that the config describes" for name in extra]
     if problems:

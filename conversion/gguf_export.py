@@ -25,21 +25,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.constants import MODEL_TENSOR
-from torch import nn
 
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, route
+from modeling_grin import GrinMoeConfig
 
 from .checkpoint import Checkpoint
 from .gguf_vocabulary import add_vocabulary
 from .tensors import ConversionError, StoredTensor
-from .writing import Progress, check_space, write_parts
+from .writing import Progress, check_space
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHIMOE]
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS, llama-hparams.h
@@ -179,6 +178,10 @@ class Part:
     source: StoredTensor
     squares: tuple[float, float] = (0.0, 0.0)
 
+    @property
+    def nbytes(self) -> int:
+        return self.target.nbytes // len(self.target.sources)
+
     def rows(self) -> Iterator[torch.Tensor]:
         """The source, some rows at a time (of a bias: elements)."""
         length, *row = self.source.shape
@@ -285,29 +288,6 @@ def estimate_router_std(gate: torch.Tensor, norm_weight: torch.Tensor, norm_bias
     gate = gate - gate.mean(dim=0)
     variance = (gate * norm_weight.double()).square().sum(dim=1) + (gate @ norm_bias.double()).square()
     return variance.mean().sqrt().item()
-
-
-@torch.inference_mode()
-def calibrate(model: GrinMoeForCausalLM, rows: Sequence[torch.Tensor]) -> Calibration:
-    """Measure a model's routing on token ids, each `[sequence]`; near-ties whose weight rounds to 1 do not count."""
-    config = model.config
-    squares, near_ties = torch.zeros(config.num_hidden_layers, dtype=torch.float64), 0.0
-    num_tokens = sum(map(len, rows))
-    for row in rows:
-        output = model.eval().get_decoder()(row[None], output_router_logits=True, use_cache=False)
-        for layer, logits in enumerate(output.router_logits):
-            logits = logits.double()
-            squares[layer] += (logits - logits.mean(dim=-1, keepdim=True)).square().mean(dim=-1).sum()
-            if config.router_estimator != "gshard":  # which has no keep set
-                routing = route(
-                    logits,
-                    config.num_experts_per_tok,
-                    config.router_jitter_noise,
-                    estimator=config.router_estimator,
-                    training=False,
-                )
-                near_ties += (routing.weights < 1).any(dim=-1).sum().item()
-    return Calibration((squares / num_tokens).sqrt().tolist(), near_ties / num_tokens / config.num_hidden_layers)
 
 
 def choose_router_shift(router_std: float, config: GrinMoeConfig) -> int:
@@ -485,28 +465,25 @@ def write_tensors(path: Path, header: bytes, parts: Sequence[Part], progress: Pr
     """Write header and parts; those that an interrupted run has noted in the journal beside `path` are there."""
     journal = path.with_name(f"{path.name}.journal")
     done = read_journal(journal) if path.exists() else []
-    for part, squares in zip(parts, done, strict=False):
-        part.squares = squares
-    total = sum(part.target.nbytes // len(part.target.sources) for part in parts)
+    total = sum(part.nbytes for part in parts)
     check_space(path, total)
-
-    def advance(nbytes: int) -> None:
-        progress(nbytes, total)
-
-    position, left = len(header), []
-    for number, part in enumerate(parts):
-        nbytes = part.target.nbytes // len(part.target.sources)
-        if number == 0 or part.target is not parts[number - 1].target:
-            position = gguf.GGUFWriter.ggml_pad(position, gguf.GGUF_DEFAULT_ALIGNMENT)
-        if number < len(done):
-            advance(nbytes)
-        else:
-            left.append((position, part.data()))
-        position += nbytes
-    with path.open("r+b" if path.exists() else "wb", buffering=0) as file, journal.open("a", buffering=1) as notes:
+    position = len(header)
+    with path.open("r+b" if path.exists() else "wb") as file, journal.open("a", buffering=1) as notes:
         file.write(header)
-        for number in write_parts(file.fileno(), left, advance):
-            notes.write(f"{json.dumps(parts[len(done) + number].squares)}\n")
+        for number, part in enumerate(parts):
+            if number == 0 or part.target is not parts[number - 1].target:
+                position = gguf.GGUFWriter.ggml_pad(position, gguf.GGUF_DEFAULT_ALIGNMENT)
+            if number < len(done):
+                part.squares = done[number]
+                progress(part.nbytes, total)
+            else:
+                file.seek(position)
+                for data in part.data():
+                    file.write(data)
+                    progress(len(data), total)
+                file.flush()  # before the journal says so
+                notes.write(f"{json.dumps(part.squares)}\n")
+            position += part.nbytes
         file.truncate(gguf.GGUFWriter.ggml_pad(position, gguf.GGUF_DEFAULT_ALIGNMENT))
     journal.unlink()
 
@@ -522,67 +499,3 @@ def read_journal(path: Path) -> list[tuple[float, float]]:
             done.append((error, whole))
         path.write_text("".join(f"{json.dumps(squares)}\n" for squares in done), encoding="utf-8")
     return done
-
-
-class RmsNorm(nn.LayerNorm):
-    """llama.cpp's norm in the `phimoe` graph, `LLM_NORM_RMS` with a bias."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normalised = nn.functional.rms_norm(hidden_states, self.normalized_shape, self.weight, self.eps)
-        return normalised + self.bias
-
-
-def load_gguf(path: Path, dtype: torch.dtype = torch.float32, *, router_shift: int = 0) -> GrinMoeForCausalLM:
-    """The model that llama.cpp computes from a file of `export_gguf`, in torch, with llama.cpp's norms and routing.
-
-    Its hidden states are those of the original model less their mean over the hidden dimension.
-
-    Args:
-        dtype: the dequantised weights'.
-        router_shift: multiply the routers by 2^-`router_shift` once more. In float64, 20 make the weights of a token's
-            experts equal, so that what still differs from the model is in the weights. (Not for GShard's routers.)
-
-    Raises:
-        ConversionError: a file of another architecture.
-    """
-    reader = gguf.GGUFReader(path)
-
-    def field(name: str) -> Any:
-        found = reader.get_field(f"{ARCHITECTURE}.{name}")
-        if found is None:
-            raise ConversionError(f"{path} has no {ARCHITECTURE}.{name}: it is no GGUF file of this architecture")
-        return found.contents()
-
-    top_k = field("expert_used_count")
-    config = GrinMoeConfig(
-        vocab_size=field("vocab_size"),
-        hidden_size=field("embedding_length"),
-        intermediate_size=field("feed_forward_length"),
-        num_hidden_layers=field("block_count"),
-        num_attention_heads=field("attention.head_count"),
-        num_key_value_heads=field("attention.head_count_kv"),
-        num_local_experts=field("expert_count"),
-        num_experts_per_tok=top_k,
-        max_position_embeddings=field("context_length"),
-        sliding_window=None,
-        rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": field("rope.freq_base")},
-        router_jitter_noise=0.0,
-        router_estimator="gshard" if top_k > 1 else "sparsemixer_v2",  # normalised; a single weight is 1
-    )
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    state: dict[str, torch.Tensor] = {}
-    for place in places(config):
-        tensor = tensors[place.name]
-        values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type))).to(dtype)
-        parts = values if "{e}" in MODULES[place.kind] else [values]
-        state.update(zip(place.sources, parts, strict=True))
-    model = GrinMoeForCausalLM(config).to(dtype)
-    model.set_experts_implementation("eager")  # the one that also computes in float64
-    model.load_state_dict(state)
-    for layer in model.model.layers:
-        layer.block_sparse_moe.gate.weight.data *= 2.0**-router_shift
-    for module in model.modules():
-        if type(module) is nn.LayerNorm:
-            module.__class__ = RmsNorm
-    return model.eval()

@@ -1,8 +1,8 @@
-"""What a checkpoint is, whether its tensors are sound, and whether two checkpoints are equal, whatever their forms."""
+"""Describe a checkpoint, verify its tensors, and compare two checkpoints of any forms."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,13 @@ import torch
 from .adapters import ADAPTER_FILE, read_adapter
 from .checkpoint import Checkpoint
 from .forms import model_class_of
-from .headers import ADAPTER_CONFIG_FILE, GgufTensor, read_adapter_config, read_gguf_header
+from .headers import ADAPTER_CONFIG_FILE, read_adapter_config
+from .open import open_checkpoint
 from .pickles import find_dcp_folder, find_pickles
-from .sources import open_checkpoint
-from .tensors import ConversionError, FileTensor, StoredTensor, is_finite
+from .tensors import ConversionError, StoredTensor, is_finite
 from .writing import Progress
 
-# What decides what a model computes.
+# The fields that decide what a model computes.
 FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -43,21 +43,20 @@ FIELDS = (
     "rope_parameters",
 )
 VERIFIED = "every tensor is readable, and no value is NaN or infinite"
-GGUF_CHUNK_BYTES = 2**22
 
 
 @dataclass
 class Inspection:
-    """What is known of a checkpoint.
+    """What is known about a checkpoint.
 
     Args:
         config: the fields that decide what it computes; of a GGUF file its metadata, of an adapter peft's config.
-        parameters, active_parameters: in all, and those that one token uses.
+        parameters, active_parameters: in all, and used by one token.
         dtypes: of the weights: name -> parameters.
         files: of the weights: name -> bytes.
-        checks: what has been found right, in words.
-        problems: what has been found wrong, in sentences.
-        difference: to the checkpoint it was compared with: released tensors that differ -> largest absolute
+        checks: what was found right, in words.
+        problems: what was found wrong, in sentences.
+        difference: from the checkpoint it was compared with: released tensors that differ -> largest absolute
             difference; None where one is missing or has another shape, 0 where only dtype or signs of 0 differ.
     """
 
@@ -83,12 +82,12 @@ def inspect(
     weights_only: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Inspection:
-    """Say what a checkpoint is.
+    """Describe a checkpoint.
 
     Args:
         path: a folder in any form that `convert` reads, or a GGUF file.
-        verify: read every tensor, and name those with NaN or infinite values.
-        against: another checkpoint, in whatever form, to compare with bit by bit.
+        verify: read every tensor, and report NaN and infinite values.
+        against: another checkpoint, of any form, to compare with bit by bit.
         config, weights_only: as for `convert`.
 
     Raises:
@@ -96,7 +95,7 @@ def inspect(
     """
     path = Path(path)
     if against is not None and (path.is_file() or (path / ADAPTER_CONFIG_FILE).is_file()):
-        raise ConversionError(f"{path} can be inspected, and not be compared: give two checkpoints in folders")
+        raise ConversionError(f"{path} can be inspected but not be compared: give two checkpoints in folders")
     if path.suffix == ".gguf":
         return inspect_gguf(path, verify, progress)
     if (path / ADAPTER_CONFIG_FILE).is_file():
@@ -118,7 +117,7 @@ def inspect(
 
 
 def describe(checkpoint: Checkpoint) -> Inspection:
-    """What the headers say."""
+    """Describe an opened checkpoint by its headers."""
     config, tensors = checkpoint.config, checkpoint.tensors
     dtypes: Counter[str] = Counter()
     expert_parameters = 0
@@ -131,7 +130,7 @@ def describe(checkpoint: Checkpoint) -> Inspection:
         model=model_class_of(tensors).__name__,
         config={name: getattr(config, name) for name in FIELDS},
         parameters=dtypes.total(),
-        active_parameters=active(
+        active_parameters=count_active(
             dtypes.total(), expert_parameters, config.num_experts_per_tok, config.num_local_experts
         ),
         dtypes=dict(dtypes),
@@ -141,8 +140,8 @@ def describe(checkpoint: Checkpoint) -> Inspection:
 
 
 def weight_files(checkpoint: Checkpoint) -> dict[str, int]:
-    """The files that the tensors lie in: name -> bytes."""
-    paths = {tensor.path for tensor in checkpoint.tensors.values() if isinstance(tensor, FileTensor)}
+    """Return the files that hold the tensors: name -> bytes."""
+    paths = {tensor.path for tensor in checkpoint.tensors.values() if tensor.path is not None}
     if not paths:
         paths = {*find_pickles(checkpoint.path)} or set((find_dcp_folder(checkpoint.path) or Path()).glob("*.distcp"))
     return {path.name: path.stat().st_size for path in sorted(paths)}
@@ -152,13 +151,13 @@ def numel(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape)
 
 
-def active(parameters: int, expert_parameters: int, top_k: int, num_experts: int) -> int:
-    """The parameters that one token uses: of the experts, `top_k`."""
+def count_active(parameters: int, expert_parameters: int, top_k: int, num_experts: int) -> int:
+    """Count the parameters that one token uses: of the experts, `top_k`."""
     return parameters - expert_parameters * (num_experts - top_k) // num_experts
 
 
 def verify_tensors(tensors: Iterable[StoredTensor], found: Inspection, advance: Callable[[int], None]) -> None:
-    """Read every tensor, and note those that hold what no weight should."""
+    """Read every tensor, and note NaN and infinite values."""
     for tensor in tensors:
         bad = 0
         for chunk in tensor.chunks():
@@ -172,7 +171,7 @@ def verify_tensors(tensors: Iterable[StoredTensor], found: Inspection, advance: 
 
 
 def compare(one: Checkpoint, other: Checkpoint, found: Inspection, advance: Callable[[int], None]) -> None:
-    """Note the released tensors that differ from those of another checkpoint, by bits."""
+    """Note the released tensors whose bits differ from those of another checkpoint."""
     found.difference = {}
     for name in sorted(one.tensors.keys() | other.tensors.keys()):
         a, b = one.tensors.get(name), other.tensors.get(name)
@@ -197,60 +196,44 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def inspect_gguf(path: Path, verify: bool, progress: Progress) -> Inspection:
-    """What a GGUF file says of itself; with `verify`, whether its values are finite once they are dequantised."""
-    metadata, tensors = read_gguf_header(path)
+    """Return what a GGUF file says about itself; with `verify`, check that its dequantised values are finite."""
+    try:
+        from .gguf_reader import find_damage, read_gguf
+    except ImportError as error:
+        raise ConversionError(f"{path} needs the gguf package: pip install 'grin-moe[gguf]'") from error
+
+    metadata, tensors = read_gguf(path)
     architecture = str(metadata.get("general.architecture"))
     types: Counter[str] = Counter()
     expert_parameters = 0
-    for name, tensor in tensors.items():
-        types[tensor.type.name] += math.prod(tensor.shape)
-        expert_parameters += math.prod(tensor.shape) if "_exps." in name else 0
+    for tensor in tensors:
+        types[tensor.tensor_type.name] += tensor.n_elements
+        expert_parameters += tensor.n_elements if "_exps." in tensor.name else 0
     top_k, num_experts = (metadata.get(f"{architecture}.expert{key}_count", 0) for key in ("_used", ""))
     if not (type(top_k) is type(num_experts) is int and 0 <= top_k <= num_experts):
-        counts = f"expert_used_count={top_k!r:.50} and {architecture}.expert_count={num_experts!r:.50}"
-        raise ConversionError(f"{path}: {architecture}.{counts} are no counts of experts")
+        raise ConversionError(
+            f"{path}: {architecture}.expert_used_count and expert_count must be counts of experts; got {top_k!r:.50} "
+            f"and {num_experts!r:.50}"
+        )
     found = Inspection(
         path=str(path),
         form="gguf",
         model=architecture,
         config={key: value for key, value in metadata.items() if not isinstance(value, list)},
         parameters=types.total(),
-        active_parameters=active(types.total(), expert_parameters, top_k or 1, num_experts or 1),
+        active_parameters=count_active(types.total(), expert_parameters, top_k or 1, num_experts or 1),
         dtypes=dict(types),
         files={path.name: path.stat().st_size},
         checks=["the header agrees with the file"],
     )
     if verify:
-        verify_gguf(path, tensors, found, progress)
+        found.problems += [f"{name} in {path} holds NaN or infinite values" for name in find_damage(tensors, progress)]
+        found.checks += [] if found.problems else [VERIFIED]
     return found
 
 
-def verify_gguf(path: Path, tensors: Mapping[str, GgufTensor], found: Inspection, progress: Progress) -> None:
-    """Dequantise every tensor, some blocks at a time, and note those that are not finite."""
-    import gguf
-    import numpy as np
-
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    for name, tensor in tensors.items():
-        _, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
-        step = GGUF_CHUNK_BYTES // block_bytes * block_bytes
-        for start in range(0, tensor.nbytes, step):
-            nbytes = min(step, tensor.nbytes - start)
-            data = np.fromfile(path, np.uint8, nbytes, offset=tensor.offset + start)
-            try:
-                is_sound = np.isfinite(gguf.dequantize(data, tensor.type)).all()
-            except NotImplementedError as error:
-                raise ConversionError(f"{path}: {name} is of type {tensor.type.name}, which cannot be read") from error
-            if not is_sound:
-                found.problems.append(f"{name} in {path} holds NaN or infinite values")
-                break
-            progress(nbytes, total)
-    if not found.problems:
-        found.checks.append(VERIFIED)
-
-
 def inspect_adapter(path: Path, verify: bool, progress: Progress) -> Inspection:
-    """What a LoRA adapter's config and headers say."""
+    """Describe a LoRA adapter by its config and header."""
     config = read_adapter_config(path)
     tensors = read_adapter(path)
     dtypes: Counter[str] = Counter()

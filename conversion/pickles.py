@@ -1,8 +1,9 @@
 """Training shards and pickled weights, read without running anything that they ask for.
 
-torch.distributed.checkpoint (DCP) has an index, `.metadata`, which is a pickle: it is read by an unpickler that knows
-nothing but the names torch writes there, and makes records of them without code. All else that is pickled goes through
-torch's own restricted unpickler (`weights_only`). DCP also writes its parts to safetensors, which are no pickles.
+`torch.load(weights_only=True)` runs no code, but a short file can keep it busy for ever: by tuples nested in keys, by
+compressed entries. So `Unpickler`, which is bounded, goes through a pickle first. torch.distributed.checkpoint (DCP)
+loads its index, `.metadata`, with Python's own unpickler, and leaves memory as it is where parts of a tensor are
+missing. So the index is read here.
 """
 
 import functools
@@ -10,16 +11,14 @@ import io
 import json
 import math
 import operator
-import os
 import pickle
-import threading
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +26,8 @@ from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 
 from modeling_grin.files import check_archive
 
-from .headers import MAX_DIMENSIONS, MAX_HEADER_BYTES, _shown, read_safetensors_header
-from .tensors import ConversionError, StoredTensor
+from .headers import shorten
+from .tensors import ConversionError, StoredTensor, read_tensors
 
 DCP_INDEX = ".metadata"
 FSDP_FOLDERS = "pytorch_model_fsdp_*"  # accelerate's SHARDED_STATE_DICT, in Trainer's checkpoints
@@ -36,19 +35,14 @@ SAFETENSORS_SHARDS = "shard-*-model-*-of-*.safetensors"  # torch's HuggingFaceSt
 SHARDING_INFO = "DCP_SHARDING_INFO"  # in the metadata of these
 PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp.bin")
 
-PICKLE_ENTRY = "data.pkl"  # of the archive that torch.save writes
-ZIP_MAGIC = b"PK\x03\x04"  # what torch.save's files begin with
-
-# Parts of the names under which trainers save what an optimizer keeps; no module of the model is called so.
-OF_OPTIMIZERS = {"optim", "optimizer", "optimizers", "state", "param_groups"}
-TORCH_ADVICE = ("Weights only load failed", "(1)", "(2)")  # of torch.load, before the reason
+# Parts of the names under which trainers save the state of an optimizer. No module of the model is called so.
+OPTIMIZER_KEYS = {"optim", "optimizer", "optimizers", "state", "param_groups"}
+TORCH_ADVICE = ("Weights only load failed", "(1)", "(2)")  # what torch.load says before the reason
 
 MAX_INDEX_BYTES = 2**28  # of DCP: some 100 bytes for each part of a tensor that a rank has
-MAX_PICKLE_BYTES = MAX_HEADER_BYTES  # of torch.save: some 100 bytes for each tensor
-MAX_ITEMS = MAX_DIMENSIONS
-MAX_CHUNKS = 2**14  # of a tensor, one for each rank: they are compared with one another
-
-COMPARED_CHUNKS = 256  # with all others at once: an index may have very many
+MAX_PICKLE_BYTES = 20_000_000  # in torch.save's archive: some 100 bytes for each tensor
+MAX_ITEMS = 64  # of a tuple, or of what a class is called with
+MAX_CHUNKS = 2**12  # of a tensor, one for each rank: they are compared with one another
 CACHED_TENSORS = 2  # a layer's fused matrices, whose parts are asked for one by one
 
 
@@ -61,49 +55,36 @@ class Record:
         pass
 
 
-# All that DCP's index is made of, torch.Size and dtypes aside: (module, name) -> what is made in its place.
-DCP_CLASSES = {
-    (module, name): type(name, (Record,), {})
-    for module, names in {
-        "torch.distributed.checkpoint.metadata": (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        ),
-        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-        "torch.serialization": ("_get_layout",),
-        "pathlib": ("PosixPath", "WindowsPath"),
-        "pathlib._local": ("PosixPath", "WindowsPath"),  # Python 3.13
-    }.items()
-    for name in names
-}
-
-
-# These hash, or allocate, as much as the file asks for. torch never writes them.
-REFUSED_OPCODES = (
-    pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.NEXT_BUFFER,
-    pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX,
+PythonUnpickler: Any = pickle._Unpickler  # typeshed does not know its methods
+# Opcodes that hash, or allocate, as much as a file asks for. torch never writes them.
+REFUSED = (
+    *(pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.NEXT_BUFFER),
+    *(pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX),
     pickle.PERSID,
-)  # fmt: skip
+)
 
 
-Unpickler: Any = pickle._Unpickler  # typeshed knows nothing of its methods
+class Unpickler(PythonUnpickler):
+    """Make records without code, in time and memory that are bounded by the length of the pickle.
 
-
-class BoundedUnpickler(Unpickler):
-    """Makes records without code, in time and memory that are bounded by the length of the pickle.
-
-    It is Python's unpickler in Python: the one in C sets aside whatever memory a number in the file asks for. Tuples
-    are no keys: 60 of them, each of the one before twice, take 120 bytes, and 2^60 steps to hash. None of what is
-    copied (arguments, sizes, states) has more than `MAX_ITEMS`, for it could be copied as often as the file is long.
+    It is Python's unpickler in Python: the one in C allocates whatever a number in the file asks for. Keys are never
+    tuples: 60 of them, each of the one before twice, take 120 bytes, and 2^60 steps to hash. Whatever is copied has at
+    most `MAX_ITEMS`, because it could be copied as often as the file is long.
     """
 
-    dispatch = {code: load for code, load in Unpickler.dispatch.items() if code not in b"".join(REFUSED_OPCODES)}
+    dispatch = {code: load for code, load in PythonUnpickler.dispatch.items() if code not in b"".join(REFUSED)}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch", "Size") or isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
+        if module.partition(".")[0] not in ("torch", "pathlib"):
+            raise ConversionError(f"asks for {module}.{name}, which torch never writes; do not trust it")
+        return type(name, (Record,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        return Record()
 
     def check(self, condition: bool, what: str) -> None:
         if not condition:
@@ -123,80 +104,113 @@ class BoundedUnpickler(Unpickler):
 
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        self.check(isinstance(target, dict), "items of no dictionary")
+        self.check(isinstance(target, dict), "items outside a dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.check(isinstance(key, (str, int, Record)), f"a {type(key).__name__} as a key")
             target[key] = value
 
     def load_reduce(self) -> None:
         args, function = self.stack.pop(), self.stack[-1]
-        self.check(isinstance(args, tuple) and isinstance(function, type), "a call of no class")
-        sized = [arg for arg in args if isinstance(arg, (list, dict))]
-        self.check(all(len(arg) <= MAX_ITEMS for arg in sized), "a call with too much")
+        self.check(isinstance(args, tuple) and isinstance(function, type), "a call of something else than a class")
         self.check(function is not OrderedDict or not args, "a dictionary made of a list")
+        self.check(not any(isinstance(arg, (list, dict)) and len(arg) > MAX_ITEMS for arg in args), "a large call")
         self.stack[-1] = function(*args)
 
-    def load_newobj(self) -> None:
-        args, cls = self.stack.pop(), self.stack[-1]
-        self.check(isinstance(cls, type) and issubclass(cls, Record), "a new object of another class")
-        self.stack[-1] = cls(*args)
+    load_newobj = load_reduce
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Record):
             target.state = state
-        else:  # what state_dict() returns has `_metadata`
+        else:  # state_dict() returns a dictionary with `_metadata`
             self.check(isinstance(target, OrderedDict) and isinstance(state, dict), "a state of another object")
-            self.check(len(state) <= MAX_ITEMS, "a state with too much")
+            self.check(len(state) <= MAX_ITEMS, "a large state")
 
     dispatch |= {
-        code[0]: load
-        for code, load in (
-            (pickle.TUPLE, load_tuple),
-            (pickle.SETITEM, load_setitem),
-            (pickle.SETITEMS, load_setitems),
-            (pickle.REDUCE, load_reduce),
-            (pickle.NEWOBJ, load_newobj),
-            (pickle.BUILD, load_build),
-        )
-    }
+        pickle.TUPLE[0]: load_tuple, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
+        pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_newobj, pickle.BUILD[0]: load_build,
+    }  # fmt: skip
 
 
-class IndexUnpickler(BoundedUnpickler):
-    """Of DCP's index."""
+# ---- Files that torch.save wrote
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
-            return vars(torch)[name]
-        known: dict[tuple[str, str], type] = {
-            ("torch", "Size"): torch.Size,
-            ("collections", "OrderedDict"): OrderedDict,
-            **DCP_CLASSES,
-        }
-        if (module, name) not in known:
+
+def load_tensors(file: IO[bytes] | Path) -> Any:
+    """Load with torch's restricted unpickler; raise, of any type, for files that it cannot read in bounded time."""
+    for entry in check_archive(file):
+        if entry.filename.lower().endswith("data.pkl"):
+            if entry.file_size > MAX_PICKLE_BYTES:
+                raise ValueError(f"has a {entry.filename!r} of {entry.file_size} bytes, more than {MAX_PICKLE_BYTES}")
+            with zipfile.ZipFile(file) as archive:
+                Unpickler(io.BytesIO(archive.read(entry))).load()
+    if isinstance(file, Path):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def require_plain(value: Any) -> torch.Tensor:
+    """Return `value` if it is a dense tensor in memory, or raise TypeError."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"a {type(value).__name__}, not a tensor")
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        raise TypeError(f"a tensor of another kind ({value.layout}, {value.dtype}, on {value.device})")
+    if value.nbytes > value.untyped_storage().nbytes():
+        raise TypeError(f"a tensor of {value.nbytes} bytes that repeats fewer of them, as expand() makes")
+    return value
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, without torch's advice on how to have the file run its code."""
+    lines = [line.strip().removeprefix("WeightsUnpickler error: ") for line in str(error).splitlines()]
+    reasons = [line for line in lines if line and not line.startswith(TORCH_ADVICE)]
+    return f"{type(error).__name__}: {reasons[0][:300] if reasons else ''}"
+
+
+def find_pickles(path: Path) -> list[Path]:
+    """Return the files of pickled weights in a folder; none if it has safetensors."""
+    if any(path.glob("*.safetensors")):
+        return []
+    return sorted(file for pattern in PICKLES for file in path.glob(pattern))
+
+
+def read_pickles(files: list[Path]) -> dict[str, StoredTensor]:
+    """Return the tensors in files that torch.save wrote, by name, mapped into memory.
+
+    Raises:
+        ConversionError: a file asks for anything else than tensors, is damaged, has the format before torch 1.6, or
+            holds something else than tensors by name; or a tensor occurs twice.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        try:
+            state_dict = load_tensors(path)
+        except Exception as error:  # torch.load's are of many types
             raise ConversionError(
-                f"asks for {module}.{name}, which torch does not write there; do not trust this checkpoint"
+                f"{path} is damaged, from before torch 1.6, or has more than tensors in it ({first_line(error)}): "
+                "load it where you trust it, and save the model's state_dict again"
+            ) from error
+        if not isinstance(state_dict, dict) or not all(isinstance(name, str) for name in state_dict):
+            raise ConversionError(f"{path} must hold tensors by name; got a {type(state_dict).__name__}")
+        for name, value in state_dict.items():
+            if name in tensors:
+                raise ConversionError(f"{name} is in {path} and there is also {tensors[name].where}: keep one of them")
+            try:
+                tensor = require_plain(value).detach()
+            except TypeError as error:
+                raise ConversionError(f"{name} in {path} is {error}: save the model's state_dict alone") from error
+            tensors[name] = StoredTensor(
+                tuple(tensor.shape), tensor.dtype, f"{name} in {path}", functools.partial(torch.Tensor.detach, tensor)
             )
-        return known[module, name]
+    return tensors
 
 
-class TensorsUnpickler(BoundedUnpickler):
-    """Of a file that torch.save wrote: whether torch's restricted unpickler will end. That decides what it makes."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module.partition(".")[0] != "torch":  # others that torch allows, such as bytearray, take any size
-            raise ConversionError(f"asks for {module}.{name}, which is no tensor's; do not trust this checkpoint")
-        return type(name, (Record,), {})
-
-    def persistent_load(self, pid: Any) -> Any:
-        return Record()
+# ---- Training shards
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor that lies in one place: `offsets` and `sizes`, one number for each dimension."""
+    """A box of a tensor in one place: `offsets` and `sizes` have a number for each dimension."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -222,20 +236,25 @@ class ShardedTensor:
         is_within = all(
             len(chunk.offsets) == len(chunk.sizes) == len(self.shape)
             and all(
-                0 <= offset <= end <= whole
-                for offset, end, whole in zip(chunk.offsets, chunk.ends, self.shape, strict=True)
+                0 <= begin <= end <= size
+                for begin, end, size in zip(chunk.offsets, chunk.ends, self.shape, strict=True)
             )
             for chunk in chunks
         )
         stored = sum(math.prod(chunk.sizes) for chunk in chunks)
-        if not is_within or stored != math.prod(self.shape) or overlap(chunks):
-            raise ConversionError(
-                f"{self.where}: its parts do not cover shape {list(self.shape)} exactly once ({stored} elements): "
-                "files of some ranks are missing, or of another save; copy the whole folder again"
-            )
+        if is_within and stored == math.prod(self.shape):
+            starts = torch.tensor([chunk.offsets for chunk in chunks])  # [chunks, dimensions]
+            ends = torch.tensor([chunk.ends for chunk in chunks])
+            meets = ((starts[:, None] < ends) & (starts < ends[:, None])).all(dim=-1)
+            if meets.sum() == len(chunks):  # each meets itself
+                return
+        raise ConversionError(
+            f"{self.where}: its parts do not cover shape {list(self.shape)} exactly once ({stored} elements): "
+            "files of some ranks are missing, or of another save; copy the whole folder again"
+        )
 
     def load(self) -> torch.Tensor:
-        """The whole tensor, read chunk by chunk."""
+        """Read the whole tensor, chunk by chunk."""
         tensor = torch.empty(self.shape, dtype=self.dtype)
         for chunk in self.chunks:
             part = chunk.load()
@@ -248,21 +267,10 @@ class ShardedTensor:
         return tensor
 
 
-def overlap(chunks: list[Chunk]) -> bool:
-    """Whether any two of the chunks, none of which is empty, have an element in common."""
-    starts = torch.tensor([chunk.offsets for chunk in chunks])  # [chunks, dimensions]
-    ends = torch.tensor([chunk.ends for chunk in chunks])
-    meetings = 0
-    for some_starts, some_ends in zip(starts.split(COMPARED_CHUNKS), ends.split(COMPARED_CHUNKS), strict=True):
-        meets = (some_starts[:, None] < ends) & (starts < some_ends[:, None])
-        meetings += int(meets.all(dim=-1).sum())
-    return meetings > len(chunks)  # each meets itself
-
-
 def find_dcp_folder(path: Path) -> Path | None:
-    """The folder of a sharded training checkpoint: `path` itself, or one in a checkpoint that Trainer has written.
+    """Return the folder of a sharded training checkpoint: `path`, or one in a checkpoint that Trainer has written.
 
-    None where there is whole safetensors (what the shards are converted to, sometimes beside them), or no shards.
+    None where there is whole safetensors (which shards are converted to, sometimes beside them), or no shards.
 
     Raises:
         ConversionError: there are several.
@@ -279,37 +287,36 @@ def find_dcp_folder(path: Path) -> Path | None:
 
 
 def read_dcp(folder: Path, *, weights_only: bool) -> dict[str, StoredTensor]:
-    """The tensors of a sharded training checkpoint by their names in it, without what optimizers keep.
+    """Return the tensors of a sharded training checkpoint by their names in it, without the optimizer's.
 
-    They are read when they are asked for; the last two stay in memory, because a layer's released matrices are parts
-    of two tensors.
+    The last two that were read stay in memory, because a layer's released matrices are parts of two tensors.
 
     Args:
-        weights_only: read DCP's index, a pickle, by the restricted unpickler. safetensors shards do not need it.
+        weights_only: read DCP's index, a pickle. safetensors shards do not need it.
 
     Raises:
-        ConversionError: there is a pickle and not `weights_only`; the index asks for anything else than torch writes
-            there; files are missing, lie elsewhere, or are too short; parts of a tensor are missing or overlap.
+        ConversionError: there is a pickle and not `weights_only`, or it asks for anything that torch does not write;
+            files are missing, lie elsewhere, or are too short; parts of a tensor are missing or overlap.
     """
-    if (folder / DCP_INDEX).is_file():
-        if not weights_only:
-            raise ConversionError(
-                f"{folder / DCP_INDEX} is a pickle, which can run code: if you trust the checkpoint, --weights-only "
-                "reads it through a restricted unpickler that runs nothing"
-            )
-        sharded = read_dcp_index(folder)
-    else:
+    path = folder / DCP_INDEX
+    if not path.is_file():
         sharded = read_safetensors_shards(folder)
+    elif not weights_only:
+        raise ConversionError(f"{path} is a pickle, which can run code: give --weights-only to read it without")
+    else:
+        try:
+            if path.stat().st_size > MAX_INDEX_BYTES:
+                raise ConversionError(f"must have at most {MAX_INDEX_BYTES} bytes; got {path.stat().st_size}")
+            sharded = dict(parse_index(Unpickler(io.BytesIO(path.read_bytes())).load(), folder))
+        except ConversionError as error:
+            raise ConversionError(f"{path} {error}") from error
+        except Exception as error:  # of any type: anybody may have written this pickle
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            raise ConversionError(f"{path} is not an index as torch writes it ({reason}): copy it again") from error
     for tensor in sharded.values():
         tensor.check()
 
-    lock = threading.Lock()  # threads that want two parts of a tensor at once read it once
-    cached = functools.lru_cache(maxsize=CACHED_TENSORS)(lambda name: sharded[name].load())
-
-    def load(name: str) -> torch.Tensor:
-        with lock:
-            return cached(name)
-
+    load = functools.lru_cache(maxsize=CACHED_TENSORS)(lambda name: sharded[name].load())
     return {
         name: StoredTensor(tensor.shape, tensor.dtype, tensor.where, functools.partial(load, name))
         for name, tensor in sharded.items()
@@ -317,44 +324,22 @@ def read_dcp(folder: Path, *, weights_only: bool) -> dict[str, StoredTensor]:
 
 
 def is_weight(name: str) -> bool:
-    return OF_OPTIMIZERS.isdisjoint(name.split("."))
+    return OPTIMIZER_KEYS.isdisjoint(name.split("."))
 
 
-def read_dcp_index(folder: Path) -> dict[str, ShardedTensor]:
-    """The tensors that DCP's `.metadata` describes, unread, by name."""
-    path = folder / DCP_INDEX
-    try:
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise ConversionError(f"has {path.stat().st_size} bytes, more than the {MAX_INDEX_BYTES} that it may have")
-        return dict(parse_dcp_index(IndexUnpickler(io.BytesIO(path.read_bytes())).load(), folder))
-    except ConversionError as error:
-        raise ConversionError(f"{path} {error}") from error
-    except Exception as error:  # of any type: this is a pickle that anybody may have written
-        raise ConversionError(
-            f"{path} is not an index as torch writes it ({type(error).__name__}: {str(error)[:200]}): copy it again"
-        ) from error
-
-
-def parse_dcp_index(index: Any, folder: Path) -> Iterator[tuple[str, ShardedTensor]]:
-    """Name and chunks of every tensor of an index; any exception means that it is not one."""
-    places: dict[tuple[str, Any], Any] = {}  # (tensor, offsets) -> where its bytes are
-    counts: Counter[str] = Counter()
+def parse_index(index: Any, folder: Path) -> Iterator[tuple[str, ShardedTensor]]:
+    """Yield name and chunks of every tensor of an unpickled index; any exception means that it is not one."""
+    places: dict[tuple[str, Any], dict[str, Any]] = {}  # (tensor, offsets) -> file, offset and length of its bytes
     for place, info in index.state["storage_data"].items():
         name, offsets = place.state["fqn"], place.state.get("offset")
         if type(name) is not str or type(offsets) not in (torch.Size, type(None)):
-            raise TypeError("a place of no tensor")
+            raise TypeError("a part without a tensor")
         places[name, offsets] = info.state
-        counts[name] += 1
-    for name, description in index.state["state_dict_metadata"].items():
-        if type(description).__name__ != "TensorStorageMetadata" or not is_weight(name):
+    for name, described in index.state["state_dict_metadata"].items():
+        if type(described).__name__ != "TensorStorageMetadata" or not is_weight(name):
             continue
-        shape, dtype = description.state["size"], description.state["properties"].state[0]
-        count = len(description.state["chunks"])
-        if count > counts[name]:
-            raise ConversionError(f"lacks a part of {name}, which has {count}: copy the whole folder again")
-        if count > MAX_CHUNKS:
-            raise ConversionError(f"has {count} parts of {name}, more than the {MAX_CHUNKS} that are compared")
-        boxes = [(chunk.state["offsets"], chunk.state["sizes"]) for chunk in description.state["chunks"]]
+        shape, dtype = described.state["size"], described.state["properties"].state[0]
+        boxes = [(chunk.state["offsets"], chunk.state["sizes"]) for chunk in described.state["chunks"][:MAX_CHUNKS]]
         if not isinstance(dtype, torch.dtype) or {torch.Size} != set(map(type, (shape, *chain(*boxes)))):
             raise TypeError(f"{name} has no dtype, or no shape")
         chunks = []
@@ -366,57 +351,26 @@ def parse_dcp_index(index: Any, folder: Path) -> Iterator[tuple[str, ShardedTens
         yield name, ShardedTensor(f"{name} in {folder}", tuple(shape), dtype, chunks)
 
 
-class FilePart(io.RawIOBase):
-    """Some bytes of an open file, as a file."""
-
-    def __init__(self, file: IO[bytes], offset: int, length: int):
-        super().__init__()
-        self.file, self.offset, self.length, self.position = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
-        if self.position < 0:
-            raise OSError("a position before the beginning")
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        self.file.seek(self.offset + self.position)
-        count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.position)])  # type: ignore[attr-defined]
-        self.position += count
-        return count
-
-
 def find_part(info: dict[str, Any], folder: Path, name: str, nbytes: int) -> Callable[[], torch.Tensor]:
-    """How to read one part of a tensor, at least `nbytes` long: a file that torch.save wrote, within another file."""
+    """Return how to read one part of a tensor, `nbytes` long: a file that torch.save wrote, within another file."""
     file_name, offset, length = info["relative_path"], info["offset"], info["length"]
     if not isinstance(file_name, str) or Path(file_name).name != file_name or not file_name.endswith(DEFAULT_SUFFIX):
-        raise ConversionError(f"names {_shown(file_name)}, which is not a {DEFAULT_SUFFIX} file beside it")
+        raise ConversionError(f"names {shorten(file_name)}, which is not a {DEFAULT_SUFFIX} file beside it")
     if info.get("transform_descriptors"):
         raise ConversionError(
-            f"says that {name} is encoded ({_shown(info['transform_descriptors'])}): save without extensions"
+            f"says that {name} is encoded ({shorten(info['transform_descriptors'])}): save without extensions"
         )
     path = folder / file_name
     if not path.is_file():
         raise ConversionError(f"names {file_name}, which is missing: copy the files of all ranks")
-    if offset < 0 or length < nbytes or offset + length > path.stat().st_size:
+    if offset < 0 or not nbytes <= length <= 2 * nbytes + 2**20 or offset + length > path.stat().st_size:
         raise ConversionError(f"puts {name} at byte {offset} of {file_name}, where it does not fit: copy it again")
 
     def load() -> torch.Tensor:
         try:
             with path.open("rb") as file:
-                view = cast(IO[bytes], FilePart(file, offset, length))
-                check_tensors_file(view)
-                view.seek(0)
-                return plain(torch.load(view, map_location="cpu", weights_only=True))
+                file.seek(offset)
+                return require_plain(load_tensors(io.BytesIO(file.read(length))))
         except Exception as error:  # torch.load's are of many types
             raise ConversionError(f"{name} cannot be read from {path}: {first_line(error)}") from error
 
@@ -424,105 +378,22 @@ def find_part(info: dict[str, Any], folder: Path, name: str, nbytes: int) -> Cal
 
 
 def read_safetensors_shards(folder: Path) -> dict[str, ShardedTensor]:
-    """The tensors in the safetensors shards of all ranks, unread, by name."""
+    """Return the tensors in the safetensors shards of all ranks, unread, by name."""
     sharded: dict[str, ShardedTensor] = {}
     for path in sorted(folder.glob(SAFETENSORS_SHARDS)):
-        tensors = read_safetensors_header(path)
+        tensors = read_tensors(path)
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:
                 info = json.loads(file.metadata()[SHARDING_INFO])
             places = {name: tuple(map(operator.index, info[name]["saved_offsets"])) for name in tensors}
         except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise ConversionError(f"{path} does not say which parts of tensors it holds: copy it again") from error
         for name, tensor in tensors.items():
-            if not is_weight(name):
-                continue
-            whole = sharded.setdefault(name, ShardedTensor(f"{name} in {folder}", (), tensor.dtype, []))
-            whole.chunks.append(Chunk(places[name], tensor.shape, tensor.read))
+            if is_weight(name):
+                whole = sharded.setdefault(name, ShardedTensor(f"{name} in {folder}", (), tensor.dtype, []))
+                whole.chunks.append(Chunk(places[name], tensor.shape, tensor.read))
     # Nothing says how large the whole is: as far as the parts reach. The config's shapes say whether that is all.
     return {
         name: replace(tensor, shape=tuple(map(max, zip(*(chunk.ends for chunk in tensor.chunks), strict=False))))
         for name, tensor in sharded.items()
     }
-
-
-def find_pickles(path: Path) -> list[Path]:
-    """The pickled weights in a folder, of any number of files; none where there is safetensors."""
-    if any(path.glob("*.safetensors")):
-        return []
-    return sorted(file for pattern in PICKLES for file in path.glob(pattern))
-
-
-def read_pickles(files: list[Path]) -> dict[str, StoredTensor]:
-    """The tensors in files that torch.save wrote, by name; mapped into memory, and read when they are asked for.
-
-    Raises:
-        ConversionError: a file asks for anything else than tensors, is damaged, of the old format, or holds something
-            that is no tensor; or a tensor is there twice.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    for path in files:
-        for name, tensor in load_pickle(path).items():
-            if name in tensors:
-                raise ConversionError(f"{name} is in {path} and there is also {tensors[name].where}: keep one of them")
-            tensors[name] = StoredTensor(
-                tuple(tensor.shape), tensor.dtype, f"{name} in {path}", functools.partial(torch.Tensor.detach, tensor)
-            )
-    return tensors
-
-
-def load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a file that torch.save wrote."""
-    with path.open("rb") as file:
-        is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
-    if not is_zip:
-        raise ConversionError(
-            f"{path} is damaged, or has torch's format before 1.6: read it once with torch.load(..., "
-            "weights_only=True) and write it again with torch.save"
-        )
-    try:
-        with path.open("rb") as file:
-            check_tensors_file(file)
-        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load's are of many types
-        raise ConversionError(f"{path} is not a file of tensors alone: {first_line(error)}") from error
-    if not isinstance(state_dict, dict):
-        raise ConversionError(f"{path} holds a {type(state_dict).__name__}, not tensors by name")
-    for name, value in state_dict.items():
-        if not isinstance(name, str):
-            raise ConversionError(f"{path} has an entry {name!r:.100}, whose name is no text")
-        try:
-            plain(value)
-        except TypeError as error:
-            raise ConversionError(f"{name} in {path} is {error}: save the model's state_dict alone") from error
-    return state_dict
-
-
-def check_tensors_file(file: IO[bytes]) -> None:
-    """Raise ValueError or TypeError for a file that takes torch's restricted unpickler more time or memory than its
-    length says."""
-    entries = check_archive(file)
-    for entry in entries:
-        if entry.filename.lower().endswith(PICKLE_ENTRY):
-            if entry.file_size > MAX_PICKLE_BYTES:
-                raise ValueError(f"has a {entry.filename!r} of {entry.file_size} bytes, more than {MAX_PICKLE_BYTES}")
-            with zipfile.ZipFile(file) as archive:
-                TensorsUnpickler(io.BytesIO(archive.read(entry))).load()
-
-
-def plain(value: Any) -> torch.Tensor:
-    """`value` if it is a dense tensor in memory; else raise TypeError."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"a {type(value).__name__}, no tensor")
-    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-        raise TypeError(f"a tensor of another kind ({value.layout}, {value.dtype}, on {value.device})")
-    if value.nbytes > value.untyped_storage().nbytes():
-        raise TypeError(f"a tensor of {value.nbytes} bytes that repeats fewer of them, as expand() makes")
-    return value
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without torch's advice on how to have the file run its code."""
-    lines = [line.strip().removeprefix("WeightsUnpickler error: ") for line in str(error).splitlines()]
-    reasons = [line for line in lines if line and not line.startswith(TORCH_ADVICE)]
-    return f"{type(error).__name__}: {reasons[0][:300] if reasons else ''}"

@@ -1,95 +1,93 @@
-"""Tensors that lie in files: what they are is known, what they hold is read when it is asked for, a piece at a time.
+"""Lazy tensors: shape and dtype are known, data is read on demand.
 
-All of conversion speaks of *released* tensors, those of the release's layout: one matrix per expert (`w1`, `w2`,
-`w3`). A source of any form offers them under their released names, and a target of any form is made of them.
+Everything in this package speaks of *released* tensors, named as in the release: one matrix per expert (`w1`, `w2`,
+`w3`). A source of any form offers them under these names, and a target of any form is made of them.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-CHUNK_BYTES = 2**21  # of one read: what is in flight stays in the processor's caches
+from modeling_grin.safetensors_header import read_header
+
+CHUNK_BYTES = 2**21  # read, checked and written at a time: fits a processor's caches
 
 
 class ConversionError(ValueError):
-    """A checkpoint that is not what it should be, or cannot become what was asked for; says which, where and why."""
+    """A checkpoint is damaged or cannot become what was asked for; names the file, tensor, field or option."""
 
 
 def is_finite(chunk: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite; at the speed of memory, which `torch.isfinite` is far from."""
+    """Whether no value is NaN or infinite; at the speed of memory, unlike `torch.isfinite(chunk).all()`."""
     return all(map(torch.isfinite, torch.aminmax(chunk)))
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that can be read: `shape`, `dtype`, and `where` it is, in words for messages.
+    """A tensor that can be read.
 
     Args:
-        load: returns the whole tensor; it may be a view of something larger and is not to be changed.
+        where: the tensor and its file, for messages.
+        load: returns the whole tensor, perhaps a view of a mapped file; it must not be changed.
+        path: the safetensors file that holds it.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     where: str
     load: Callable[[], torch.Tensor]
+    path: Path | None = None
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """The whole tensor."""
         return self.load()
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        """Its elements in row-major order, as 1-D tensors of at most `CHUNK_BYTES`, each valid until the next."""
+        """Yield the elements in row-major order, as 1-D tensors of at most `CHUNK_BYTES`."""
         yield from self.read().reshape(-1).split(CHUNK_BYTES // self.dtype.itemsize)
 
     def part(self, start: int, shape: tuple[int, ...], where: str) -> "StoredTensor":
-        """The elements from the `start`-th on, in row-major order, as a tensor of its own."""
+        """Return the elements from `start` on, in row-major order, as a tensor of its own."""
 
         def load() -> torch.Tensor:
             return self.read().reshape(-1)[start : start + math.prod(shape)].view(shape)
 
-        return StoredTensor(shape, self.dtype, where, load)
+        return replace(self, shape=shape, where=where, load=load)
 
 
-@dataclass(frozen=True)
-class FileTensor(StoredTensor):
-    """Consecutive bytes of a file: a tensor in a safetensors file, or a part of one."""
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file by name, unread.
 
-    path: Path
-    offset: int
+    Each `load` maps the file anew, so that what has been read does not stay in memory.
 
-    @classmethod
-    def at(cls, path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> "FileTensor":
-        """`name` is what the file calls it."""
+    Raises:
+        ConversionError: the file is missing or damaged.
+    """
+    try:
+        read_header(path)
+        with safe_open(path, framework="pt") as file:
+            views = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ConversionError(f"{path} has a tensor that cannot be read: {error}") from error
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    return {
+        name: StoredTensor(tuple(view.shape), view.dtype, f"{name} in {path}", partial(load_tensor, path, name), path)
+        for name, view in views.items()
+    }
 
-        def load() -> torch.Tensor:
-            tensor = torch.empty(shape, dtype=dtype)
-            flat, position = tensor.view(-1), 0
-            for chunk in stored.chunks():
-                flat[position : position + len(chunk)] = chunk
-                position += len(chunk)
-            return tensor
 
-        stored = cls(shape, dtype, f"{name} in {path}", load, path, offset)
-        return stored
-
-    def part(self, start: int, shape: tuple[int, ...], where: str) -> "FileTensor":
-        return self.at(self.path, self.offset + start * self.dtype.itemsize, shape, self.dtype, where)
-
-    def chunks(self) -> Iterator[torch.Tensor]:
-        buffer = torch.empty(min(CHUNK_BYTES, self.nbytes), dtype=torch.uint8)
-        position, end = self.offset, self.offset + self.nbytes
-        with self.path.open("rb", buffering=0) as file:
-            while position < end:
-                part = buffer[: end - position]
-                if os.preadv(file.fileno(), [part.numpy().data], position) != len(part):
-                    raise ConversionError(f"{self.where}: the file ends too early, it was cut off; fetch it again")
-                position += len(part)
-                yield part.view(self.dtype)
+def load_tensor(path: Path, name: str) -> torch.Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{name} in {path} cannot be read any more ({error}): fetch it again") from error

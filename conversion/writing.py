@@ -1,6 +1,6 @@
-"""Writing a checkpoint: streamed, in a folder beside the destination, which takes its name when it is complete.
+"""Write a checkpoint: streamed, in a folder beside the destination, which takes its name when it is complete.
 
-Killed at any moment, a conversion leaves no destination or a whole one, and beside it what `resume` goes on from.
+Killed at any moment, a conversion leaves no destination or a whole one, and beside it what `resume` continues from.
 """
 
 import errno
@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +18,21 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
+from modeling_grin.files import replacing, write_whole
+from modeling_grin.safetensors_header import encode_header
+
 from .forms import Groups
-from .headers import SAFETENSORS_DTYPES
+from .headers import INDEX_FILE
 from .tensors import ConversionError, StoredTensor, is_finite
 
-LOCK = "lock"  # of the process that writes in the folder
-PLAN = "plan.json"  # what is being made of what: only the same conversion is gone on with
+LOCK = "lock"  # held by the process that writes in the folder
+PLAN = "plan.json"  # what is made of what: only the same conversion is continued
 RESULT = "result"
-NUM_THREADS = 2  # one reads while the other writes
 
-DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 Progress = Callable[[int, int], None]
-"""Called from any thread with the bytes that have been written since the last call, and with those in all."""
+"""Called with the bytes that have been written since the last call, and with those in all."""
 
 
 class NotEnoughSpace(ConversionError):
@@ -39,7 +40,7 @@ class NotEnoughSpace(ConversionError):
 
 
 def incomplete_folder(destination: Path) -> Path:
-    """Where `destination` is made."""
+    """Return where `destination` is made."""
     return destination.with_name(f".{destination.name}.incomplete")
 
 
@@ -55,7 +56,7 @@ def locked(destination: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = (folder / LOCK).open("w")
-        except FileNotFoundError:  # the process whose it was has removed it since
+        except FileNotFoundError:  # another process has finished and removed the folder since
             continue
         with lock:
             try:
@@ -69,29 +70,28 @@ def locked(destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Path]:
-    """Where to make `destination`: a path that gets its name at the end of the block, if nothing was raised.
+    """Yield where to make `destination`: a path that gets its name at the end of the block, if nothing was raised.
 
-    An error leaves nothing behind; a kill, or Ctrl-C, what has been done, in `.{name}.incomplete` beside it.
+    An error leaves nothing behind; a kill, or Ctrl-C, leaves what has been done, in `.{name}.incomplete` beside it.
 
     Args:
-        plan: says everything that the result depends on, in JSON.
-        resume: go on with what an interrupted conversion with the same plan has left.
+        plan: everything that the result depends on, in JSON.
+        resume: continue what an interrupted conversion with the same plan has left.
 
     Raises:
-        ConversionError: another process is making the destination, or has made it. An interrupted conversion has
-            left its files, or `resume` finds those of another plan. The destination has appeared meanwhile. The disk
+        ConversionError: another process is making the destination, or has made it; an interrupted conversion has
+            left its files, or `resume` finds those of another plan; the destination has appeared meanwhile; the disk
             is full.
     """
     with locked(destination) as folder:
         was_interrupted = (folder / PLAN).exists()
         if was_interrupted:
             check_resumable(folder, plan, resume)
-        elif not is_free(destination):  # any more: the process that had the lock before has made it
+        elif not is_free(destination):  # the process that had the lock before has made it
             shutil.rmtree(folder)
             raise ConversionError(f"{destination} has just been made by another process: nothing was left to do")
         try:
-            (folder / "plan.part").write_text(json.dumps(plan), encoding="utf-8")
-            (folder / "plan.part").rename(folder / PLAN)
+            write_whole(folder / PLAN, json.dumps(plan))
             yield folder / RESULT
         except NotEnoughSpace:
             if not was_interrupted:
@@ -107,12 +107,12 @@ def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Pa
 
 
 def publish(result: Path, destination: Path) -> None:
-    """Give a file or folder its name; never instead of another that has come to be there."""
+    """Give a file or folder its name; never replace another that has appeared there."""
     try:
         if result.is_dir():
             result.rename(destination)  # fails for a folder with something in it
         else:
-            os.link(result, destination)  # where a rename would replace what is there
+            os.link(result, destination)  # a rename would replace what is there
     except OSError as error:
         if destination.exists():
             raise ConversionError(
@@ -122,7 +122,7 @@ def publish(result: Path, destination: Path) -> None:
 
 
 def check_destination(destination: Path, source: Path, *, is_file: bool) -> None:
-    """Raise ConversionError unless `destination` can be made: an empty folder may be there, if it is to be one."""
+    """Raise ConversionError unless `destination` can be made; a folder may replace an empty folder."""
     if destination == source or source in destination.parents:
         raise ConversionError(f"the destination {destination} lies in the source: give another one")
     if not is_free(destination) or (destination.exists() and is_file):
@@ -137,10 +137,10 @@ def is_free(destination: Path) -> bool:
 
 
 def check_resumable(folder: Path, plan: dict[str, Any], resume: bool) -> None:
-    """Raise ConversionError unless `folder` holds a conversion with the same plan that is to be gone on with."""
+    """Raise ConversionError unless `folder` holds a conversion with the same plan that is to be continued."""
     if not resume:
         raise ConversionError(
-            f"{folder} is left of a conversion that was interrupted: go on with it by --resume, or delete it"
+            f"{folder} is left of a conversion that was interrupted: continue it with --resume, or delete it"
         )
     try:
         begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
@@ -152,13 +152,13 @@ def check_resumable(folder: Path, plan: dict[str, Any], resume: bool) -> None:
 
 
 def fingerprint(path: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a folder's files, or a file's: what is resumed must still have the same source."""
+    """Return names, sizes and times of a folder's files, or a file's: a resumed source must still be the same."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return [(os.path.relpath(file, path), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def check_space(path: Path, nbytes: int) -> None:
-    """Raise NotEnoughSpace unless a file or folder of `nbytes` fits the disk, with what is there of it already."""
+    """Raise NotEnoughSpace unless a file or folder of `nbytes` fits the disk, together with what is there of it."""
     present = sum(file.stat().st_blocks * 512 for file in [path, *path.glob("*")] if file.exists())
     folder = path.parent if not path.is_dir() else path
     free = shutil.disk_usage(folder).free
@@ -170,7 +170,7 @@ def check_space(path: Path, nbytes: int) -> None:
 
 
 def checked_chunks(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The chunks of `tensor` in `dtype`.
+    """Yield the chunks of `tensor` in `dtype`.
 
     Raises:
         ConversionError: a value is NaN or infinite, or becomes so in `dtype`.
@@ -191,7 +191,7 @@ def checked_chunks(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[torch.T
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor of a file to be written: the `parts` follow one another in its memory."""
+    """A tensor to be written: the `parts` follow one another in its memory."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -203,7 +203,7 @@ class Output:
 
 
 def outputs(groups: Groups, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> dict[str, Output]:
-    """The tensors of a form, made of the released ones.
+    """Return the tensors of a form, made of the released ones.
 
     Raises:
         ConversionError: experts that are to be stacked have different dtypes.
@@ -220,7 +220,7 @@ def outputs(groups: Groups, tensors: Mapping[str, StoredTensor], dtype: torch.dt
 def write_safetensors(
     tensors: Mapping[str, Output], folder: Path, max_shard_size: int | str, progress: Progress
 ) -> None:
-    """Write safetensors files as `save_pretrained` names and splits them; those that are there already are kept."""
+    """Write safetensors files as `save_pretrained` names and splits them; files that are there are complete."""
     described = {name: torch.empty(made.shape, dtype=made.dtype, device="meta") for name, made in tensors.items()}
     split = split_torch_state_dict_into_shards(described, max_shard_size=max_shard_size)
     total = sum(made.nbytes for made in tensors.values())
@@ -229,78 +229,29 @@ def write_safetensors(
         progress(nbytes, total)
 
     for file_name, names in split.filename_to_tensors.items():
-        path = folder / file_name
-        if path.exists():  # complete: it was renamed
+        if (folder / file_name).exists():
             advance(sum(tensors[name].nbytes for name in names))
             continue
-        part = path.with_suffix(".part")
-        write_file({name: tensors[name] for name in names}, part, advance)
-        part.rename(path)
+        with replacing(folder / file_name) as part:
+            write_file({name: tensors[name] for name in names}, part, advance)
     if split.is_sharded:
         parameters = sum(math.prod(made.shape) for made in tensors.values())
         metadata = {"total_parameters": parameters, "total_size": total}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        write_whole(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def write_file(tensors: Mapping[str, Output], path: Path, advance: Callable[[int], None]) -> None:
-    """Write one safetensors file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    """Write one safetensors file, chunk by chunk; safetensors itself writes whole tensors only."""
+    header: dict[str, Any] = {}
     end = 0
     for name, made in tensors.items():
-        header[name] = {
-            "dtype": DTYPE_NAMES[made.dtype],
-            "shape": made.shape,
-            "data_offsets": [end, end + made.nbytes],
-        }
-        end += made.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
-
-    def data(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[memoryview]:
-        for chunk in checked_chunks(tensor, dtype):
-            yield chunk.view(torch.uint8).numpy().data
-
-    position = 8 + len(text)
-    parts = []
-    for made in tensors.values():
-        for tensor in made.parts:
-            parts.append((position, data(tensor, made.dtype)))
-            position += math.prod(tensor.shape) * made.dtype.itemsize
-    with path.open("wb", buffering=0) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(position)
-        for _ in write_parts(file.fileno(), parts, advance):
-            pass
-
-
-def write_parts(
-    file: int, parts: Sequence[tuple[int, Iterator[memoryview]]], advance: Callable[[int], None]
-) -> Iterator[int]:
-    """Write parts of a file, several at a time: while one is read, another is written.
-
-    Args:
-        file: its descriptor.
-        parts: position in the file, and the bytes, chunk by chunk.
-        advance: called with the size of each chunk.
-
-    Yields:
-        The number of each part, in order, when it and all before it have been written.
-    """
-
-    def write(position: int, chunks: Iterator[memoryview]) -> None:
-        for data in chunks:
-            nbytes = len(data)
-            while data:  # a full disk or a signal may cut a write short
-                written = os.pwrite(file, data, position)
-                data, position = data[written:], position + written
-            advance(nbytes)
-
-    threads = ThreadPoolExecutor(NUM_THREADS)
-    try:
-        for number, done in enumerate([threads.submit(write, *part) for part in parts]):
-            done.result()
-            yield number
-    finally:
-        threads.shutdown(cancel_futures=True)
+        begin, end = end, end + made.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[made.dtype], "shape": made.shape, "data_offsets": [begin, end]}
+    with path.open("wb") as file:
+        file.write(encode_header(header))
+        for made in tensors.values():
+            for tensor in made.parts:
+                for chunk in checked_chunks(tensor, made.dtype):
+                    file.write(chunk.view(torch.uint8).numpy().data)
+                    advance(chunk.nbytes)

@@ -1,4 +1,4 @@
-"""Commands on checkpoints: `convert`, `inspect`."""
+"""Commands for checkpoints: `convert`, `inspect`."""
 
 import json
 from pathlib import Path
@@ -9,21 +9,21 @@ from rich.table import Table
 
 from .terminal import console, escape, hint_of_resuming, transfer
 
-FORM, MODEL_CHANGE, SAFETY = "The result", "Another number of experts", "Safety"
+FORM, MODEL_CHANGE, SAFETY = "Result", "Number of experts", "Safety"
 """Panels of `convert`'s options."""
 
 
 def check_exists(path: Path) -> None:
-    """Raise ValueError for a path that is mistyped, or a name on the Hub, before anything heavy is imported."""
+    """Raise ValueError for a mistyped path or a name on the Hub, before anything heavy is imported."""
     if not path.exists():
         hint = "`hf download OWNER/NAME --local-dir FOLDER` fetches a checkpoint from the Hub"
         raise ValueError(f"{path} does not exist: give the folder of a checkpoint; {hint}")
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="folder of a checkpoint, of a sharded one, or of a LoRA adapter")],
+    source: Annotated[Path, typer.Argument(help="folder of a checkpoint, a sharded one, or a LoRA adapter")],
     destination: Annotated[Path, typer.Argument(help="folder to make; for gguf, the file")],
-    to: Annotated[str, typer.Option(help="hub, fused, phimoe, gguf, or adapter", rich_help_panel=FORM)],
+    to: Annotated[str, typer.Option(help="hub, fused, phimoe or gguf", rich_help_panel=FORM)],
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -32,81 +32,67 @@ def convert(
         ),
     ] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option(help="of one file of weights; 5GB by default", rich_help_panel=FORM)
+        str | None, typer.Option(help="size of one file of weights; 5GB by default", rich_help_panel=FORM)
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="of an adapter: the base model's folder, instead of what its config names")
+        Path | None, typer.Option(help="base model of an adapter, instead of the one its config names")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="folder with the config.json of a source that has none: sharded checkpoints")
+        Path | None, typer.Option(help="folder with the config.json of a source that has none (sharded checkpoints)")
     ] = None,
-    experts: Annotated[
+    num_experts: Annotated[
         int | None,
         typer.Option(
+            "--experts",
             min=1,
-            help="so many per layer: copies of a model's one expert, or the most loaded ones on --calibration",
+            help="experts per layer: copy a single expert, or keep the most used on --calibration",
             rich_help_panel=MODEL_CHANGE,
         ),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=1, help="of copies: experts per token, by default 2", rich_help_panel=MODEL_CHANGE),
+        typer.Option(min=1, help="experts per token, of copies; 2 by default", rich_help_panel=MODEL_CHANGE),
     ] = None,
     noise: Annotated[
         float | None,
         typer.Option(
-            min=0, help="on copies, relative to a matrix's standard deviation; 0", rich_help_panel=MODEL_CHANGE
+            min=0, help="noise on copies, relative to each matrix's standard deviation", rich_help_panel=MODEL_CHANGE
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="of the noise and the new routers; 0", rich_help_panel=MODEL_CHANGE)
+        int | None, typer.Option(help="seed of the noise and the new routers", rich_help_panel=MODEL_CHANGE)
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="text file to measure routing on: expert load; for gguf, near-ties")
     ] = None,
     check: Annotated[
         bool | None,
-        typer.Option(help="compare the logits of source and result; small models by default", rich_help_panel=SAFETY),
+        typer.Option(
+            help="compare the logits of source and result; by default for small models", rich_help_panel=SAFETY
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with an interrupted conversion", rich_help_panel=SAFETY)
+        bool, typer.Option("--resume", help="continue an interrupted conversion", rich_help_panel=SAFETY)
     ] = False,
     weights_only: Annotated[
         bool,
         typer.Option(
-            "--weights-only",
-            help="read pickles (pytorch_model.bin, DCP) through torch's restricted unpickler",
-            rich_help_panel=SAFETY,
+            "--weights-only", help="read pickles (pytorch_model.bin, DCP) without running code", rich_help_panel=SAFETY
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="the report as JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
-    """Convert a checkpoint; its form is found out. Streamed, exact, and there only when it is complete.
+    """Convert a checkpoint; its form is detected. Streamed, exact, and there only when it is complete.
 
     Example: grin-moe convert GRIN-MoE GRIN-MoE-phimoe --to phimoe
     """
+    options = dict(locals())
     check_exists(source)
     import conversion
 
+    del options["as_json"]
     with hint_of_resuming(), transfer("converting", as_json) as progress:
-        report = conversion.convert(
-            source,
-            destination,
-            to=to,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            base=base,
-            config=config,
-            weights_only=weights_only,
-            num_experts=experts,
-            top_k=top_k,
-            noise=noise,
-            seed=seed,
-            calibration=calibration,
-            check=check,
-            resume=resume,
-            progress=progress,
-        )
+        report = conversion.convert(**options, progress=progress)
     if as_json:
         print(json.dumps(vars(report), indent=2))
         return
@@ -130,18 +116,16 @@ def convert(
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="folder of a checkpoint in any form, or a GGUF file")],
+    path: Annotated[Path, typer.Argument(help="folder of a checkpoint of any form, or a GGUF file")],
     verify: Annotated[bool, typer.Option("--verify", help="read every tensor; find NaN and infinite values")] = False,
-    against: Annotated[Path | None, typer.Option(help="another checkpoint, to compare with bit by bit")] = None,
+    against: Annotated[Path | None, typer.Option(help="another checkpoint to compare with, bit by bit")] = None,
     config: Annotated[
         Path | None, typer.Option(help="folder with the config.json of a checkpoint that has none")
     ] = None,
-    weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="read pickles through torch's restricted unpickler")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON")] = False,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="read pickles without running code")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Say what a checkpoint is: form, config, parameters, files, checks. Exit code 1 if something is wrong with it.
+    """Describe a checkpoint: form, config, parameters, files, checks. Exit code 1 if something is wrong with it.
 
     Example: grin-moe inspect GRIN-MoE-fused --against GRIN-MoE
     """

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, DynamicCache, PhimoeConfig, PhimoeForCausalLM, StaticCache
 from transformers import PhimoeForSequenceClassification as StockClassifier
 
-from conversion.configs import phimoe_config
+from conversion.phimoe_config import phimoe_config
 from conversion.tensors import ConversionError
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification
 

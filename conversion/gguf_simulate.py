@@ -1,0 +1,136 @@
+"""Compute in torch what llama.cpp computes from a GGUF file, to check and to calibrate an export."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import nn
+
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, route
+
+from . import verify
+from .checkpoint import Checkpoint
+from .gguf_export import ARCHITECTURE, MODULES, Calibration, context_length, export_gguf, places
+from .tensors import ConversionError
+
+TOLERANCE = 1e-5  # of weights in float32
+ROUTER_SHIFT = 20  # see `load_gguf`
+
+
+@torch.inference_mode()
+def calibrate(model: GrinMoeForCausalLM, rows: Sequence[torch.Tensor]) -> Calibration:
+    """Measure a model's routing on rows of token ids. Near-ties whose weight rounds to 1 do not count."""
+    config = model.config
+    squares, near_ties = torch.zeros(config.num_hidden_layers, dtype=torch.float64), 0.0
+    num_tokens = sum(map(len, rows))
+    for row in rows:
+        output = model.eval().get_decoder()(row[None], output_router_logits=True, use_cache=False)
+        for layer, logits in enumerate(output.router_logits):
+            logits = logits.double()
+            squares[layer] += (logits - logits.mean(dim=-1, keepdim=True)).square().mean(dim=-1).sum()
+            if config.router_estimator != "gshard":  # which has no keep set
+                routing = route(
+                    logits,
+                    config.num_experts_per_tok,
+                    config.router_jitter_noise,
+                    estimator=config.router_estimator,
+                    training=False,
+                )
+                near_ties += (routing.weights < 1).any(dim=-1).sum().item()
+    return Calibration((squares / num_tokens).sqrt().tolist(), near_ties / num_tokens / config.num_hidden_layers)
+
+
+class RmsNorm(nn.LayerNorm):
+    """llama.cpp's norm in the `phimoe` graph, `LLM_NORM_RMS` with a bias."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normalised = nn.functional.rms_norm(hidden_states, self.normalized_shape, self.weight, self.eps)
+        return normalised + self.bias
+
+
+def load_gguf(path: Path, dtype: torch.dtype = torch.float32, *, router_shift: int = 0) -> GrinMoeForCausalLM:
+    """Load a file of `export_gguf` as the model that llama.cpp computes, with its norms and routing, in torch.
+
+    Its hidden states are the original model's, minus their mean over the hidden dimension.
+
+    Args:
+        dtype: of the dequantised weights.
+        router_shift: multiply the routers by 2^-`router_shift` once more. In float64, 20 makes the weights of a
+            token's experts equal, so that any difference from the model is in the weights. (Not for GShard's routers.)
+
+    Raises:
+        ConversionError: the file has another architecture.
+    """
+    reader = gguf.GGUFReader(path)
+
+    def field(name: str) -> Any:
+        found = reader.get_field(f"{ARCHITECTURE}.{name}")
+        if found is None:
+            raise ConversionError(f"{path} has no {ARCHITECTURE}.{name}: it is not a GGUF file of this architecture")
+        return found.contents()
+
+    top_k = field("expert_used_count")
+    config = GrinMoeConfig(
+        vocab_size=field("vocab_size"),
+        hidden_size=field("embedding_length"),
+        intermediate_size=field("feed_forward_length"),
+        num_hidden_layers=field("block_count"),
+        num_attention_heads=field("attention.head_count"),
+        num_key_value_heads=field("attention.head_count_kv"),
+        num_local_experts=field("expert_count"),
+        num_experts_per_tok=top_k,
+        max_position_embeddings=field("context_length"),
+        sliding_window=None,
+        rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": field("rope.freq_base")},
+        router_jitter_noise=0.0,
+        router_estimator="gshard" if top_k > 1 else "sparsemixer_v2",  # normalised; a single weight is 1
+    )
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    state: dict[str, torch.Tensor] = {}
+    for place in places(config):
+        tensor = tensors[place.name]
+        values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type))).to(dtype)
+        parts = values if "{e}" in MODULES[place.kind] else [values]
+        state.update(zip(place.sources, parts, strict=True))
+    model = GrinMoeForCausalLM(config).to(dtype)
+    model.set_experts_implementation("eager")  # the one that also computes in float64
+    model.load_state_dict(state)
+    for layer in model.model.layers:
+        layer.block_sparse_moe.gate.weight.data *= 2.0**-router_shift
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.LayerNorm:
+            norm = RmsNorm(module.normalized_shape, module.eps, dtype=dtype)
+            norm.load_state_dict(module.state_dict())
+            model.set_submodule(name, norm)
+    return model.eval()
+
+
+def compare_gguf(checkpoint: Checkpoint, path: Path, input_ids: torch.Tensor, *, is_exact: bool) -> float:
+    """Compare what llama.cpp computes from a file with the model without near-ties.
+
+    Args:
+        is_exact: whether the file is F32. If not, an F32 file is made beside it and compared, because rounded weights
+            would hide an error of the folds.
+
+    Returns:
+        The relative difference of the logits, of the file's type.
+    """
+    if not is_exact:
+        unrounded = path.with_name(f"{path.name}.f32")
+        export_gguf(checkpoint, unrounded, file_type="f32")
+        compare_gguf(checkpoint, unrounded, input_ids, is_exact=True)
+        unrounded.unlink()
+
+    input_ids = input_ids[:, : context_length(checkpoint.config)]
+    model = verify.load_model(verify.without_near_ties(checkpoint), verify.DTYPE)
+    shift = 0 if checkpoint.config.router_estimator == "gshard" else ROUTER_SHIFT
+    before = verify.compute(model, input_ids)
+    after = verify.compute(load_gguf(path, verify.DTYPE, router_shift=shift), input_ids)
+    # Centring takes the mean out of the residual stream, as every norm does anyway.
+    residual = [name for name in before if name not in ("norm", "logits")]
+    before |= {name: before[name] - before[name].mean(dim=-1, keepdim=True) for name in residual}
+    return verify.compare(before, after, TOLERANCE if is_exact else torch.inf)
