@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PhimoeForCausalLM, PhimoeForSequenceClassification, PhimoeModel
 
 from conversion import ConversionError, convert, open_checkpoint
+from conversion.phimoe_config import phimoe_notes
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
 
 CONFIGS = {
@@ -35,16 +36,16 @@ REFUSED = {
     ("top-1", "phimoe"): "num_experts_per_tok",
     ("head_dim x heads != hidden_size", "gguf"): "head_dim",
 }
-FORMS = ("hub", "fused", "phimoe", "stock", "dcp", "pickle")
+FORMS = ("hub", "fused", "phimoe", "dcp", "pickle")
+TARGETS = ("hub", "fused", "phimoe", "gguf")
+CASES = [(form, to, "released") for form in FORMS for to in TARGETS]
+CASES += [("hub", to, name) for name in CONFIGS if name != "released" for to in TARGETS if to != "hub"]
 
 
 def write_source(folder: Path, form: str, config: dict, tensors: dict, num_shards: int = 3) -> Path:
     """A checkpoint in one of the forms, by hand."""
-    if form in ("fused", "stock"):
+    if form == "fused":
         tensors = fused(tensors, config)
-    if form == "stock":  # transformers' Phimoe as it spells its own modules
-        for released, stock in ((".block_sparse_moe.gate.", ".mlp.router."), (".block_sparse_moe.", ".mlp.")):
-            tensors = {name.replace(released, stock): tensor for name, tensor in tensors.items()}
     if form in ("dcp", "pickle"):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
@@ -53,7 +54,7 @@ def write_source(folder: Path, form: str, config: dict, tensors: dict, num_shard
         else:
             torch.save(tensors, folder / "pytorch_model.bin")
         return folder
-    if form in ("phimoe", "stock"):
+    if form == "phimoe":
         window = config["sliding_window"]
         config = {k: v for k, v in config.items() if k not in ("auto_map", "_name_or_path")}
         config |= {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"]}
@@ -89,9 +90,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert found[name].view(torch.uint8).equal(tensor.contiguous().view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("to", ["hub", "fused", "phimoe", "gguf"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "to", "name"), CASES)
 def test_every_form_to_every_other(tmp_path, form, to, name):
     config = released_config(**CONFIGS[name])
     tensors = released_tensors(config)
@@ -153,10 +152,13 @@ def test_there_and_back_is_the_identity(tmp_path, to):
     assert back == first
 
 
-@pytest.mark.parametrize("to", ["hub", "fused", "phimoe"])
 @pytest.mark.parametrize(
-    ("model_class", "stock_class"),
-    [(GrinMoeForSequenceClassification, PhimoeForSequenceClassification), (GrinMoeModel, PhimoeModel)],
+    ("model_class", "stock_class", "to"),
+    [
+        (GrinMoeForSequenceClassification, PhimoeForSequenceClassification, "fused"),
+        (GrinMoeForSequenceClassification, PhimoeForSequenceClassification, "phimoe"),
+        (GrinMoeModel, PhimoeModel, "phimoe"),
+    ],
 )
 def test_other_heads(tmp_path, model_class, stock_class, to):
     values = released_config(torch_dtype="float32", pad_token_id=0, eos_token_id=3, sliding_window=4)
@@ -295,10 +297,8 @@ HEAD_BIAS = "vLLM leaves out the head's bias"
         ({"sliding_window": None, "tie_word_embeddings": True}, [HEAD_BIAS, "vLLM builds a head of its own"]),
     ],
 )
-def test_what_the_readers_of_phimoe_compute_otherwise_is_said(tmp_path, changes, notes):
-    config = released_config(**changes)
-    source = write_checkpoint(tmp_path / "source", config, released_tensors(config))
-    found = convert(source, tmp_path / "result", to="phimoe").notes
+def test_what_the_readers_of_phimoe_compute_otherwise_is_said(changes, notes):
+    found = phimoe_notes(GrinMoeConfig.from_dict(released_config(**changes)))
     assert len(found) == len(notes) and all(map(str.startswith, found, notes))
 
 
@@ -343,7 +343,7 @@ def test_near_ties_are_in_the_report(tmp_path):
         tied.append(near[0] | near[1])
     assert 0.05 < torch.stack(tied).float().mean() < 0.95
     expected = f"{torch.stack(tied).float().mean():.2%}"
-    assert report.notes[-1] == f"near-ties on random tokens, for want of a text: {expected} of (token, layer)"
+    assert report.notes[-1] == f"near-ties on random tokens, because no text was given: {expected} of (token, layer)"
 
 
 def test_gshard_needs_no_router_shift(tmp_path):
@@ -377,22 +377,22 @@ def source(tmp_path):
         ("source", {}, "lies in the source"),
         ("source/result", {}, "lies in the source"),
         ("full", {}, "full exists"),
-        ("result", {"to": "onnx"}, "to='onnx' is unknown: use one of hub"),
-        ("result", {"dtype": "int8"}, "dtype='int8' is unknown: use one of float32"),
+        ("result", {"to": "onnx"}, "to must be one of hub, fused, phimoe, gguf; got 'onnx'"),
+        ("result", {"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16; got 'int8'"),
         ("result", {"num_experts": 3}, "--calibration"),
         ("result", {"calibration": "nowhere.txt"}, "nowhere.txt"),
         ("result", {"config": "nowhere"}, "nowhere"),
         ("result", {"to": "gguf"}, "ends with .gguf"),
         ("folder.gguf", {"to": "gguf"}, "folder.gguf exists"),
         *(
-            ("result", {"max_shard_size": size}, "max_shard_size=.* is no size")
+            ("result", {"max_shard_size": size}, "max_shard_size must be a size such as")
             for size in ("0", "-1GB", "5 apples", 0)
         ),
         ("x.gguf", {"to": "gguf", "max_shard_size": "1GB"}, "max_shard_size=1GB would have no effect"),
         ("result", {"top_k": 3}, "top_k=3 would have no effect.*num_experts"),
         ("result", {"noise": 0.1}, "noise=0.1 would have no effect"),
         ("result", {"seed": 1}, "seed=1 would have no effect"),
-        ("result", {"base": "."}, "base=. would have no effect: the source is no adapter"),
+        ("result", {"base": "."}, "base=. would have no effect: the source is not an adapter"),
         ("result", {"calibration": __file__}, "calibration=.* would have no effect"),
         ("result", {"calibration": __file__, "num_experts": 3, "top_k": 1}, "top_k=1 would have no effect: of 6"),
     ],
@@ -490,26 +490,25 @@ def test_links_within_the_folder_and_to_the_hubs_blobs_are_followed(tmp_path, so
         convert(snapshot, tmp_path / "again", to="hub")
 
 
-@pytest.mark.parametrize("kind", ["trained", "real"])
-def test_stock_transformers_reads_the_tokenizer(tmp_path, source, request, kind):
+def test_stock_transformers_reads_the_tokenizer(tmp_path, source, trained_tokenizer, real_tokenizer_dir):
     """In a process that has never heard of this package."""
-    if kind == "trained":
-        request.getfixturevalue("trained_tokenizer").save_pretrained(source)
-    else:
-        for path in request.getfixturevalue("real_tokenizer_dir").iterdir():
-            (source / path.name).write_bytes(path.read_bytes())
-    convert(source, tmp_path / "result", to="phimoe")
-    settings = json.loads((tmp_path / "result" / "tokenizer_config.json").read_text())
-    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "auto_map" not in settings
-    text = "Hello,   world!<|end|>\n<|assistant|>\nfoo\tbar  \u2028é漢🙂"
+    trained_tokenizer.save_pretrained(tmp_path / "trained")
+    text, expected = "Hello,   world!<|end|>\n<|assistant|>\nfoo\tbar  \u2028é漢🙂", []
+    for name, tokenizer in (("result1", tmp_path / "trained"), ("result2", real_tokenizer_dir)):
+        for path in tokenizer.iterdir():
+            shutil.copy(path, source)
+        convert(source, tmp_path / name, to="phimoe", check=False)
+        settings = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "auto_map" not in settings
+        expected.append(AutoTokenizer.from_pretrained(source)(text).input_ids)
     code = (
         "import sys; from transformers import AutoTokenizer as auto; "
-        "print(auto.from_pretrained(sys.argv[1])(sys.argv[2]).input_ids)"
+        "print([auto.from_pretrained(path)(sys.argv[1]).input_ids for path in sys.argv[2:]])"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "result"), text]
+    command = [sys.executable, "-c", code, text, str(tmp_path / "result1"), str(tmp_path / "result2")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == AutoTokenizer.from_pretrained(source)(text).input_ids
+    assert json.loads(result.stdout.splitlines()[-1]) == expected
 
 
 def test_the_first_layer_that_differs_is_named(tmp_path, source, monkeypatch):
@@ -534,7 +533,7 @@ def test_the_first_layer_that_differs_is_named(tmp_path, source, monkeypatch):
 
 
 def test_big_models_are_not_checked_unless_asked(tmp_path, source, monkeypatch):
-    monkeypatch.setattr("conversion.checks.SMALL", 1000)
+    monkeypatch.setattr("conversion.verify.SMALL", 1000)
     assert convert(source, tmp_path / "a", to="fused").difference is None
     assert convert(source, tmp_path / "b", to="fused", check=True).difference == 0
 
