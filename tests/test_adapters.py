@@ -1,18 +1,16 @@
-"""Adapters: merged into checkpoints of any form, and written as one LoRA for each expert's matrix."""
+"""Adapters merged into checkpoints of any form."""
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
 from checkpoints import fused, released_config, released_tensors, write_checkpoint
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from conversion import ConversionError, adapters, convert, open_checkpoint
-from conversion.adapters import export_adapter, find_base, merge_adapter
+from conversion import ConversionError, convert, open_checkpoint
+from conversion.adapters import find_base, merge_adapter
 from modeling_grin import GrinMoeForCausalLM, patterns_grinmoe
 from modeling_grin.training.lora import add_lora
 
@@ -64,9 +62,6 @@ def factors(weights, name):
     a = a[int(expert) * rank : (int(expert) + 1) * rank]
     b = torch.stack([b[:, r * EXPERTS + int(expert)] for r in range(rank)], dim=1)
     return a, {"w1": b[:FFN], "w3": b[FFN:], "w2": b}[part]
-
-
-# ---- Merging ----
 
 
 @pytest.mark.parametrize("form", ["hub", "fused"])
@@ -183,88 +178,6 @@ def test_a_config_that_names_code_is_refused(base, tmp_path, monkeypatch):
     assert not (tmp_path / "it_ran").exists()
 
 
-# ---- Export ----
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"attention": False, "router": False},
-        {"use_rslora": True},
-        {"rank_pattern": {"gate_up_proj": 3, "q_proj": 4, "w2": 7}, "alpha_pattern": {r"layers\.1\..*down_proj": 11}},
-    ],
-    ids=["all", "experts alone", "rslora", "patterns"],
-)
-def test_export_to_single_experts(base, tmp_path, settings):
-    """The same products, matrix by matrix, and the same logits in peft."""
-    model = train_adapter(base, tmp_path / "fused", **settings)
-    export_adapter(tmp_path / "fused", base, tmp_path / "linear")
-    before = load_file(tmp_path / "fused" / "adapter_model.safetensors")
-    after = load_file(tmp_path / "linear" / "adapter_model.safetensors")
-    names = EXPERT_NAMES + (OTHER_NAMES if settings.get("attention", True) else [])
-    assert after.keys() == {f"base_model.model.{name}.lora_{factor}.weight" for name in names for factor in "AB"}
-    for name in names:
-        for found, expected in zip(factors(after, name), factors(before, name), strict=True):
-            assert torch.equal(found, expected)
-
-    config = json.loads((tmp_path / "linear" / "adapter_config.json").read_text())
-    assert not config["target_parameters"] and {"w1", "w2", "w3"} <= set(config["target_modules"])
-    linear = AutoModelForCausalLM.from_pretrained(base, experts_implementation="linear")
-    exported = PeftModel.from_pretrained(linear, tmp_path / "linear").eval()
-    expected = logits(model)
-    torch.testing.assert_close(logits(exported), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
-    with model.disable_adapter():
-        assert (logits(model) - expected).norm() > 0.05 * expected.norm()
-    merged = [merge_adapter(tmp_path / kind, open_checkpoint(base), None).tensors for kind in ("fused", "linear")]
-    for name, tensor in merged[0].items():
-        torch.testing.assert_close(merged[1][name].read(), tensor.read(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(("weight", "parts"), [("gate_up_proj", {"w1", "w3"}), ("down_proj", {"w2"})])
-def test_export_of_one_of_the_two_weights(base, tmp_path, weight, parts):
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(1)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=r".*\.[qv]_proj",
-                        target_parameters=[f"experts.{weight}"])  # fmt: skip
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1)
-    model.save_pretrained(tmp_path / "fused")
-    convert(tmp_path / "fused", tmp_path / "linear", to="adapter")  # without a base
-    names = load_file(tmp_path / "linear" / "adapter_model.safetensors")
-    assert {name.split(".")[-3] for name in names} == parts | {"q_proj", "v_proj"}
-    linear = AutoModelForCausalLM.from_pretrained(base, experts_implementation="linear")
-    exported = PeftModel.from_pretrained(linear, tmp_path / "linear").eval()
-    torch.testing.assert_close(logits(exported), logits(model), rtol=1e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"target_parameters": ["layers.0.block_sparse_moe.experts.down_proj"]},
-            "not the fused experts of all layers",
-        ),
-        ({"target_parameters": ["mlp.weight"]}, r"has \['mlp.weight'\], not the fused experts"),
-        ({"target_parameters": None}, "more adapters of .* than target_parameters="),
-        ({"target_parameters": ["experts.down_proj"]}, "more adapters of .* than target_parameters="),
-        ({"layers_to_transform": [1]}, r"layers_to_transform=\[1\] acts on modules alone"),
-        ({"r": 5}, "which are no factors of rank 5"),
-        ({"r": 3}, "no factors of rank 3 of the experts of "),
-        ({"rank_pattern": {"(": 3}}, r"'\(' in rank_pattern is no regular expression: .*unterminated"),
-    ],
-)
-def test_exports_that_are_refused(base, tmp_path, change, message):
-    train_adapter(base, tmp_path / "fused")
-    edit(tmp_path / "fused", **change)
-    with pytest.raises(ConversionError, match=message):
-        export_adapter(tmp_path / "fused", base, tmp_path / "linear")
-    assert not (tmp_path / "linear").exists()
-
-
 ENDLESS = "((.|.)*)*!"  # twice as long with every character
 
 
@@ -281,19 +194,15 @@ ENDLESS = "((.|.)*)*!"  # twice as long with every character
     ids=lambda change: list(change)[-1],
 )
 def test_expressions_that_never_end(base, tmp_path, monkeypatch, change):
-    """Merging, exporting and `load_adapter` refuse them, before anything is loaded, and take others."""
+    """Merging and `load_adapter` refuse them, before anything is loaded, and accept others."""
     folder = tmp_path / "adapter"
     train_adapter(base, folder)
-    if "rank_pattern" in change:  # the one that an export matches, too, and a harmless one in all fields
+    if "rank_pattern" in change:  # a harmless one in all fields
         edit(folder, target_modules=r".*\.[qkvo]_proj", rank_pattern={r"q_pro.+": 2}, modules_to_save=["lm_hea[d]"])
         model = GrinMoeForCausalLM.from_pretrained(base)
         patterns_grinmoe.check_patterns(
             json.loads((folder / "adapter_config.json").read_text()), patterns_grinmoe.adaptable_names(model), folder
         )
-        monkeypatch.setattr(patterns_grinmoe, "SECONDS", 0.5)
-        edit(folder, modules_to_save=None, **change)
-        with pytest.raises(ConversionError, match="in rank_pattern was not matched"):
-            export_adapter(folder, base, tmp_path / "linear")
     monkeypatch.setattr(patterns_grinmoe, "SECONDS", 0.5)
     edit(folder, **change)
     message = re.escape(f"{ENDLESS!r} in {list(change)[-1]} was not matched against the model's names in 0.5 seconds")
@@ -303,35 +212,6 @@ def test_expressions_that_never_end(base, tmp_path, monkeypatch, change):
     model = GrinMoeForCausalLM.from_pretrained(base)
     with pytest.raises(ValueError, match=message):
         model.load_adapter(str(folder))
-
-
-def test_a_rank_that_does_not_divide(base, tmp_path):
-    train_adapter(base, tmp_path)
-    edit(tmp_path, r=4)
-    with pytest.raises(ConversionError, match=r"which are no factors of rank 4 of the experts$"):
-        export_adapter(tmp_path, None, tmp_path / "linear")
-
-
-@pytest.mark.parametrize("part", ["experts.base_layer.lora_A", "experts.base_layer.lora_B", "experts.lora_A"])
-def test_exports_of_one_factor(base, tmp_path, part):
-    train_adapter(base, tmp_path)
-    weights = load_file(tmp_path / "adapter_model.safetensors")
-    drop(part)(weights)
-    save_file(weights, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ConversionError, match=r"_proj has A .*\[0\].*, which are no factors of rank 2"):
-        export_adapter(tmp_path, None, tmp_path / "linear")
-
-
-def test_exports_of_nothing(base, tmp_path):
-    train_adapter(base, tmp_path / "linear", linear=True)
-    with pytest.raises(ConversionError, match="no adapters of fused experts"):
-        export_adapter(tmp_path / "linear", base, tmp_path / "result")
-    other = tmp_path / "other"
-    other.mkdir()
-    shutil.copy(tmp_path / "linear" / "adapter_config.json", other)
-    with pytest.raises(ConversionError, match=r"other has no adapter_model\.safetensors"):
-        adapters.export_adapter(other, base, tmp_path / "result")
-    assert not (tmp_path / "result").exists()
 
 
 def test_a_base_of_mixed_dtypes_needs_one(tmp_path):

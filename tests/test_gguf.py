@@ -21,7 +21,8 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from conversion import gguf_export
 from conversion.checkpoint import Checkpoint
-from conversion.gguf_export import Calibration, Fold, calibrate, estimate_router_std, export_gguf, load_gguf
+from conversion.gguf_export import Calibration, Fold, estimate_router_std, export_gguf
+from conversion.gguf_simulate import calibrate, load_gguf
 from conversion.gguf_vocabulary import check_ids
 from conversion.tensors import ConversionError, StoredTensor
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeTokenizer
@@ -396,7 +397,7 @@ def test_file_of_another_architecture_is_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    with pytest.raises(ConversionError, match=r"has no phimoe\..*: it is no GGUF file of this architecture"):
+    with pytest.raises(ConversionError, match=r"has no phimoe\..*: it is not a GGUF file of this architecture"):
         load_gguf(tmp_path / "model")
 
 

@@ -1,14 +1,13 @@
-"""Conversions that end before their time: killed at random moments, interrupted, on a full disk. Real processes."""
+"""Conversions that end before their time: killed, interrupted, on a full disk. Real processes."""
 
 import hashlib
 import json
 import multiprocessing
 import os
-import random
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -20,13 +19,13 @@ from conversion import ConversionError, convert, writing
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 160,
     "num_hidden_layers": 4,
     "num_local_experts": 8,
     "vocab_size": 999,
 }
-ARGUMENTS = {"to": "fused", "max_shard_size": "1MB", "check": False}
+ARGUMENTS = {"to": "fused", "max_shard_size": "300KB", "check": False}
 
 
 def write_source(folder: Path, seed: int = 0) -> Path:
@@ -36,7 +35,7 @@ def write_source(folder: Path, seed: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """17 MB."""
+    """4.7 MB."""
     return write_source(tmp_path_factory.mktemp("interruption") / "source")
 
 
@@ -55,9 +54,22 @@ def incomplete(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.incomplete")
 
 
-def run(source: Path, destination: Path, begun) -> None:
-    begun.set()
-    convert(source, destination, **ARGUMENTS)
+def run(source: Path, destination: Path, kill_at: tuple[str, int]) -> None:
+    """Convert, and kill this process by SIGKILL at an audit event since the start, or after so many bytes."""
+    event, left = kill_at
+
+    def count(number: int) -> None:
+        nonlocal left
+        left -= number
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(name: str, args: tuple) -> None:
+        if name == event or (name == "os.rename" and event == "publish" and args[1] == str(destination)):
+            count(1)
+
+    sys.addaudithook(hook)
+    convert(source, destination, **ARGUMENTS, progress=lambda done, total: count(done) if event == "bytes" else None)
 
 
 @pytest.fixture(scope="module")
@@ -71,44 +83,36 @@ def context():
     return context
 
 
-def test_killed_at_any_moment(context, source, expected, tmp_path):
-    """SIGKILL at random moments: the destination is absent or whole, and what is left is gone on with."""
-    generator = random.Random(0)
-    longest = 0.5  # seconds before a kill; follows what the machine does meanwhile
-    left = {"nothing": 0, "complete": 0, "begun": 0, "files": 0}
-    for number in range(200):
-        destination = tmp_path / f"result-{number}"
-        begun = context.Event()
-        process = context.Process(target=run, args=(source, destination, begun))
-        process.start()
-        assert begun.wait(600)
-        time.sleep(generator.uniform(0, longest))
-        process.kill()
-        process.join(600)
-        staging = incomplete(destination)
-        if destination.exists():
-            assert digest(destination) == expected
-            left["complete"] += 1
-            longest *= 0.8
-            shutil.rmtree(staging, ignore_errors=True)  # killed between renaming and tidying up
-            continue
-        if not staging.exists():
-            left["nothing"] += 1
-            longest *= 1.2
-            continue
-        done = {path: path.stat().st_mtime_ns for path in staging.glob("result/*.safetensors")}
-        left["files" if done else "begun"] += 1
-        if (staging / "plan.json").exists():  # else nothing was begun, and there is nothing to go on with
-            with pytest.raises(ConversionError, match="was interrupted: go on with it by --resume"):
+# What is there after the kill -> the moments: an audit event and its number, before which the process dies, or bytes.
+KILLS = {
+    "nothing": [("fcntl.flock", 1)],
+    "begun": [("os.rename", 1), ("os.rename", 2), ("os.rename", 3), ("bytes", 1), ("bytes", 250_000)],
+    "files": [("os.rename", 4), ("os.rename", 9), ("bytes", 1_000_000), ("bytes", 4_000_000), ("publish", 1)],
+    "complete": [("shutil.rmtree", 1)],
+}
+
+
+@pytest.mark.parametrize(("left", "kill_at"), [(left, kill_at) for left, kills in KILLS.items() for kill_at in kills])
+def test_killed_at_any_moment(context, source, expected, tmp_path, left, kill_at):
+    """The destination is absent or whole, and what is left is continued."""
+    destination = tmp_path / "result"
+    process = context.Process(target=run, args=(source, destination, kill_at))
+    process.start()
+    process.join(600)
+    assert process.exitcode == -signal.SIGKILL
+    staging = incomplete(destination)
+    assert destination.exists() == (left == "complete")
+    done = {path: path.stat().st_mtime_ns for path in staging.glob("result/model-*.safetensors")}
+    assert bool(done) == (left == "files")
+    if left != "complete":
+        if (staging / "plan.json").exists():  # else nothing was begun, and there is nothing to continue
+            with pytest.raises(ConversionError, match="was interrupted: continue it with --resume"):
                 convert(source, destination, **ARGUMENTS)
         convert(source, destination, **ARGUMENTS, resume=True)
-        assert digest(destination) == expected
         assert not staging.exists()
-        for path, written in done.items():  # not written once more
-            assert (destination / path.name).stat().st_mtime_ns == written
-        if number >= 40 and left["files"] >= 10:
-            break
-    assert left["files"] >= 10, left
+    assert digest(destination) == expected
+    for path, written in done.items():  # not written once more
+        assert (destination / path.name).stat().st_mtime_ns == written
 
 
 def stop_after(nbytes: int):
@@ -125,11 +129,11 @@ def stop_after(nbytes: int):
 
 
 @pytest.mark.parametrize("change", ["source", "arguments", "plan"])
-def test_only_the_same_conversion_is_gone_on_with(source, tmp_path, change):
+def test_only_the_same_conversion_is_continued(source, tmp_path, change):
     mine = shutil.copytree(source, tmp_path / "source")
     with pytest.raises(KeyboardInterrupt):
-        convert(mine, tmp_path / "result", **ARGUMENTS, progress=stop_after(6_000_000))
-    assert list(incomplete(tmp_path / "result").glob("result/*.safetensors"))
+        convert(mine, tmp_path / "result", **ARGUMENTS, progress=stop_after(1_500_000))
+    assert list(incomplete(tmp_path / "result").glob("result/model-*.safetensors"))
     arguments = dict(ARGUMENTS)
     if change == "source":
         write_source(mine, seed=1)
@@ -165,56 +169,51 @@ def test_another_calibration_text_is_noticed(tmp_path, trained_tokenizer):
 FULL_DISK = """
 import sys
 from pathlib import Path
-from conversion import ConversionError, convert, writing
-source, disk, fill = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-filler = (disk / "filler").open("wb", buffering=0)
-def progress(done, total):  # something else takes the room meanwhile
-    if fill:
-        filler.write(bytes(fill))
-def stop(done, total):  # Ctrl-C in the middle, to go on where there is room for the rest, but not for all of it
+from conversion import ConversionError, convert
+source, *disks = map(Path, sys.argv[1:])
+
+def stop(done, total):  # Ctrl-C in the middle, to continue where there is room for the rest, but not for all of it
     global written
     written += done
-    if written > 9_000_000:
+    if written > 2_500_000:
         raise KeyboardInterrupt
-try:
-    if fill < 0:
-        written = 0
-        try:
-            convert(source, disk / "result", to="fused", check=False, max_shard_size="1MB", progress=stop)
-        except KeyboardInterrupt:
-            pass
-        fill = 0
-        convert(source, disk / "result", to="fused", check=False, max_shard_size="1MB", resume=True)
-        print("gone on with")
-    convert(source, disk / "other", to="fused", check=False, progress=progress)
-except ConversionError as error:
-    print(error)
-filler.close()
-print(sorted(path.name for path in disk.iterdir()))
+
+def fill(done, total):  # something else takes the room meanwhile
+    with (disk / "filler").open("ab", buffering=0) as filler:
+        filler.write(bytes(500_000))
+
+for number, disk in enumerate(disks):
+    written = 0
+    try:
+        if number == 2:
+            try:
+                convert(source, disk / "result", to="fused", check=False, max_shard_size="300KB", progress=stop)
+            except KeyboardInterrupt:
+                convert(source, disk / "result", to="fused", check=False, max_shard_size="300KB", resume=True)
+        convert(source, disk / "other", to="fused", check=False, **({"progress": fill} if number == 1 else {}))
+    except ConversionError as error:
+        print(error, sorted(path.name for path in disk.iterdir()))
 """
 
 
-@pytest.mark.parametrize(
-    ("size", "fill", "message"),
-    [
-        ("8m", 0, "the disk is too full: 0.02 GB are needed"),
-        ("24m", 2_000_000, "other: the disk is full; nothing"),
-        ("24m", -1, "gone on with"),
-    ],
-)
-def test_full_disk(source, tmp_path, size, fill, message):
-    """On a file system of its own, too small from the start or filled by another meanwhile."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = f'mount -t tmpfs -o size={size} tmpfs "$3" && exec "$0" -c "$1" "$2" "$3" "$4"'
-    command = ["unshare", "--mount", "sh", "-c", mount, sys.executable, FULL_DISK, str(source), str(disk), str(fill)]
+def test_full_disk(source, tmp_path):
+    """File systems of their own: too small from the start, filled by another meanwhile, too small for a second one."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
         pytest.skip("no mounts may be made here")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    sizes = {"small": "2m", "filled": "6m", "resumed": "6m"}
+    for name in sizes:
+        (tmp_path / name).mkdir()
+    mounts = " && ".join(f"mount -t tmpfs -o size={size} tmpfs {tmp_path / name}" for name, size in sizes.items())
+    command = ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$0" "$@"', sys.executable, "-c", FULL_DISK]
+    result = subprocess.run(
+        [*command, str(source), *(str(tmp_path / name) for name in sizes)],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert message in result.stdout
-    assert result.stdout.splitlines()[-1] == ("['filler', 'result']" if fill < 0 else "['filler']")
+    small, filled, resumed = result.stdout.splitlines()
+    assert "the disk is too full: 0.00 GB are needed" in small and small.endswith(" []")
+    assert "other: the disk is full; nothing has been left there" in filled and filled.endswith(" ['filler']")
+    assert "the disk is too full" in resumed and resumed.endswith(" ['result']")
 
 
 def test_errors_leave_nothing(source, tmp_path):

@@ -111,7 +111,7 @@ def test_generation_config(model):
 def test_settings_are_refused_before_any_work(model, tmp_path):
     """Found when the result was loaded to be checked, after everything had been written."""
     written: list[int] = []
-    for text, message in (("1", "holds a JSON int"), ('{"max_new_tokens": "x"}', "'max_new_tokens': 'x': ")):
+    for text, message in (("1", "got a JSON int"), ('{"max_new_tokens": "x"}', "'max_new_tokens': 'x': ")):
         (model / "generation_config.json").write_text(text)
         with pytest.raises(ConversionError, match=rf"generation_config\.json .*{message}"):
             convert(model, tmp_path / "result", to="hub", progress=lambda done, total: written.append(done))
