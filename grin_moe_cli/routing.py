@@ -1,4 +1,4 @@
-"""The command that studies routing: `routing`."""
+"""`grin-moe routing`: study where the tokens of texts go."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,7 @@ Batches = Iterator[Mapping[str, "torch.Tensor"]]
 
 
 class TokensColumn(ProgressColumn):
-    """How many tokens are done, and how many a second."""
+    """Tokens done, and tokens per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.completed / task.elapsed if task.elapsed else 0
@@ -46,7 +46,7 @@ class TokensColumn(ProgressColumn):
 
 @contextmanager
 def counting(quiet: bool) -> Iterator[Progress]:
-    """Progress bars of tokens, one for each set."""
+    """Show progress bars of tokens, one for each set."""
     name, done = TextColumn("{task.description}"), TaskProgressColumn()
     columns = (name, BarColumn(), done, TokensColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, disable=quiet) as progress:
@@ -54,7 +54,7 @@ def counting(quiet: bool) -> Iterator[Progress]:
 
 
 def tracked(batches: Batches, progress: Progress, name: str, max_tokens: int) -> Batches:
-    """The batches, with a bar that each moves when the next is asked for."""
+    """Yield the batches and move a progress bar."""
     task = progress.add_task(escape(name), total=max_tokens)
     for batch in batches:
         yield batch
@@ -64,7 +64,7 @@ def tracked(batches: Batches, progress: Progress, name: str, max_tokens: int) ->
 
 @contextmanager
 def errors_about(name: str) -> Iterator[None]:
-    """Around what loads the checkpoint `name`: an error says so, in one line."""
+    """Name the checkpoint in errors of loading it, in one line."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -72,32 +72,32 @@ def errors_about(name: str) -> Iterator[None]:
 
 
 def load_model(name: str, dtype: str) -> "GrinMoeForCausalLM":
-    """The checkpoint's model, on the devices that there are."""
+    """Load the checkpoint's model on the available devices."""
     from modeling_grin.modeling_grinmoe import GrinMoeForCausalLM
 
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype} is none of {', '.join(DTYPES)}")
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype}")
     with errors_about(name):
         return GrinMoeForCausalLM.from_pretrained(name, dtype=dtype, device_map="auto")
 
 
 def parse_data(data: list[str]) -> dict[str, str]:
-    """`name=path` arguments as {name: path}; "all sets" is what the tables call their sum."""
+    """Parse NAME=PATH arguments to {name: path}. "all sets" is taken: the tables call their sum so."""
     from modeling_grin.analysis.report import ALL_SETS
 
     sets: dict[str, str] = {}
     for given in data:
         name, equals, path = given.partition("=")
         if not (name and equals and path):
-            raise ValueError(f"--data {given}: give a name and where the texts are, as in --data english=docs/*.md")
+            raise ValueError(f"--data must be NAME=PATH, as in --data 'english=docs/*.md'; got {given}")
         if name in sets or name == ALL_SETS:
-            raise ValueError(f"--data {given}: there is a set called {name} already")
+            raise ValueError(f"--data must have names that differ from each other and from {ALL_SETS!r}; got {given}")
         sets[name] = path
     return sets
 
 
 def shown(name: str) -> str:
-    """What the report calls a model or texts: as they were given, but for the folders of an absolute path."""
+    """The name of a model or of texts in the report: an absolute path loses its folders."""
     return Path(name).name if Path(name).is_absolute() else name
 
 
@@ -106,42 +106,41 @@ def routing(
     data: Annotated[
         list[str],
         typer.Option(
-            help="NAME=PATH, a set of texts; may be repeated. A file, folder or glob of jsonl, json or parquet (rows "
-            "with `text` or `messages`) or text, or a dataset of the Hub as DATASET or DATASET:CONFIG:SPLIT",
+            help="NAME=PATH, a set of texts; may be repeated. PATH is a file, folder or glob (text, or jsonl, json or "
+            "parquet with `text` or `messages`), or a Hub dataset: DATASET or DATASET:CONFIG:SPLIT",
             rich_help_panel=COUNTING,
         ),
     ],
     against: Annotated[
         str | None,
-        typer.Option(
-            help="another checkpoint, such as the fine-tuned one, on the same tokens", rich_help_panel=MODELS
-        ),
+        typer.Option(help="another checkpoint to compare with, such as a fine-tuned one", rich_help_panel=MODELS),
     ] = None,
     dtype: Annotated[
         str,
-        typer.Option(help="float32, bfloat16 or float16; auto: the checkpoint's own", rich_help_panel=MODELS),
+        typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own", rich_help_panel=MODELS),
     ] = "auto",
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="of each set, from its beginning", rich_help_panel=COUNTING)
+        int, typer.Option(min=1, help="tokens to count per set", rich_help_panel=COUNTING)
     ] = 100_000,
     sequence: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help=f"tokens that longer texts are cut into; by default {SEQUENCE}, or the model's context if shorter",
+            help=f"most tokens in a row; default: {SEQUENCE}, or the model's context if shorter",
             rich_help_panel=COUNTING,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="sequences of a forward pass", rich_help_panel=COUNTING)] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass", rich_help_panel=COUNTING)] = 8,
     output_dir: Annotated[
-        Path, typer.Option(help="where report.html, tables and pictures go", rich_help_panel=REPORT)
+        Path, typer.Option(help="folder for report.html, tables and pictures", rich_help_panel=REPORT)
     ] = Path("routing"),
     order: Annotated[
-        str, typer.Option(help="of the sets among the similarities: clustered or given", rich_help_panel=REPORT)
+        str,
+        typer.Option(help="order of sets in the similarity figure: clustered or given", rich_help_panel=REPORT),
     ] = "clustered",
-    as_json: Annotated[bool, typer.Option("--json", help="the main figures as JSON", rich_help_panel=REPORT)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON", rich_help_panel=REPORT)] = False,
 ) -> None:
-    """Study where the tokens of texts go: load, similarity of sets, specialised experts, and each token's experts.
+    """Study routing: expert load, similarity of texts, specialised experts, and each token's experts.
 
     Example: grin-moe routing GRIN-MoE --data code=src --data prose='docs/*.md' --against my-finetune
     """
@@ -153,20 +152,20 @@ def routing(
 
     sets = parse_data(data)
     if order not in ORDERS:
-        raise ValueError(f"--order {order} is none of {', '.join(ORDERS)}")
+        raise ValueError(f"--order must be {' or '.join(ORDERS)}; got {order}")
     names = [model] if against is None else [model, against]
     with errors_about(model):
         tokenizer = AutoTokenizer.from_pretrained(model)
     models = [load_model(name, dtype) for name in names]
     context = min(loaded.config.max_position_embeddings for loaded in models)
     if sequence is not None and sequence > context:
-        raise ValueError(f"--sequence {sequence} is more than the model's context of {context} tokens")
+        raise ValueError(f"--sequence must be at most {context}, the model's context; got {sequence}")
     length = sequence or min(SEQUENCE, context)
 
     sources = {name: shown(path) for name, path in sets.items()}
     titles = [shown(name) for name in names]
     if len({*titles}) < len(names):
-        titles = names  # which differ in their folders alone
+        titles = names  # they differ only in their folders
     study = RoutingStudy(titles[0], {}, sources=sources, against=None if against is None else titles[1], order=order)
     with counting(as_json) as progress:
         for name, path in sets.items():
@@ -201,4 +200,4 @@ def routing(
             f"{row['load_max_worst']:.2f} x",
         )
     console.print(table)
-    console.print(f"look at {escape(output_dir / 'report.html')}; pictures and tables are beside it", highlight=False)
+    console.print(f"wrote {escape(output_dir / 'report.html')}, with pictures and tables beside it", highlight=False)

@@ -1,4 +1,4 @@
-"""Commands that measure and plan: `gradients`, `plan`."""
+"""`grin-moe gradients` and `grin-moe plan`."""
 
 import csv
 import json
@@ -14,12 +14,12 @@ from .terminal import console, escape
 
 
 def gradients(
-    output_dir: Annotated[Path, typer.Option(help="where gradients.csv and the plots go")] = Path("gradients"),
-    over: Annotated[list[str] | None, typer.Option(help="what to sweep over; may be repeated; all by default")] = None,
-    layers: Annotated[int, typer.Option(min=1, help="random layers per point, of which the median is taken")] = 20,
-    batch: Annotated[int, typer.Option(min=1, help="tokens averaged in the signal-to-noise ratio (SNR)")] = 1024,
+    output_dir: Annotated[Path, typer.Option(help="folder for gradients.csv and plots")] = Path("gradients"),
+    over: Annotated[list[str] | None, typer.Option(help="variable to sweep; may be repeated; default: all")] = None,
+    layers: Annotated[int, typer.Option(min=1, help="random layers per point; their median counts")] = 20,
+    batch: Annotated[int, typer.Option(min=1, help="tokens per batch for the signal-to-noise ratio (SNR)")] = 1024,
 ) -> None:
-    """Measure the router-gradient estimators: exact bias, cosine, variance and signal to noise, by enumeration.
+    """Measure each router-gradient estimator exactly: bias, cosine, variance, signal-to-noise ratio.
 
     Example: grin-moe gradients --over num_experts --over curvature --layers 5
     """
@@ -43,7 +43,7 @@ def gradients(
     for variable in variables:
         plot_sweep(rows[variable], variable, output_dir / f"gradients_{variable}.png")
 
-    console.print("Router logits, each estimator against the objective it is made for:")
+    console.print("Gradient of the router logits; each estimator against its own objective:")
     for variable in variables:
         table = Table(title=f"over {variable}, default {getattr(Setting(), variable)}", title_justify="left")
         for column in (variable, "estimator", "Eq.", "bias", "cosine", "variance", "SNR"):
@@ -55,19 +55,19 @@ def gradients(
                     f"{row[variable]:g}", row["estimator"], str(row["equation"]), *(f"{x:.2g}" for x in figures)
                 )
         console.print(table)
-    console.print(f"{escape(output_dir / 'gradients.csv')} has every quantity and both equations; plots are beside it")
+    console.print(f"{escape(output_dir / 'gradients.csv')} has all quantities and both equations; plots are beside it")
 
 
-MODEL, DEVICES, STEP, OUTPUT = "The model", "The devices", "A training step", "What is printed"
+MODEL, DEVICES, STEP, OUTPUT = "Model", "Devices", "Training step", "Output"
 """Panels of `plan`'s options."""
 
 
 def plan(
     config: Annotated[
-        Path | None, typer.Option(help="folder or config.json; the released sizes by default", rich_help_panel=MODEL)
+        Path | None, typer.Option(help="folder or config.json; default: the released sizes", rich_help_panel=MODEL)
     ] = None,
     num_local_experts: Annotated[
-        int | None, typer.Option(help="instead of the config's, as the other sizes", rich_help_panel=MODEL)
+        int | None, typer.Option(help="overrides the config, like the sizes below", rich_help_panel=MODEL)
     ] = None,
     num_experts_per_tok: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
     hidden_size: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
@@ -75,18 +75,18 @@ def plan(
     num_hidden_layers: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
     num_attention_heads: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
     num_key_value_heads: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
-    devices: Annotated[int, typer.Option(help="how many", rich_help_panel=DEVICES)] = 64,
-    devices_per_machine: Annotated[int, typer.Option(help="that are connected fast", rich_help_panel=DEVICES)] = 8,
-    memory: Annotated[float, typer.Option(help="of a device, GB", rich_help_panel=DEVICES)] = 80,
+    devices: Annotated[int, typer.Option(help="number of devices", rich_help_panel=DEVICES)] = 64,
+    devices_per_machine: Annotated[int, typer.Option(help="devices per node", rich_help_panel=DEVICES)] = 8,
+    memory: Annotated[float, typer.Option(help="memory per device in GB", rich_help_panel=DEVICES)] = 80,
     assume: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE, another assumption; may be repeated", rich_help_panel=DEVICES),
+        typer.Option(help="NAME=NUMBER, another assumption; may be repeated", rich_help_panel=DEVICES),
     ] = None,
-    micro_batch: Annotated[int, typer.Option(help="sequences of a forward pass", rich_help_panel=STEP)] = 1,
+    micro_batch: Annotated[int, typer.Option(help="sequences per forward pass", rich_help_panel=STEP)] = 1,
     global_batch: Annotated[
-        int, typer.Option(help="sequences of an optimizer step, over all devices", rich_help_panel=STEP)
+        int, typer.Option(help="sequences per optimizer step, over all devices", rich_help_panel=STEP)
     ] = 1024,
-    sequence: Annotated[int, typer.Option(help="tokens of a sequence", rich_help_panel=STEP)] = 4096,
+    sequence: Annotated[int, typer.Option(help="tokens per sequence", rich_help_panel=STEP)] = 4096,
     precision: Annotated[
         str,
         typer.Option(
@@ -96,21 +96,21 @@ def plan(
     ] = "mixed",
     optimizer: Annotated[str, typer.Option(help="adamw, sgd_momentum or sgd", rich_help_panel=STEP)] = "adamw",
     checkpointing: Annotated[
-        bool, typer.Option(help="compute layers again in the backward pass", rich_help_panel=STEP)
+        bool, typer.Option(help="recompute layers in the backward pass", rich_help_panel=STEP)
     ] = True,
     balance_loss: Annotated[
         bool | None,
         typer.Option(
-            help="train with the load-balance loss; by default where the config's router_aux_loss_coef is above 0",
+            help="train with the load-balance loss; default: if the config's router_aux_loss_coef is above 0",
             rich_help_panel=STEP,
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="layouts to show", rich_help_panel=OUTPUT)] = 12,
+    rows: Annotated[int, typer.Option(min=1, help="layouts in the table", rich_help_panel=OUTPUT)] = 12,
     as_json: Annotated[
-        bool, typer.Option("--json", help="JSON: every layout with all its figures", rich_help_panel=OUTPUT)
+        bool, typer.Option("--json", help="print JSON: every layout with all figures", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
-    """Which layouts of many devices fit, what they hold and send, and how fast they should be. Nothing is run.
+    """Estimate memory, communication and speed of every layout of many devices. Nothing is run.
 
     Example: grin-moe plan --devices 64 --num-local-experts 32 --assume peak_flops=312e12
     """
@@ -128,9 +128,9 @@ def plan(
     else:
         path = config / "config.json" if config.is_dir() else config
         if not path.is_file():
-            raise ValueError(f"config={path} does not exist: give a folder with a config.json, or the file")
+            raise ValueError(f"config must be a config.json, or a folder with one; {path} does not exist")
         model = GrinMoeConfig.from_pretrained(path, **sizes)
-    if balance_loss is not None:  # what it costs does not depend on the coefficient
+    if balance_loss is not None:  # its cost does not depend on the coefficient
         model.router_aux_loss_coef = (model.router_aux_loss_coef or 1.0) if balance_loss else 0.0
     training = Training(micro_batch, global_batch, sequence, precision, optimizer, checkpointing)
     assumptions = make_assumptions(assume or [], memory=memory * GB, devices_per_machine=devices_per_machine)
@@ -163,14 +163,14 @@ def plan(
         else:
             cells += [f"over {available:.1f} GB"]
         table.add_row(str(estimate.layout), *cells)
-    wide = Console(width=max(console.width, 124))  # the columns are of no use cut off
+    wide = Console(width=max(console.width, 124))  # no column is cut off
     wide.print(table)
     fitting = sum(estimate.fits for estimate in estimates)
-    console.print(f"{fitting} of {len(estimates)} layouts fit. EP is for comparison: GRIN-MoE is trained without.")
+    console.print(f"{fitting} of {len(estimates)} layouts fit. EP is for comparison: GRIN-MoE is trained without it.")
     if left_out:
         name, reason = next(iter(left_out.items()))
         console.print(
-            f"{len(left_out)} others cannot be trained (all in --json), such as {escape(f'{name}: {reason}')}"
+            f"{len(left_out)} others cannot be trained (--json lists all), such as {escape(f'{name}: {reason}')}"
         )
     balance = {"router_aux_loss_coef": model.router_aux_loss_coef}  # 0: no load-balance loss
     for name, values in (("training", vars(training) | balance), ("assumptions", vars(assumptions))):

@@ -1,4 +1,4 @@
-"""A study of routing as files: pictures, tables, and a report in one HTML file. L layers, E experts, S sets."""
+"""Write a study of routing: pictures, tables and one HTML file. L layers, T tokens, K experts per token."""
 
 import base64
 import csv
@@ -21,9 +21,10 @@ from .figures import MIN_EXPECTED, SIGNIFICANT
 from .routing import RoutingComparison, RoutingCounts, token_routing
 from .specialization import Specialization, cluster, routing_similarity, specialization
 
+DPI = 120
 TOP = 12  # rows of the report's tables of experts and of pairs
 ORDERS = ("clustered", "given")
-ALL_SETS = "all sets"  # together, in the tables
+ALL_SETS = "all sets"  # their sum, in the tables
 TEMPLATE = "report.html"  # beside this file
 PICTURES = ("expert_load", "expert_load_by_set", "similarity", "specialization", "layers", "pairs", "agreement",
             "load_difference")  # fmt: skip
@@ -32,45 +33,37 @@ TABLES = ("load", "layers", "pairs", "similarity", "specialization", "comparison
 
 @dataclass
 class TokenView:
-    """Some texts of a set, whose T tokens the report shows with their experts."""
+    """Texts of a set whose tokens the report shows with their experts."""
 
     title: str
-    starts: list[bool]
-    """Whether a token is the first of another text."""
-    pieces: list[str]
-    """What each token stands for; "" for the first bytes of a character that a later token completes."""
-    tokens: list[str]
-    """Its name in the vocabulary."""
+    starts: list[bool]  # whether a token begins another text
+    pieces: list[str]  # the text of each token; "" for the first bytes of a character that a later token completes
+    tokens: list[str]  # their names in the vocabulary
     special: list[bool]
-    experts: list[list[list[int]]]
-    """`[L][T][K]`."""
-    weights: list[list[list[float]]]
-    """`[L][T][K]`."""
+    experts: list[list[list[int]]]  # [L][T][K]
+    weights: list[list[list[float]]]  # [L][T][K]
 
 
 @dataclass
 class RoutingStudy:
-    """What a report is made of."""
+    """The contents of a report."""
 
     model: str
     sets: dict[str, RoutingCounts]
-    sources: Mapping[str, str] = field(default_factory=dict)
-    """Where the texts of each set are from."""
+    sources: Mapping[str, str] = field(default_factory=dict)  # of each set's texts
     against: str | None = None
-    comparisons: dict[str, RoutingComparison] = field(default_factory=dict)
-    """Of `model` and `against`, for each set."""
+    comparisons: dict[str, RoutingComparison] = field(default_factory=dict)  # of `model` with `against`, by set
     views: list[TokenView] = field(default_factory=list)
-    order: str = "clustered"
-    """Of the sets in the picture of similarities: clustered, or given."""
+    order: str = "clustered"  # of the sets in the picture of similarities: clustered, or given
 
 
 def view_tokens(
     title: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]
 ) -> TokenView:
-    """The routing of the tokens of some texts, to be looked at.
+    """Route texts, one forward pass each, and keep every token's experts.
 
     Args:
-        rows: the ids of each text, which the model sees on its own.
+        rows: the ids of each text.
     """
     ids = [token_id for row in rows for token_id in row]
     routings = [token_routing(model, torch.tensor(row)) for row in rows]
@@ -88,16 +81,16 @@ def view_tokens(
 
 
 def rounded(weights: torch.Tensor) -> list[list[float]]:
-    """With three digits, as the report shows them."""
+    """Round to three digits, which the report shows."""
     return weights.double().round(decimals=3).tolist()
 
 
 def split_by_token(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) -> list[str]:
-    """The decoded text in the pieces that its tokens add to it, whatever the tokenizer does with spaces and bytes."""
+    """Split the decoded text into the piece that each token adds, however the tokenizer treats spaces and bytes."""
     pieces, done = [], ""
     for end in range(1, len(input_ids) + 1):
         text = tokenizer.decode(input_ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd"):  # a character of which bytes are missing
+        if text.endswith("\ufffd"):  # a character whose other bytes are to come
             pieces.append("")
         else:
             pieces.append(text[len(done) :])
@@ -106,7 +99,7 @@ def split_by_token(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int])
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A CSV file; floats with 9 digits."""
+    """Write a CSV file, floats with 9 digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -115,29 +108,27 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 
 def write_figure(path: Path, figure: Figure) -> str:
-    """Write a PNG, and an SVG beside it; returns the PNG as a data URL."""
-    for suffix, settings in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 120})):
-        content = io.BytesIO()
-        figure.savefig(content, format=suffix[1:], **settings)
-        write_whole(path.with_suffix(suffix), content.getvalue())
+    """Write a PNG, and return it as a data URL."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI)
+    write_whole(path, content.getvalue())
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
-    """Write `report.html`, the figures as PNG and SVG, and the tables as CSV to `folder`, for those of an earlier one.
+    """Write `report.html`, figures (PNG) and tables (CSV) to `folder`, and delete an earlier study's.
 
     Returns:
-        The study's main figures, as they can be written to JSON.
+        The study's main figures, for JSON.
 
     Raises:
         ValueError: the order is unknown.
     """
     if study.order not in ORDERS:
-        raise ValueError(f"order={study.order} is none of {', '.join(ORDERS)}")
+        raise ValueError(f"order must be {' or '.join(ORDERS)}; got {study.order}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (TEMPLATE, *(f"{name}{kind}" for name in PICTURES for kind in (".png", ".svg")),
-                 *(f"{name}.csv" for name in TABLES)):  # fmt: skip
+    for name in (TEMPLATE, *(f"{name}.png" for name in PICTURES), *(f"{name}.csv" for name in TABLES)):
         (folder / name).unlink(missing_ok=True)  # this study may have fewer of them
     total = reduce(add, study.sets.values())
     everything = {**study.sets, ALL_SETS: total} if len(study.sets) > 1 else study.sets
@@ -182,7 +173,7 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
 
 
 def numbers(counts: RoutingCounts) -> dict[str, float]:
-    """The figures of a set, means over the layers but for the largest load."""
+    """The figures of a set: means over the layers, and the largest load of any layer."""
     sums = counts.sums
     return {
         "tokens": counts.num_tokens,
@@ -195,7 +186,7 @@ def numbers(counts: RoutingCounts) -> dict[str, float]:
 
 
 def layer_curves(sets: Mapping[str, RoutingCounts]) -> dict[str, dict[str, torch.Tensor]]:
-    """What `layers.png` shows of each set, by layer."""
+    """The curves of `layers.png`, by layer."""
     sums = {name: counts.sums for name, counts in sets.items()}
     return {
         "share of tokens with a near-tie": {name: s.near_tie_rate() for name, s in sums.items()},
@@ -208,7 +199,7 @@ def layer_curves(sets: Mapping[str, RoutingCounts]) -> dict[str, dict[str, torch
 def comparison_curves(
     comparisons: Mapping[str, RoutingComparison], changed: RoutingComparison
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """What `agreement.png` shows of each set, by layer."""
+    """The curves of `agreement.png`, by layer."""
     overlaps = {name: comparison.overlap() for name, comparison in comparisons.items()}
     return {
         "share of tokens that go to the same experts": {name: c.agreement() for name, c in comparisons.items()},
@@ -234,7 +225,7 @@ def similarity_figure(folder: Path, study: RoutingStudy, summary: dict[str, Any]
 
 
 def write_count_tables(folder: Path, sets: Mapping[str, RoutingCounts]) -> None:
-    """load.csv, layers.csv and pairs.csv, with a row for each set and expert, layer, or pair."""
+    """Write load.csv, layers.csv and pairs.csv: a row for each set and expert, layer, or pair."""
 
     def loads() -> Iterator[Sequence[Any]]:
         for name, counts in sets.items():
@@ -266,7 +257,7 @@ def write_count_tables(folder: Path, sets: Mapping[str, RoutingCounts]) -> None:
 
 
 def notable_pairs(counts: RoutingCounts) -> list[dict[str, float]]:
-    """The pairs of experts that are chosen together most often, relative to independent choices."""
+    """The pairs of experts that are chosen together more often than independent choices would be."""
     expected = counts.expected_pairs().triu(diagonal=1)
     lift = torch.where(expected >= MIN_EXPECTED, counts.pairs / expected, 0)
     order = lift.flatten().argsort(descending=True)[:TOP]
@@ -286,7 +277,7 @@ def notable_pairs(counts: RoutingCounts) -> list[dict[str, float]]:
 
 
 def write_specialization(folder: Path, special: Specialization) -> None:
-    """specialization.csv, with a row for each expert, and the preferences of the sets in its last columns."""
+    """Write specialization.csv: a row for each expert, with the sets' preferences in its last columns."""
     tables = (special.score, special.information, special.shuffled, special.deviations, special.p_value,
               special.false_discovery, *special.preference)  # fmt: skip
     names = ["score", "bits", "shuffled_bits", "z", "p_value", "false_discovery"]
@@ -300,7 +291,7 @@ def write_specialization(folder: Path, special: Specialization) -> None:
 
 
 def specialized_experts(special: Specialization) -> list[dict[str, Any]]:
-    """The experts with the highest scores among those that chance does not explain."""
+    """The experts with the highest scores, if chance does not explain them."""
     known = torch.where(special.false_discovery < SIGNIFICANT, special.score, -torch.inf)
     order = known.flatten().argsort(descending=True)[:TOP]
     rows = []
@@ -324,7 +315,7 @@ def specialized_experts(special: Specialization) -> list[dict[str, Any]]:
 def write_comparison_tables(
     folder: Path, comparisons: Mapping[str, RoutingComparison], changed: RoutingComparison
 ) -> None:
-    """comparison.csv by set and layer, and load_difference.csv by set, layer and expert."""
+    """Write comparison.csv by set and layer, and load_difference.csv by set, layer and expert."""
     everything = {**comparisons, ALL_SETS: changed} if len(comparisons) > 1 else comparisons
     layers, experts = [], []
     for name, c in everything.items():
