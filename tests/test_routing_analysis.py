@@ -340,7 +340,7 @@ def test_shuffles_equal_enumeration():
     np.testing.assert_allclose(special.p_value[0], (every >= observed - 1e-12).mean(0), atol=0.04)  # 5 deviations
 
 
-@pytest.mark.parametrize("rows_per_text", [1, 8])
+@pytest.mark.parametrize("rows_per_text", [1, 2])
 def test_alike_sets_have_no_specialised_experts(rows_per_text):
     """Also where the tokens of a text are alike: sets differ by chance then, and tokens must not be shuffled."""
     generator = torch.Generator().manual_seed(5)

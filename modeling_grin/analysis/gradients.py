@@ -345,7 +345,7 @@ def sweep(variables: list[str], num_layers: int = 20, batch: int = 1024) -> Iter
         ValueError: a variable is not a key of `SWEEPS`.
     """
     if unknown := [variable for variable in variables if variable not in SWEEPS]:
-        raise ValueError(f"cannot sweep over {', '.join(unknown)}; use {', '.join(SWEEPS)}")
+        raise ValueError(f"over must be one of {', '.join(SWEEPS)}; got {', '.join(unknown)}")
     return (
         (variable, measure(replace(Setting(), **{variable: value}), num_layers, batch))
         for variable in variables
