@@ -1,9 +1,9 @@
-"""What does a micro-batch miss that does not know the experts' counts of those after it in the optimizer step?
+"""Measure what a micro-batch loses without the experts' counts of later micro-batches of its optimizer step.
 
 The load-balance loss's gradient with respect to a random router's weight, for an optimizer step split into
 micro-batches: with f of each micro-batch by itself, with f of the step so far (what the model does by default), and
-with that of the whole step (`exact_balance`), against the step in one piece. Cosine, and norm of the difference over
-the norm of the exact gradient; medians over random routers and tokens.
+with f of the whole step (`exact_balance`), against the step in one piece. Cosine, and norm of the difference over the
+norm of the exact gradient; medians over random routers and tokens.
 
     python benchmarks/accumulation.py --record
 """
@@ -25,7 +25,7 @@ KINDS = ("by itself", "the step so far", "the whole step")
 def gradient(
     weight: torch.Tensor, micro_batches: tuple[torch.Tensor, ...], kind: str, num_tokens: int
 ) -> torch.Tensor:
-    """The balance loss's gradient with respect to the router's `weight` `[E, H]`, of `micro_batches` `[tokens, H]`."""
+    """Return the balance loss's gradient for the router's `weight` `[E, H]`, from `micro_batches` `[tokens, H]`."""
     num_experts = weight.shape[0]
     logits = [tokens @ weight.T for tokens in micro_batches]
     counted = [torch.ones(len(z), dtype=torch.bool) for z in logits]
@@ -55,7 +55,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="random routers and tokens")] = 11,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """The load-balance gradient of an optimizer step in micro-batches, against that of the step in one piece.
+    """Compare the load-balance gradient of an optimizer step in micro-batches with the step in one piece.
 
     Example: python benchmarks/accumulation.py --repeats 3
     """

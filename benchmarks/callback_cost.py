@@ -1,10 +1,10 @@
-"""What do watching the router and the balance loss cost, as shares of a training step?
+"""Measure the cost of watching the router and of the balance loss, as shares of a training step.
 
 One GRIN-MoE takes turns at plain steps (forward and backward, no optimizer), steps that a `RoutingCallback` watches,
 and steps with the load-balance loss, one each per round, because a machine's speed drifts; medians over the rounds,
-and ratios to the plain step of the same round. What they add is timed by itself, too, on the routing of a real step:
-it is too small to be seen well in whole steps. Seconds are the process's CPU time, which other work on the machine
-changes less than what a clock shows.
+and ratios to the plain step of the same round. Their additions are also timed alone, on the routing of a real step:
+they are too small to be seen well in whole steps. Seconds are the process's CPU time, which other work on the machine
+changes little.
 
     python benchmarks/callback_cost.py --dtype bfloat16
 """
@@ -31,7 +31,7 @@ COEFFICIENT = 0.01
 
 
 class Training:
-    """A trainer's calls of its callbacks, without the trainer."""
+    """Calls callbacks as a trainer does."""
 
     def __init__(self, model: GrinMoeForCausalLM, rows: torch.Tensor, folder: Path):
         self.model, self.rows = model, rows
@@ -69,7 +69,7 @@ class Training:
 
 
 def cpu_seconds(tasks: Mapping[str, Callable[[], None]], rounds: int, what: str) -> dict[str, list[float]]:
-    """As `interleave`, in CPU time."""
+    """Do as `interleave`, in CPU time."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
 
     def run(name: str) -> None:
@@ -82,7 +82,7 @@ def cpu_seconds(tasks: Mapping[str, Callable[[], None]], rounds: int, what: str)
 
 
 def balance_alone(config: GrinMoeConfig, logits: Any, experts: Any, counted: torch.Tensor) -> None:
-    """What a forward and a backward pass do for the balance loss."""
+    """Do what a forward and a backward pass do for the balance loss."""
     layers = config.num_hidden_layers
     loss = BalanceLoss(COEFFICIENT, layers, config.num_local_experts, BalanceWindow(), counted, None)
     loss.count(experts)
@@ -91,7 +91,7 @@ def balance_alone(config: GrinMoeConfig, logits: Any, experts: Any, counted: tor
 
 
 def measure(training: Training, rounds: int) -> list[list[str]]:
-    """Rows of the table."""
+    """Return the rows of the table."""
     model, callback = training.model, training.callback
     steps: dict[str, Callable[[], None]] = {
         "plain": training.step,
@@ -132,16 +132,16 @@ COLUMNS = ["what", "by itself", "of a step", "whole step", "x plain"]
 
 
 def main(
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the model")] = "bfloat16",
-    tokens: Annotated[int, typer.Option(min=64, help="in a step, in rows of at most 512")] = 2048,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="dtype of the model")] = "bfloat16",
+    tokens: Annotated[int, typer.Option(min=64, help="tokens per step, in rows of at most 512")] = 2048,
     hidden_size: Annotated[int, typer.Option(min=64)] = 1024,
-    intermediate_size: Annotated[int, typer.Option(min=1, help="of one expert")] = 1600,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="FFN size of one expert")] = 1600,
     experts: Annotated[int, typer.Option(min=2)] = 16,
     layers: Annotated[int, typer.Option(min=1)] = 2,
     rounds: Annotated[int, typer.Option(min=2, help="steps of each kind; 20 times as many parts")] = 11,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """Time of a training step, plain, watched by RoutingCallback, and with the load-balance loss.
+    """Time a training step: plain, watched by RoutingCallback, and with the load-balance loss.
 
     Example: python benchmarks/callback_cost.py --dtype float32 --rounds 5
     """
@@ -154,11 +154,11 @@ def main(
         table = measure(Training(model, rows, Path(folder)), rounds)
     title = f"Cost of watching and balancing: hidden {hidden_size}, FFN {intermediate_size} x {experts}, "
     notes = (
-        f"{layers} layers; CPU time. Whole step: forward and backward, no optimizer; x plain: to the plain step of "
-        "the same round, median and quartiles. By itself: the observation of a forward pass's routing; a log line "
-        "with its file (one process: nothing to all-reduce); a heatmap, drawn at the first log, then at most for half "
-        "a percent of the time, and at the end; the count of the experts and the gradient of the balance loss "
-        f"({COEFFICIENT}) in all layers."
+        f"{layers} layers; CPU time. Whole step: forward and backward, no optimizer. x plain: relative to the plain "
+        "step of the same round, median and quartiles. By itself: each part alone. An observation sees a forward "
+        "pass's routing. A log line includes its file, without an all-reduce. A heatmap is drawn at the first log, "
+        f"at the end, and in between for at most half a percent of the time. The balance loss ({COEFFICIENT}) counts "
+        "experts and makes a gradient in all layers."
     )
     show(f"{title}{tokens} tokens, {dtype}", COLUMNS, table, record, notes)
 

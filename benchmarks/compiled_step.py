@@ -1,8 +1,8 @@
-"""What does `torch.compile` gain in a training step?
+"""Measure what `torch.compile` gains in a training step.
 
 The same weights in an eager and in a compiled model take turns. Compiled, the experts are transformers' `grouped_mm`
-and the logits whole (`experts_grinmoe.computes_here`, `loss_grinmoe.can_chunk`); inductor fuses all else. A third
-model has those two and is eager, to tell their part from the compiler's.
+and the logits whole (`experts_grinmoe.computes_here`, `loss_grinmoe.can_chunk`); inductor fuses everything else. A
+third, eager model has these two as well, to separate their part from the compiler's.
 
     python -m benchmarks.compiled_step
 """
@@ -29,7 +29,7 @@ def step(model: Any, rows: torch.Tensor, skip_logits: bool | None) -> None:
 
 
 def measure(sizes: dict[str, int], tokens: int, dtype: Dtype, rounds: int) -> tuple[dict[str, list[float]], float]:
-    """Seconds of a step (forward and backward) by model, and of the first compiled step."""
+    """Return seconds of a step (forward and backward) by model, and of the first compiled step."""
     torch.manual_seed(0)
     config = grin_config(**sizes)
     eager, plain = build_ours(config, dtype.of_torch), build_ours(config, dtype.of_torch)
@@ -47,17 +47,17 @@ def measure(sizes: dict[str, int], tokens: int, dtype: Dtype, rounds: int) -> tu
 
 
 def main(
-    tokens: Annotated[int, typer.Option(min=64, help="in rows of at most 512")] = 2048,
-    dtype: Annotated[list[Dtype], typer.Option(help="of the models")] = [*Dtype],  # noqa: B006
+    tokens: Annotated[int, typer.Option(min=64, help="tokens per step, in rows of at most 512")] = 2048,
+    dtype: Annotated[list[Dtype], typer.Option(help="dtype of the models")] = [*Dtype],  # noqa: B006
     layers: Annotated[int, typer.Option(min=1)] = 2,
     vocab_size: Annotated[int, typer.Option(min=8)] = 4096,
     hidden_size: Annotated[int, typer.Option(min=64)] = 1024,
-    intermediate_size: Annotated[int, typer.Option(min=1, help="of one expert")] = 1600,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="FFN size of one expert")] = 1600,
     experts: Annotated[int, typer.Option(min=2)] = 16,
-    repeats: Annotated[int, typer.Option(min=2, help="rounds, after one to warm up")] = 5,
+    repeats: Annotated[int, typer.Option(min=2, help="rounds after one warm-up")] = 5,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """A training step, eager and compiled.
+    """Time a training step, eager and compiled.
 
     Example: python -m benchmarks.compiled_step --dtype bfloat16
     """

@@ -1,10 +1,10 @@
-"""How fast is conversion next to `cp`, and how much memory does it take?
+"""Measure the speed of conversion beside `cp`, and its memory.
 
 A checkpoint of random weights in the released layout (by default the sizes of Phi-tiny-MoE, 7.5 GB in 17 files) is
-converted to every form in turn, and each time copied by `cp -r`, too, in turns of changing order, in fresh processes.
-Source files are in the page cache. A run ends when the call returns, and again when what it wrote is on the disk
-(`sync`); imports are not counted. Memory is the process's own pages (RssAnon, every 2 ms) over what it had before
-`convert` was called. Linux only; needs twice the checkpoint's size in free disk, four times for F32.
+converted to every form, and each time also copied by `cp -r`, in changing order, in fresh processes. Source files are
+in the page cache. A run ends when the call returns, and again when its files are on the disk (`sync`); imports are not
+counted. Memory is the process's own pages (RssAnon, every 2 ms) over what it had before `convert` was called. Linux
+only; needs twice the checkpoint's size in free disk, four times for F32.
 
     python -m benchmarks.conversion
 """
@@ -62,7 +62,7 @@ def random_tensor(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def write_checkpoint(folder: str, sizes: dict[str, int]) -> None:
-    """Random weights in the released layout, a tensor at a time."""
+    """Write random weights in the released layout, a tensor at a time."""
     config = GrinMoeConfig(**sizes)
     shapes = {
         name: shape for _, parts in HUB.groups(config, GrinMoeForCausalLM).values() for name, shape in parts.items()
@@ -81,7 +81,7 @@ def write_checkpoint(folder: str, sizes: dict[str, int]) -> None:
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds until a call returned, and until what it wrote was on the disk."""
+    """Return seconds until a call returned, and until its files were on the disk."""
     os.sync()
     started = time.perf_counter()
     function()
@@ -91,7 +91,7 @@ def timed(function: Callable[[], Any]) -> tuple[float, float]:
 
 
 def run_conversion(source: str, destination: str, options: dict[str, Any]) -> tuple[float, float, int]:
-    """`timed`, and the most memory over what was there before."""
+    """Return the results of `timed`, and the peak memory over the process's memory before."""
     before, pages = memory("RssAnon"), OwnPagesPeak()
     pages.start()
     shards = {} if options["to"] == "gguf" else {"max_shard_size": "500MB"}
@@ -118,7 +118,7 @@ def remove(path: Path) -> None:
 def measure(
     folder: Path, sizes: dict[str, int], conversions: dict[str, dict[str, Any]], repeats: int
 ) -> list[list[str]]:
-    """The rows of the table, in the conversions' order."""
+    """Return the rows of the table, in the conversions' order."""
     source = folder / "source"
     in_fresh_process(write_checkpoint, str(source), sizes)
     file_bytes = max(file.stat().st_size for file in source.glob("*.safetensors"))
@@ -155,13 +155,13 @@ def measure(
 
 def main(
     layers: Annotated[int, typer.Option(min=1)] = 32,
-    gguf_layers: Annotated[int, typer.Option(min=1, help="of the checkpoint that becomes GGUF, with 32 heads")] = 2,
+    gguf_layers: Annotated[int, typer.Option(min=1, help="layers of the checkpoint that becomes GGUF")] = 2,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     vocab_size: Annotated[int, typer.Option(min=8)] = 32064,
     hidden_size: Annotated[int, typer.Option(min=64)] = 4096,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """Speed of conversion next to `cp`, and peak memory.
+    """Measure the speed of conversion beside `cp`, and peak memory.
 
     Example: python -m benchmarks.conversion --layers 2 --repeats 3
     """
@@ -171,10 +171,10 @@ def main(
         rows = measure(Path(folder), sizes, CONVERSIONS, repeats)
         rows += measure(Path(folder), sizes | heads, GGUF, repeats)
     notes = (
-        f"Medians of {repeats}. `cp -r` copies the source; speeds are those of reading it, cp's time over ours. Peak "
-        "memory: own pages over those before, also relative to the largest file of the source. GGUF is made of a "
-        f"checkpoint with {gguf_layers} layers and {heads['num_attention_heads']} heads; its folds are computed in "
-        "float64, and all it stores is read back for the error in the report."
+        f"Medians of {repeats}. `cp -r` copies the source; speeds are cp's time over ours. Peak memory: own pages "
+        f"over the ones before, also relative to the largest file of the source. The GGUF source has {gguf_layers} "
+        f"layers and {heads['num_attention_heads']} heads. Its folds are computed in float64, and the file is read "
+        "back for the report's error."
     )
     show(f"Conversion of Phi-tiny-MoE's sizes, {layers} layers, bfloat16", COLUMNS, rows, record, notes)
 

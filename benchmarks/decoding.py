@@ -1,9 +1,9 @@
-"""How near is decoding to the memory's speed: tokens per second, beside stock Phimoe and a dense model?
+"""Compare decoding with the memory's speed, stock Phimoe and a dense model, in tokens per second.
 
 A checkpoint of random weights in the released layout (the sizes of Phi-tiny-MoE, 7.5 GB) is loaded once; stock Phimoe
 has the same parameters, the dense model as many active ones. The models take turns: a few decoding steps after a
-prompt, for a batch of one and of eight, and the prompt itself (prefill). The bound is what a step has to read (weights
-outside the experts, the experts that its tokens chose, keys and values) over the speed at which this machine reads
+prompt, for a batch of one and of eight, and the prompt itself (prefill). The bound divides the bytes that a step must
+read (weights outside the experts, the chosen experts, keys and values) by the speed at which this machine reads
 memory, measured in the same rounds.
 
     python -m benchmarks.decoding
@@ -30,7 +30,7 @@ COLUMNS = ["", "ours", "dense", "stock", "speed / dense", "/ stock", "of the bou
 
 
 class Decoder:
-    """One model with the cache of a prompt, which each turn goes on from."""
+    """One model with the cache of a prompt, from which each turn continues."""
 
     def __init__(self, model: Any, prompt: torch.Tensor):
         self.model, self.prompt = model, prompt
@@ -52,7 +52,7 @@ class Decoder:
         self.cache.crop(-STEPS)
 
     def bytes_per_step(self) -> float:
-        """What a decoding step reads, the mean over a turn."""
+        """Return the bytes that a decoding step reads, the mean over a turn."""
         weights = list(self.model.parameters())
         experts = [p for name, p in self.model.named_parameters() if ".experts." in name]
         embeddings = self.model.get_input_embeddings().weight
@@ -73,7 +73,7 @@ class Decoder:
 
 @torch.inference_mode()
 def measure(folder: str, prompt_length: int, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of every turn by task, and bytes by task."""
+    """Return the seconds of every turn, and the bytes, by task."""
     torch.manual_seed(0)
     ours = GrinMoeForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     dense = build_dense(ours.config, torch.bfloat16)
@@ -115,11 +115,11 @@ def main(
     layers: Annotated[int, typer.Option(min=1)] = 32,
     vocab_size: Annotated[int, typer.Option(min=8)] = 32064,
     hidden_size: Annotated[int, typer.Option(min=64)] = 4096,
-    prompt_length: Annotated[int, typer.Option(min=1, help="tokens")] = 256,
-    repeats: Annotated[int, typer.Option(min=2, help="rounds, after one to warm up")] = 7,
+    prompt_length: Annotated[int, typer.Option(min=1, help="tokens of the prompt")] = 256,
+    repeats: Annotated[int, typer.Option(min=2, help="rounds after one warm-up")] = 7,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """Decoding and prefill, ours, dense and stock Phimoe, beside the bandwidth bound.
+    """Time decoding and prefill of ours, dense and stock Phimoe, beside the bandwidth bound.
 
     Example: python -m benchmarks.decoding --layers 4
     """
@@ -132,8 +132,8 @@ def main(
     read = ", ".join(f"{nbytes[f'ours, {batch}'] / 1e9:.2f} GB at batch {batch}" for batch in BATCHES)
     notes = (
         f"Medians of {repeats} turns of {STEPS} steps after {prompt_length} tokens. Memory is read at {bandwidth:.1f} "
-        f"GB/s (the sum of {READ_BYTES / 1e9:.1f} GB); a step of ours and of stock's reads {read}, where tokens that "
-        "chose the same expert read it once."
+        f"GB/s (the sum of {READ_BYTES / 1e9:.1f} GB). A step of ours and of stock's reads {read}; tokens with the "
+        "same expert read it once."
     )
     title = f"Decoding with Phi-tiny-MoE's sizes, {layers} layers, bfloat16"
     show(title, COLUMNS, table(seconds, nbytes, prompt_length), record, notes)

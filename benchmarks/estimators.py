@@ -1,11 +1,11 @@
-"""Which router-gradient estimator trains the better model?
+"""Compare the models that each router-gradient estimator trains.
 
 A small GRIN-MoE (2.3M parameters, 8 experts) learns the source code of Python's standard library from scratch, once
-per estimator and seed: equal weights, equal tokens in equal order. The runs are written down one by one, so that an
-interrupted command goes on where it stopped. What the estimators cost is `routing_cost.py`'s question.
+per estimator and seed: equal weights, equal tokens in equal order. Each run is recorded when it ends, so an
+interrupted command continues. `routing_cost.py` measures the cost.
 
     python benchmarks/estimators.py train --output-dir runs    # about 35 minutes on 2 cores
-    python benchmarks/estimators.py report --output-dir runs   # table, CSV and plot of what has been written down
+    python benchmarks/estimators.py report --output-dir runs   # table, CSV and plot of the recorded runs
 """
 
 import json
@@ -45,12 +45,12 @@ PANELS = {
 }
 COLORS = dict(zip(VARIANTS, ["black", "C0", "C1", "C2", "C3", "C4", "C5", "dimgray", "C6"], strict=True))
 
-OutputDir = Annotated[Path, typer.Option(help="where results are read and written")]
+OutputDir = Annotated[Path, typer.Option(help="folder of the results")]
 Data = tuple[GrinMoeTokenizer, torch.Tensor, torch.Tensor]
 
 
 def prepare() -> Data:
-    """Tokenizer, training rows and validation rows; every 20th module is held out."""
+    """Return tokenizer, training rows and validation rows; every 20th module is held out."""
     texts = read_standard_library()
     tokenizer = GrinMoeTokenizer.train_from_iterator(texts, VOCAB_SIZE)
     training = pack([text for i, text in enumerate(texts) if i % 20], tokenizer)[:]["input_ids"]
@@ -59,7 +59,7 @@ def prepare() -> Data:
 
 @torch.no_grad()
 def evaluate(model: GrinMoeForCausalLM, rows: torch.Tensor) -> dict[str, float]:
-    """Loss, evenness of the expert load and share of near-ties on validation text, in inference routing."""
+    """Return loss, evenness of the expert load and share of near-ties on validation text, in inference routing."""
     model.eval()
     batches = [{"input_ids": batch} for batch in rows.split(32)]
     losses, ties = [], []
@@ -114,7 +114,7 @@ def train(
     output_dir: OutputDir = Path("runs"),
     seeds: Annotated[int, typer.Option(min=1, help="runs per estimator")] = 3,
     steps: Annotated[int, typer.Option(min=EVALUATIONS, help=f"optimizer steps of {BATCH} rows")] = 800,
-    workers: Annotated[int, typer.Option(min=1, help="runs at a time, one thread each")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="parallel runs, one thread each")] = 2,
 ) -> None:
     """Train every estimator with every seed; finished runs in OUTPUT_DIR/runs.jsonl are not repeated.
 
@@ -139,12 +139,12 @@ def train(
 
 
 def minus_control(values: pd.DataFrame, variant: str) -> pd.DataFrame:
-    """By seed and tokens, the difference to gshard with the same top-k."""
+    """Return, by seed and tokens, the difference to gshard with the same top-k."""
     return values.loc[variant] - values.loc["gshard top-1" if "top-1" in variant else "gshard"]
 
 
 def plot(loss: pd.DataFrame, path: Path) -> None:
-    """Validation loss, and its difference to the control's: mean line, min-max band; `[variant + seed, tokens]`."""
+    """Draw validation loss and its difference to the control: mean line, min-max band; `[variant + seed, tokens]`."""
     figure = Figure(figsize=(12, 8.5), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     million = loss.columns / 1e6
@@ -167,7 +167,7 @@ def report(
     output_dir: OutputDir = Path("runs"),
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """Table, OUTPUT_DIR/estimators.csv and .png of the seeds that every estimator in OUTPUT_DIR has finished.
+    """Write table, OUTPUT_DIR/estimators.csv and .png of the seeds that every estimator has finished.
 
     Example: python benchmarks/estimators.py report --output-dir runs
     """

@@ -1,8 +1,8 @@
-"""How does a training step's time grow with experts and tokens, and does the machine's bandwidth explain it?
+"""Measure how a training step's time grows with experts and tokens, beside a model of the machine's bandwidth.
 
 Time per token of forward and backward, at fixed active parameters: with more experts, whose weights and gradients pass
-through memory once per step however many tokens there are, and with more tokens per step, which share that. Beside it
-what a model of three terms predicts, whose rates are measured in the same process, in turns with the steps:
+through memory once per step, and with more tokens per step, which share that. A model of three terms predicts it. Its
+rates are measured in the same process, in turns with the steps:
 
     products:    operations / rate of large matrix products
     weights:     bytes x (2 reads / read bandwidth + 1 write of the gradient / write bandwidth)
@@ -53,12 +53,12 @@ class Point:
         return self.products + self.weights + self.activations
 
     def per_token(self, part: str) -> float:
-        """Microseconds."""
+        """Return microseconds per token."""
         return 1e6 * getattr(self, part) / self.tokens
 
 
 def operations(model: GrinMoeForCausalLM, rows: torch.Tensor) -> float:
-    """Floating-point operations of a step's matrix products, forward and backward."""
+    """Return the floating-point operations of a step's matrix products, forward and backward."""
     config = model.config
     active = 0.0
     for name, parameter in model.named_parameters():
@@ -71,7 +71,7 @@ def operations(model: GrinMoeForCausalLM, rows: torch.Tensor) -> float:
 
 
 def products(rows: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What a linear layer computes in a step: output, input's gradient and weight's gradient."""
+    """Compute what a linear layer does in a step: output, input's gradient and weight's gradient."""
     return rows @ weight.T, gradient @ weight, gradient.T @ rows
 
 
@@ -82,7 +82,7 @@ def write_fresh() -> None:
 
 
 def measure(sizes: dict[str, int], tokens: int, dtype: Dtype, allocator: str, rounds: int) -> Point:
-    """In a process with that allocator: gradients are written to memory that is fresh, or that it had before."""
+    """Measure one point in a process with that allocator: gradients go to fresh memory, or to memory it had before."""
     torch.manual_seed(0)
     config = grin_config(**sizes)
     model = build_ours(config, dtype.of_torch)
@@ -112,7 +112,7 @@ def measure(sizes: dict[str, int], tokens: int, dtype: Dtype, allocator: str, ro
 
 
 def draw(by_experts: list[Point], by_tokens: list[Point], path: Path) -> None:
-    """Time per token: points are measured, lines predicted."""
+    """Draw the time per token: points are measured, lines predicted."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for ax, points, field in zip(axes, (by_experts, by_tokens), ("experts", "tokens"), strict=True):
@@ -156,20 +156,20 @@ def row(point: Point) -> list[str]:
 
 
 def main(
-    experts: Annotated[list[int], typer.Option(min=2, help="may be given several times")] = [8, 16, 32, 64, 128],  # noqa: B006
-    tokens: Annotated[list[int], typer.Option(min=64, help="in a step")] = [512, 1024, 2048, 4096, 8192],  # noqa: B006
-    dtype: Annotated[list[Dtype], typer.Option(help="of the models")] = [*Dtype],  # noqa: B006
-    fixed_experts: Annotated[int, typer.Option(min=2, help="where tokens vary")] = 16,
-    fixed_tokens: Annotated[int, typer.Option(min=64, help="where experts vary")] = 2048,
+    experts: Annotated[list[int], typer.Option(min=2, help="experts; repeatable")] = [8, 16, 32, 64, 128],  # noqa: B006
+    tokens: Annotated[list[int], typer.Option(min=64, help="tokens per step")] = [512, 1024, 2048, 4096, 8192],  # noqa: B006
+    dtype: Annotated[list[Dtype], typer.Option(help="dtype of the models")] = [*Dtype],  # noqa: B006
+    fixed_experts: Annotated[int, typer.Option(min=2, help="experts while tokens vary")] = 16,
+    fixed_tokens: Annotated[int, typer.Option(min=64, help="tokens while experts vary")] = 2048,
     hidden_size: Annotated[int, typer.Option(min=64)] = 1024,
-    intermediate_size: Annotated[int, typer.Option(min=1, help="of one expert")] = 1600,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="FFN size of one expert")] = 1600,
     layers: Annotated[int, typer.Option(min=1)] = 2,
     allocator: Annotated[Literal["keep", "default"], typer.Option(help="keep: freed memory stays mapped")] = "keep",
-    repeats: Annotated[int, typer.Option(min=2, help="rounds, after one to warm up")] = 5,
-    image: Annotated[Path, typer.Option(help="where the plot goes")] = IMAGE,
+    repeats: Annotated[int, typer.Option(min=2, help="rounds after one warm-up")] = 5,
+    image: Annotated[Path, typer.Option(help="file of the plot")] = IMAGE,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """Time per token against experts and tokens, beside a model of rates and bandwidths.
+    """Measure the time per token against experts and tokens, beside a model of rates and bandwidths.
 
     Example: python -m benchmarks.expert_scaling --dtype bfloat16 --repeats 3
     """
@@ -185,10 +185,10 @@ def main(
     title = f"Scaling of a training step: hidden {hidden_size}, FFN {intermediate_size}, top-2, {layers} layers, "
     notes = (
         "Step: forward and backward, median. In µs per token: predicted is the sum of the next three. Products: "
-        f"operations over the rate of a linear layer's three products with {PRODUCT_ROWS} rows; weights: two reads of "
-        "them and one write of their gradients, over the bandwidths; activations: one write and one read of all other "
-        "tensors that a step makes, however small. The prediction leaves out that smaller products are slower, and "
-        "the arithmetic of what is no product."
+        f"operations over the rate of a linear layer's three products with {PRODUCT_ROWS} rows. Weights: two reads "
+        "and one write of their gradients, over the bandwidths. Activations: one write and one read of all other "
+        "tensors of a step. The prediction ignores that smaller products are slower, and all arithmetic outside "
+        "products."
     )
     table = [row(point) for point in points.values()]
     show(f"{title}{repeats} rounds, allocator: {allocator}", COLUMNS, table, record, notes)

@@ -1,13 +1,13 @@
-"""How fast is a checkpoint loaded, next to stock Phimoe and to plain reading, and in how much memory?
+"""Measure speed and memory of loading a checkpoint, beside stock Phimoe and plain reading.
 
 A checkpoint of random weights in the released layout (by default the sizes of Phi-tiny-MoE, 7.5 GB in 17 files) is
 loaded by `from_pretrained` of ours and of transformers' Phimoe, and its files are read into a buffer, in turns of
 changing order, each in a fresh process; imports are not counted. Files are in the page cache: all are read once more
 before each turn.
 
-Memory is counted over what the process had before: all resident pages (VmHWM), those of the mapped files among them,
-which the system takes back when it needs them, and the process's own pages alone (RssAnon, looked at every 2 ms). What
-was loaded is compared with the files. Linux only; needs the checkpoint's size in free disk, and twice in memory.
+Memory is counted over the process's memory before. All resident pages (VmHWM) include mapped files, which the system
+takes back when it needs them; own pages (RssAnon) are read every 2 ms. The loaded weights are compared with the files.
+Linux only; needs the checkpoint's size in free disk, and twice in memory.
 
     python -m benchmarks.loading
 """
@@ -74,7 +74,7 @@ def assert_holds(model: PreTrainedModel, folder: str) -> None:
 
 
 def run(name: str, folder: str) -> dict[str, float]:
-    """Load, or read, once: seconds, and bytes of memory over what was there before."""
+    """Load, or read, once; return seconds, and bytes of memory over the process's memory before."""
     logging.disable_progress_bar()
     all_before, own_before = memory("VmRSS"), memory("RssAnon")
     own_pages = OwnPagesPeak()
@@ -89,7 +89,7 @@ def run(name: str, folder: str) -> dict[str, float]:
 
 
 def measure(sizes: dict[str, int], repeats: int) -> tuple[int, dict[str, list[dict[str, float]]]]:
-    """Bytes of the weights, and by name what `run` returned in each round."""
+    """Return the bytes of the weights, and by name the results of `run` in each round."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in (*MODELS, READING)}
     names = list(found)
     with TemporaryDirectory() as folder:
@@ -115,7 +115,7 @@ def main(
     hidden_size: Annotated[int, typer.Option(min=64)] = 4096,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """Speed of loading next to stock Phimoe and plain reading, and peak memory.
+    """Measure the speed of loading beside stock Phimoe and plain reading, and peak memory.
 
     Example: python -m benchmarks.loading --layers 4 --repeats 3
     """
@@ -131,9 +131,9 @@ def main(
             row += [f"{peak / 1e6:.0f} MB", f"{peak / weight_bytes:.2f}"]
         rows.append(row)
     notes = (
-        f"Medians of {repeats}; ratios are of the same round, with quartiles. Peaks are over what the process had "
-        "before. All pages: with those of the mapped files, which the system takes back when it needs them; weights "
-        "that are as they lie in a file stay there until they are written to, and are in no own page."
+        f"Medians of {repeats}; ratios are of the same round, with quartiles. Peaks are over the process's memory "
+        "before. All pages include mapped files, which the system takes back when it needs them. Weights that are "
+        "used as they lie in a file stay there until written to, and count as no own page."
     )
     title = f"Loading of Phi-tiny-MoE's sizes, {layers} layers, {weight_bytes / 1e9:.2f} GB in bfloat16"
     show(title, COLUMNS, rows, record, notes)

@@ -1,8 +1,8 @@
-"""What does LoRA on the experts cost, fused ones or `nn.Linear`, against LoRA on attention alone and full training?
+"""Measure the cost of LoRA on fused and on linear experts, against LoRA on attention alone and full training.
 
 One model of each kind takes turns, one step (forward and backward) each per round; medians over the rounds, and ratios
-to LoRA on attention alone in the same round. Memory is the most that a step's tensors hold over weights and inputs,
-without and with activation checkpointing.
+to LoRA on attention alone in the same round. Memory is the peak of a step's tensors over weights and inputs, without
+and with activation checkpointing.
 
     python benchmarks/lora_cost.py --record
 """
@@ -31,7 +31,7 @@ VARIANTS: dict[str, tuple[str, dict[str, bool] | None]] = {
 
 
 def build(config: GrinMoeConfig, experts_implementation: str, groups: dict[str, bool] | None) -> Any:
-    """A model in training, with adapters on `groups`."""
+    """Return a model in training, with adapters on `groups`."""
     torch.manual_seed(0)
     config = GrinMoeConfig(**{**config.to_dict(), "experts_implementation": experts_implementation})
     model: Any = GrinMoeForCausalLM(config)
@@ -51,14 +51,14 @@ COLUMNS = ["trained", "step", "x attention", "memory", "checkpointed"]
 
 def main(
     hidden_size: Annotated[int, typer.Option(min=64)] = 384,
-    intermediate_size: Annotated[int, typer.Option(min=1, help="of one expert")] = 600,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="FFN size of one expert")] = 600,
     experts: Annotated[int, typer.Option(min=2)] = 16,
     layers: Annotated[int, typer.Option(min=1)] = 4,
-    tokens: Annotated[int, typer.Option(min=64, help="in a step, in rows of at most 256")] = 1024,
+    tokens: Annotated[int, typer.Option(min=64, help="tokens per step, in rows of at most 256")] = 1024,
     rounds: Annotated[int, typer.Option(min=2)] = 7,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """Time and memory of a training step, by what LoRA is on; float32.
+    """Measure time and memory of a training step, by the parts that LoRA adapts; float32.
 
     Example: python benchmarks/lora_cost.py --rounds 3
     """

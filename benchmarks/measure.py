@@ -1,4 +1,4 @@
-"""What the benchmarks share: sizes and data, taking turns, counting memory, fresh processes, tables in RESULTS.md."""
+"""Shared by the benchmarks: sizes and data, taking turns, counting memory, fresh processes, tables in RESULTS.md."""
 
 import datetime
 import multiprocessing
@@ -51,7 +51,7 @@ def grin_config(
     top_k: int = 2,
     **settings: Any,
 ) -> GrinMoeConfig:
-    """The release's config at other sizes, with the load-balance loss; `settings` are other fields."""
+    """Return the release's config at other sizes, with the load-balance loss; `settings` are other fields."""
     return GrinMoeConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -69,7 +69,7 @@ def grin_config(
 
 
 def random_rows(config: GrinMoeConfig, tokens: int) -> torch.Tensor:
-    """int64 `[rows, positions]` of `tokens` in all, in rows of at most `ROW`.
+    """Return int64 `[rows, positions]` with `tokens` in all, in rows of at most `ROW`.
 
     Raises:
         ValueError: more tokens than a row, and no multiple of it.
@@ -81,7 +81,7 @@ def random_rows(config: GrinMoeConfig, tokens: int) -> torch.Tensor:
 
 
 def interleave(tasks: Mapping[str, Callable[[], Any]], rounds: int, what: str) -> dict[str, list[float]]:
-    """The seconds of every task in every round, after one round to warm up; each round begins with another task."""
+    """Return the seconds of every task in every round, after one warm-up; each round begins with another task."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     names = list(tasks)
     for turn in track(range(rounds + 1), what, transient=True):
@@ -95,7 +95,7 @@ def interleave(tasks: Mapping[str, Callable[[], Any]], rounds: int, what: str) -
 
 
 def allocations(task: Callable[[], Any]) -> torch.Tensor:
-    """The bytes of tensors that `task` allocated (positive) and freed (negative), in order, int64."""
+    """Return the bytes of tensors that `task` allocated (positive) and freed (negative), in order, int64."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own chatter
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         task()
@@ -104,19 +104,19 @@ def allocations(task: Callable[[], Any]) -> torch.Tensor:
 
 
 def peak_memory(task: Callable[[], Any]) -> int:
-    """The most bytes of tensors that `task` held at a time, over what was there before it."""
+    """Return the most bytes of tensors that `task` held at a time, over the bytes before it."""
     return int(allocations(task).cumsum(0).max())
 
 
 def run_with(environment: Mapping[str, str], function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function`, of a module, returns in a new process that has `environment` on top of this one's."""
+    """Run a module's `function` in a new process with `environment` added; return its result."""
     spawn = multiprocessing.get_context("spawn")
     with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, spawn) as executor:
         return executor.submit(function, *arguments).result()
 
 
 def spread(own: Sequence[float], other: Sequence[float]) -> str:
-    """Median and quartiles of the ratios `own / other`, round by round."""
+    """Return median and quartiles of the ratios `own / other`, round by round."""
     low, middle, high = quantiles([a / b for a, b in zip(own, other, strict=True)], n=4, method="inclusive")
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 

@@ -1,7 +1,7 @@
-"""The models that ours is compared with: transformers' Phimoe, and a dense one with as many active parameters.
+"""The models compared with ours: transformers' Phimoe, and a dense one with as many active parameters.
 
-All have the same sizes, attention (sdpa) and dtype, biases in attention and head, and LayerNorms; ours and Phimoe the
-same noise, too, and one set of weights between them.
+All have the same sizes, attention (sdpa) and dtype, biases in attention and head, and LayerNorms; ours and Phimoe also
+the same noise, and one set of weights.
 """
 
 from enum import StrEnum
@@ -19,7 +19,7 @@ STOCK_EXPERTS = "grouped_mm"  # the fastest of transformers' implementations her
 
 
 class Dtype(StrEnum):
-    """Of the models. (Typer takes no lists of literals.)"""
+    """Dtypes of the models. (Typer takes no lists of literals.)"""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -30,14 +30,14 @@ class Dtype(StrEnum):
 
 
 def build_ours(config: GrinMoeConfig, dtype: torch.dtype) -> GrinMoeForCausalLM:
-    """With the experts implementation that is the default, and told of a step, as a trainer does."""
+    """Build our model with its default experts, and begin a step as a trainer does."""
     ours = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
     ours.begin_step(0)
     return ours
 
 
 def build_stock(ours: GrinMoeForCausalLM, experts_implementation: str = STOCK_EXPERTS) -> PhimoeForCausalLM:
-    """transformers' Phimoe, whose parameters are those of `ours`; its own load-balance loss, the same coefficient."""
+    """Build transformers' Phimoe with the parameters of `ours`, its own load-balance loss and the same coefficient."""
     config = PhimoeConfig.from_dict({**phimoe_config(ours.config), "output_router_logits": True})
     choice = {"dtype": ours.dtype, "experts_implementation": experts_implementation}
     stock = AutoModelForCausalLM.from_config(config, **choice)
@@ -50,7 +50,7 @@ def build_stock(ours: GrinMoeForCausalLM, experts_implementation: str = STOCK_EX
 
 
 def build_dense(config: GrinMoeConfig, dtype: torch.dtype) -> LlamaForCausalLM:
-    """transformers' Llama with GRIN's norms and head: one SwiGLU network as wide as the top-k experts of `config`."""
+    """Build transformers' Llama with GRIN's norms and head: one SwiGLU network as wide as `config`'s top-k experts."""
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "head_dim", "hidden_act", "max_position_embeddings", "attention_bias", "rope_parameters",
              "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
@@ -66,11 +66,11 @@ def build_dense(config: GrinMoeConfig, dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 def forward_backward(model: Any, rows: torch.Tensor) -> None:
-    """A training step up to the gradients."""
+    """Run a training step up to the gradients."""
     model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
 
 
 def step(model: Any, rows: torch.Tensor) -> None:
-    """A training step without its optimizer, which leaves nothing behind."""
+    """Run a training step without its optimizer, and clear the gradients."""
     forward_backward(model, rows)
     model.zero_grad(set_to_none=True)

@@ -1,9 +1,8 @@
-"""What do quantised experts take: bytes per parameter, and memory while a bfloat16 release is loaded into them?
+"""Measure quantised experts: bytes per parameter, and memory while a bfloat16 release loads into them.
 
-A checkpoint of random weights in the released layout is loaded in a fresh process per way of holding it. Memory is
-counted over what the process has after its imports: all resident pages (VmHWM), those of the mapped files among them,
-which the system takes back when it needs them, and the process's own pages alone (RssAnon, looked at every 2 ms).
-Linux only.
+A checkpoint of random weights in the released layout is loaded in a fresh process per kind of storage. Memory is
+counted over the process's memory after its imports. All resident pages (VmHWM) include mapped files, which the system
+takes back when it needs them; own pages (RssAnon) are read every 2 ms. Linux only.
 
     python benchmarks/quantized_memory.py
 """
@@ -40,7 +39,7 @@ COLUMNS = ["held as", "bytes per parameter", "experts alone", "peak, own pages",
 
 
 def memory(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
+    """Return the bytes of a field of /proc/self/status."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
     return 1024 * int(line.split()[1])
 
@@ -64,7 +63,7 @@ class OwnPagesPeak(threading.Thread):
 
 
 def write_checkpoint(folder: str, sizes: dict[str, int]) -> None:
-    """Random weights in the released layout, bfloat16, in shards as the release has them (a sixteenth each)."""
+    """Write random bfloat16 weights in the released layout and its shards (a sixteenth each)."""
     logging.disable_progress_bar()
     config = GrinMoeConfig(**sizes, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     model = GrinMoeForCausalLM(config).to(torch.bfloat16)
@@ -72,7 +71,7 @@ def write_checkpoint(folder: str, sizes: dict[str, int]) -> None:
 
 
 def load(folder: str, settings: dict[str, Any]) -> dict[str, int]:
-    """Load once; the peaks over what was there before, and the bytes of all tensors and of the experts'."""
+    """Load once; return the peaks over the memory before, and the bytes of all tensors and of the experts'."""
     logging.disable_progress_bar()
     for name in ("accelerate", "bitsandbytes"):  # what loading imports is not what it holds
         importlib.import_module(name)
@@ -100,7 +99,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def count_parameters(folder: Path) -> tuple[int, int]:
-    """Parameters of the checkpoint, and of its experts alone."""
+    """Return the parameters of the checkpoint, and of its experts alone."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     counts = {}
     for file in set(index["weight_map"].values()):
@@ -110,7 +109,7 @@ def count_parameters(folder: Path) -> tuple[int, int]:
 
 
 def measure(sizes: dict[str, int]) -> tuple[int, list[list[str]]]:
-    """Bytes of the checkpoint, and a row of the table for each mode."""
+    """Return the bytes of the checkpoint, and a row of the table for each mode."""
     rows = []
     with TemporaryDirectory() as folder:
         in_fresh_process(write_checkpoint, folder, sizes)
@@ -127,12 +126,12 @@ def measure(sizes: dict[str, int]) -> tuple[int, list[list[str]]]:
 
 def main(
     hidden_size: Annotated[int, typer.Option(min=64)] = 1024,
-    intermediate_size: Annotated[int, typer.Option(min=1, help="of one expert")] = 1600,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="FFN size of one expert")] = 1600,
     experts: Annotated[int, typer.Option(min=2)] = 16,
     layers: Annotated[int, typer.Option(min=1)] = 4,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """Bytes per parameter, and peak memory while loading, with experts in 16, 8 and 4 bits.
+    """Measure bytes per parameter, and peak memory while loading, with experts in 16, 8 and 4 bits.
 
     Example: python benchmarks/quantized_memory.py --layers 2 --hidden-size 512
     """
@@ -149,9 +148,9 @@ def main(
     title = f"Quantised loading: hidden {hidden_size}, FFN {intermediate_size} x {experts}, {layers} layers, "
     notes = (
         "Bytes include scales and other quantisation state; embedding, head, norms and routers stay in bfloat16. "
-        "Peaks are over what the process had before loading; x file: relative to the bfloat16 checkpoint. All pages: "
-        "with those of the mapped files, which the system takes back when it needs them. glibc's allocator is held to "
-        "MALLOC_MMAP_THRESHOLD_=262144: left to itself it kept up to 2.5 x the file in freed blocks, by chance."
+        "Peaks are over the process's memory before loading; x file: relative to the bfloat16 checkpoint. All pages "
+        "include mapped files, which the system takes back when it needs them. MALLOC_MMAP_THRESHOLD_=262144 holds "
+        "glibc's allocator; otherwise it kept up to 2.5 x the file in freed blocks, by chance."
     )
     show(f"{title}{file_bytes / 2**20:.0f} MiB in bfloat16", COLUMNS, rows, record, notes)
 

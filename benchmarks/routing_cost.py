@@ -1,8 +1,8 @@
-"""What does the router's gradient cost: sampling and estimator, as a share of a training step?
+"""Measure the cost of the router's gradient, sampling and estimator, as a share of a training step.
 
 One GRIN-MoE takes turns with all estimators, one step (forward and backward) each per round, because a machine's speed
-drifts; medians over the rounds, and ratios to `gshard`, a plain softmax top-k router, with the same top-k. Routing by
-itself is timed apart, logits in, logits' gradient out: its part of a step is too small to be seen in whole steps.
+drifts; medians over the rounds, and ratios to `gshard`, a plain softmax top-k router, with the same top-k. Routing is
+also timed alone, from logits to their gradient: its part of a step is too small to be seen in whole steps.
 
     python benchmarks/routing_cost.py --dtype bfloat16
 """
@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def use(model: GrinMoeForCausalLM, changes: dict[str, Any]) -> None:
-    """Make `model` train as the released default does but for `changes`."""
+    """Make `model` train as the released default does, with `changes`."""
     defaults = {"router_estimator": "sparsemixer_v2", "num_experts_per_tok": 2}
     for name, value in {**defaults, "router_sampling": True, "freeze_router": False, **changes}.items():
         setattr(model.config, name, value)
@@ -58,7 +58,7 @@ def routing_alone(logits: torch.Tensor, jitter: float, changes: dict[str, Any]) 
 def measure(
     model: GrinMoeForCausalLM, rows: torch.Tensor, variants: dict[str, dict[str, Any]], rounds: int
 ) -> list[list[str]]:
-    """Rows of a table: what each variant's training step costs, the routing in it, and its memory."""
+    """Return rows of a table: each variant's training step, its routing, and its memory."""
     config, dtype = model.config, model.dtype
     logits = torch.randn(rows.numel(), config.num_local_experts, dtype=dtype, requires_grad=True)
     steps = {name: partial(training_step, model, rows, changes) for name, changes in variants.items()}
@@ -90,18 +90,18 @@ COLUMNS = ["estimator", "step", "x gshard", "routing", "over gshard", "memory", 
 
 
 def main(
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the model")] = "bfloat16",
-    tokens: Annotated[int, typer.Option(min=64, help="in a step, in rows of at most 512")] = 4096,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="dtype of the model")] = "bfloat16",
+    tokens: Annotated[int, typer.Option(min=64, help="tokens per step, in rows of at most 512")] = 4096,
     hidden_size: Annotated[int, typer.Option(min=64)] = 1024,
-    intermediate_size: Annotated[int, typer.Option(min=1, help="of one expert")] = 1600,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="FFN size of one expert")] = 1600,
     experts: Annotated[int, typer.Option(min=2)] = 16,
     layers: Annotated[int, typer.Option(min=1)] = 2,
     jitter: Annotated[float, typer.Option(min=0, help="router_jitter_noise")] = 0.01,
     rounds: Annotated[int, typer.Option(min=2, help="steps of each estimator; 40 times as many routings")] = 5,
-    skip: Annotated[list[str] | None, typer.Option(help="leave an estimator out")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="estimator to leave out; repeatable")] = None,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """Time and memory of a training step with every estimator, and of routing alone.
+    """Measure time and memory of a training step with every estimator, and of routing alone.
 
     Example: python benchmarks/routing_cost.py --dtype float32 --skip dense --rounds 3
     """
@@ -115,9 +115,9 @@ def main(
     variants = {name: changes for name, changes in VARIANTS.items() if name not in (skip or [])}
     title = f"Cost per estimator: hidden {hidden_size}, FFN {intermediate_size} x {experts}, {tokens} tokens, {dtype}"
     notes = (
-        "Step: forward and backward. x gshard: to gshard with the same top-k in the same round, median and quartiles. "
-        "Routing: one layer's, logits in, their gradient out; over gshard: what all layers' takes more than gshard's, "
-        "as a share of a step. Memory: the most that a step's tensors hold over weights and inputs."
+        "Step: forward and backward. x gshard: relative to gshard with the same top-k in the same round, median and "
+        "quartiles. Routing: one layer's, from logits to their gradient. Over gshard: the extra time of all layers, "
+        "as a share of a step. Memory: the peak of a step's tensors over weights and inputs."
     )
     show(title, COLUMNS, measure(model, rows, variants, rounds), record, notes)
 

@@ -1,4 +1,4 @@
-"""How memory and time grow with experts, devices and context: `python -m benchmarks.scaling [FOLDER]`.
+"""Estimate how memory and time grow with experts, devices and context: `python -m benchmarks.scaling [FOLDER]`.
 
 Simulated with `modeling_grin.planning`; prints the planner's tables of RESULTS.md and draws the images of
 docs/scaling.md. Also here: the paper's Figure 3 and Table 3, as far as the paper states them and as assumed.

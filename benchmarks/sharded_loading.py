@@ -1,11 +1,10 @@
-"""What does a rank hold and read of a model that is spread over ranks: while it is loaded, saved and loaded again?
+"""Measure the memory and reads of a rank while a spread model is loaded, saved and loaded again.
 
 A checkpoint of random weights in the released layout is loaded by `from_pretrained(distributed_config=...)` on gloo
 ranks of one machine, saved (`save_weights`) and read again (`load_weights`). Memory is a rank's own pages (RssAnon,
-looked at every 2 ms) over what it had with everything imported; pages of the mapped files, which ranks share and the
-system takes back when it needs them, are not in it, nor are parameters that safetensors leaves there until they are
-written to. Bytes read are those of the slices that a rank takes out of files.
-Linux only.
+read every 2 ms) over its memory after the imports. It excludes mapped files, which ranks share and the system takes
+back when it needs them, and parameters that safetensors leaves there until they are written to. Bytes read count the
+slices that a rank takes out of files. Linux only.
 
     python benchmarks/sharded_loading.py
 """
@@ -92,7 +91,7 @@ open_file = safetensors.safe_open
 
 
 def measure_call(function: Callable[[], Any]) -> tuple[Any, int, int]:
-    """What a call returns, the most memory while it ran, and the bytes it read."""
+    """Return a call's result, the peak memory while it ran, and the bytes it read."""
     read_before = bytes_read
     pages = OwnPagesPeak()
     pages.start()
@@ -101,7 +100,7 @@ def measure_call(function: Callable[[], Any]) -> tuple[Any, int, int]:
 
 
 def run_rank(rank: int, folder: str, tiny: str, layout: dict[str, int], file_bytes: int) -> dict[str, float]:
-    """One rank's figures, relative to the bytes of the checkpoint."""
+    """Return one rank's figures, relative to the bytes of the checkpoint."""
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     safetensors.safe_open = modeling_utils.safe_open = CountedFile
@@ -130,7 +129,7 @@ def run_rank(rank: int, folder: str, tiny: str, layout: dict[str, int], file_byt
 
 
 def measure(sizes: dict[str, int], layouts: dict[str, dict[str, int]]) -> tuple[int, dict[str, Figures]]:
-    """Bytes of the checkpoint, and the figures of each layout."""
+    """Return the bytes of the checkpoint, and the figures of each layout."""
     found: dict[str, Figures] = {}
     with TemporaryDirectory() as folder:
         in_fresh_process(write_checkpoint, folder, sizes)
@@ -148,12 +147,12 @@ def measure(sizes: dict[str, int], layouts: dict[str, dict[str, int]]) -> tuple[
 
 def main(
     hidden_size: Annotated[int, typer.Option(min=64)] = 512,
-    intermediate_size: Annotated[int, typer.Option(min=8, help="of one expert")] = 1024,
+    intermediate_size: Annotated[int, typer.Option(min=8, help="FFN size of one expert")] = 1024,
     experts: Annotated[int, typer.Option(min=2)] = 16,
     layers: Annotated[int, typer.Option(min=1)] = 4,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """Memory and bytes read per rank of a model that is spread over ranks.
+    """Measure memory and bytes read per rank of a model that is spread over ranks.
 
     Example: python benchmarks/sharded_loading.py --layers 2
     """
@@ -180,12 +179,11 @@ def main(
         rows.append([*row, most("load again peak"), most("load again read"), total("load again read")])
     title = f"Models spread over ranks: hidden {hidden_size}, FFN {intermediate_size} x {experts}, {layers} layers, "
     notes = (
-        "All relative to the checkpoint's bytes; of the ranks' figures, the largest. Part: the parameters that a rank "
-        "has. Peaks are over what a rank had with everything imported, and have the part in them; load: "
-        "from_pretrained, save: save_weights, load again: load_weights. Files that ranks write hold a 64th of the "
-        "model, those of the checkpoint a 16th. Tensors that ranks have in common (norms, routers, some biases) are "
-        "read by each. Parameters that are as they lie in a file stay in its pages until they are written to, and are "
-        "in no peak."
+        "All relative to the checkpoint's bytes; the largest figure of the ranks. Part: the parameters of a rank. "
+        "Peaks are over a rank's memory after its imports, and include the part. Load: from_pretrained; save: "
+        "save_weights; load again: load_weights. Files that ranks write hold a 64th of the model, the checkpoint's "
+        "files a 16th. Each rank reads the tensors that all have (norms, routers, some biases). Parameters that are "
+        "used as they lie in a file stay in its pages until written to, and are in no peak."
     )
     show(f"{title}{file_bytes / 2**20:.0f} MiB in bfloat16", COLUMNS, rows, record, notes)
 

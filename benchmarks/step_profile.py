@@ -1,4 +1,4 @@
-"""Where does the time of a training step go, before and after: operators, by torch's profiler.
+"""Measure the operators of a training step with torch's profiler, before and after.
 
 Before: transformers' `grouped_mm` and whole logits. After: this package's experts and chunked loss, the same weights.
 
@@ -19,7 +19,7 @@ COLUMNS = ["operator", "before", "calls", "after", "calls"]
 
 
 def measure(sizes: dict[str, int], tokens: int, dtype: Dtype, rounds: int) -> list[dict[str, tuple[float, int]]]:
-    """Before and after: by operator, the median of its own milliseconds in a step, and its calls."""
+    """Return, before and after, each operator's median own milliseconds in a step, and its calls."""
     torch.manual_seed(0)
     config = grin_config(**sizes)
     model, rows = build_ours(config, dtype.of_torch), random_rows(config, tokens)
@@ -48,19 +48,19 @@ def measure(sizes: dict[str, int], tokens: int, dtype: Dtype, rounds: int) -> li
 
 
 def main(
-    tokens: Annotated[int, typer.Option(min=64, help="in rows of at most 512")] = 2048,
-    dtype: Annotated[Dtype, typer.Option(help="of the model")] = Dtype.bfloat16,
+    tokens: Annotated[int, typer.Option(min=64, help="tokens per step, in rows of at most 512")] = 2048,
+    dtype: Annotated[Dtype, typer.Option(help="dtype of the model")] = Dtype.bfloat16,
     layers: Annotated[int, typer.Option(min=1)] = 2,
     vocab_size: Annotated[int, typer.Option(min=8)] = 4096,
     hidden_size: Annotated[int, typer.Option(min=64)] = 1024,
-    intermediate_size: Annotated[int, typer.Option(min=1, help="of one expert")] = 1600,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="FFN size of one expert")] = 1600,
     experts: Annotated[int, typer.Option(min=2)] = 16,
     allocator: Annotated[Literal["keep", "default"], typer.Option(help="keep: freed memory stays mapped")] = "default",
     operators: Annotated[int, typer.Option(min=1, help="rows of the table")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="steps, after one to warm up")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="steps after one warm-up")] = 5,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """The operators of a training step that take the most time, before and after.
+    """Show the operators of a training step that take the most time, before and after.
 
     Example: python -m benchmarks.step_profile --dtype float32
     """

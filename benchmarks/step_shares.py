@@ -1,9 +1,8 @@
-"""Where does the time of a training step go: what share have routing, balance loss and statistics?
+"""Measure the shares of a training step: routing, balance loss, statistics and the rest.
 
-Each part of a GRIN-MoE's step (forward and backward) is timed by itself, on what it was given in a real step, because
-the parts that are special to the model are too small to be seen by leaving them out. They take turns with whole steps,
-and with steps of the decoder without the head: the difference is the head and the loss. A layer's parts are those of
-the first layer, times the layers.
+Each part of a GRIN-MoE's step (forward and backward) is timed alone, on its inputs in a real step: the model's special
+parts are too small to be seen by leaving them out. They take turns with whole steps, and with steps of the decoder
+without the head: the difference is the head and the loss. A layer's parts are the first layer's, times the layers.
 
     python -m benchmarks.step_shares
 """
@@ -40,7 +39,7 @@ def decoder_step(model: GrinMoeForCausalLM, rows: torch.Tensor, gradient: torch.
 
 
 def there_and_back(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], object]:
-    """A task: `function` forward, and backward to the `args` that have gradients and to a module's parameters."""
+    """Return a task: `function` forward, and backward to the `args` with gradients and to a module's parameters."""
     args = tuple(arg.detach().requires_grad_() if torch.is_floating_point(arg) else arg for arg in args)
     learnt = [arg for arg in args if arg.requires_grad]
     if isinstance(function, nn.Module):
@@ -55,7 +54,7 @@ def there_and_back(function: Callable[..., Any], *args: Any, **kwargs: Any) -> C
 
 
 def given_to(modules: dict[str, nn.Module], run: Callable[[], object]) -> dict[str, tuple[tuple, dict[str, Any]]]:
-    """Each module's arguments while `run` ran."""
+    """Return each module's arguments while `run` ran."""
     given: dict[str, tuple[tuple, dict[str, Any]]] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
@@ -69,7 +68,7 @@ def given_to(modules: dict[str, nn.Module], run: Callable[[], object]) -> dict[s
 
 
 def time_parts(sizes: dict[str, int], tokens: int, dtype: Dtype, rounds: int) -> dict[str, float]:
-    """By part, in the order of the table, the seconds that a step spends on it."""
+    """Return the seconds that a step spends on each part, in the order of the table."""
     torch.manual_seed(0)
     config = grin_config(**sizes)
     model = build_ours(config, dtype.of_torch)
@@ -124,18 +123,18 @@ def time_parts(sizes: dict[str, int], tokens: int, dtype: Dtype, rounds: int) ->
 
 
 def main(
-    tokens: Annotated[list[int], typer.Option(min=64, help="in a step; may be given several times")] = [2048, 8192],  # noqa: B006
-    dtype: Annotated[Dtype, typer.Option(help="of the model")] = Dtype.bfloat16,
+    tokens: Annotated[list[int], typer.Option(min=64, help="tokens per step; repeatable")] = [2048, 8192],  # noqa: B006
+    dtype: Annotated[Dtype, typer.Option(help="dtype of the model")] = Dtype.bfloat16,
     hidden_size: Annotated[int, typer.Option(min=64)] = 1024,
-    intermediate_size: Annotated[int, typer.Option(min=1, help="of one expert")] = 1600,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="FFN size of one expert")] = 1600,
     experts: Annotated[int, typer.Option(min=2)] = 16,
     layers: Annotated[int, typer.Option(min=1)] = 2,
     vocab_size: Annotated[int, typer.Option(min=2)] = 4096,
     allocator: Annotated[Literal["keep", "default"], typer.Option(help="keep: freed memory stays mapped")] = "keep",
-    repeats: Annotated[int, typer.Option(min=2, help="rounds, after one to warm up")] = 5,
+    repeats: Annotated[int, typer.Option(min=2, help="rounds after one warm-up")] = 5,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """Shares of a training step's time.
+    """Measure the shares of a training step's time.
 
     Example: python -m benchmarks.step_shares --dtype float32 --tokens 2048
     """
@@ -152,10 +151,10 @@ def main(
         table.append([name, *chain(*cells)])
     title = f"Shares of a training step: hidden {hidden_size}, FFN {intermediate_size} x {experts}, {layers} layers, "
     notes = (
-        "Forward and backward; each part timed by itself, with what it was given in a step, medians. Head and loss: "
-        "the whole step less the decoder's; norms, residuals, embedding: the decoder's less its parts, and what these "
-        "take more or less by themselves. The balance loss has no more than its counts and a gradient. "
-        "RoutingCallback's observation is not part of the step that was timed."
+        "Forward and backward; each part timed alone, on its inputs in a step, medians. Head and loss: the whole "
+        "step without the decoder. Norms, residuals, embedding: the decoder without its parts, and the difference "
+        "between parts in a step and alone. The balance loss has only its counts and a gradient. The timed step does "
+        "not include RoutingCallback's observation."
     )
     title += f"vocabulary {vocab_size}, {dtype}, {repeats} rounds, allocator: {allocator}"
     show(title, columns, table, record, notes)

@@ -1,4 +1,4 @@
-"""How fast is a training step, and how much memory does it take, next to stock Phimoe and a dense model?
+"""Measure speed and memory of a training step, beside stock Phimoe and a dense model.
 
 Ours, transformers' Phimoe and a dense model with as many active parameters (`peers.py`) take turns, one step each per
 round: forward and backward, and then the optimizer (AdamW, fused), timed apart; medians over the rounds, and speeds
@@ -31,7 +31,7 @@ from benchmarks.peers import (
 
 
 def update(optimizer: torch.optim.Optimizer) -> None:
-    """The rest of a training step, in Trainer's order."""
+    """Run the rest of a training step, in Trainer's order."""
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -64,7 +64,7 @@ def time_steps(
 
 
 def count_memory(sizes: dict[str, int], tokens: int, dtype: Dtype, experts_implementation: str) -> dict[str, int]:
-    """Bytes of the weights, and the most that a step's tensors held over them, by model and with checkpointing."""
+    """Return the bytes of the weights, and a step's peak over them, by model and with checkpointing."""
     torch.manual_seed(0)
     config = grin_config(**sizes)
     ours = build_ours(config, dtype.of_torch)
@@ -106,20 +106,20 @@ def memory_row(found: dict[str, int]) -> list[str]:
 
 
 def main(
-    layers: Annotated[list[int], typer.Option(min=1, help="may be given several times")] = [2, 4],  # noqa: B006
+    layers: Annotated[list[int], typer.Option(min=1, help="number of layers; repeatable")] = [2, 4],  # noqa: B006
     vocab_size: Annotated[list[int] | None, typer.Option(help="[default: 4096 and 32064; 32064 for memory]")] = None,
-    tokens: Annotated[list[int], typer.Option(min=64, help="in rows of at most 512")] = [2048, 8192],  # noqa: B006
-    dtype: Annotated[list[Dtype], typer.Option(help="of the models")] = [*Dtype],  # noqa: B006
+    tokens: Annotated[list[int], typer.Option(min=64, help="tokens per step, in rows of at most 512")] = [2048, 8192],  # noqa: B006
+    dtype: Annotated[list[Dtype], typer.Option(help="dtype of the models")] = [*Dtype],  # noqa: B006
     hidden_size: Annotated[int, typer.Option(min=64)] = 1024,
-    intermediate_size: Annotated[int, typer.Option(min=1, help="of one expert")] = 1600,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="FFN size of one expert")] = 1600,
     experts: Annotated[int, typer.Option(min=2)] = 16,
     stock_experts: Annotated[str, typer.Option(help="stock's experts_implementation")] = STOCK_EXPERTS,
     allocator: Annotated[Literal["keep", "default"], typer.Option(help="keep: freed memory stays mapped")] = "keep",
-    repeats: Annotated[int, typer.Option(min=2, help="rounds, after one to warm up")] = 5,
+    repeats: Annotated[int, typer.Option(min=2, help="rounds after one warm-up")] = 5,
     memory: Annotated[bool, typer.Option("--memory", help="peak memory instead of time")] = False,
     record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
 ) -> None:
-    """Time, or peak memory, of a training step: ours, dense and stock Phimoe.
+    """Measure time, or peak memory, of a training step: ours, dense and stock Phimoe.
 
     Example: python -m benchmarks.training_step --layers 2 --vocab-size 4096 --dtype bfloat16
     """
@@ -139,15 +139,15 @@ def main(
     title = f"hidden {hidden_size}, FFN {intermediate_size} x {experts}, stock's experts {stock_experts}"
     if memory:
         notes = (
-            "The most that tensors held in a step (forward and backward, gradients among them) over the weights. "
-            "Ckpt.: with activation checkpointing of every layer."
+            "The peak of a step's tensors (forward and backward, gradients included) over the weights. Ckpt.: with "
+            "activation checkpointing of every layer."
         )
         show(f"Memory of a training step: {title}", [SIZES, *MEMORY_COLUMNS], table, record, notes)
     else:
         notes = (
-            "Milliseconds are medians of forward and backward; speeds are ours relative to the other's in the same "
-            "round, median and quartiles; with AdamW: the optimizer's step included (all experts have one, so that "
-            "the dense model's is several times smaller). Dense: Llama with GRIN's norms and head, as many active "
+            "Milliseconds are medians of forward and backward. Speeds are ours relative to the other's in the same "
+            "round, median and quartiles. With AdamW: including the optimizer's step; all experts have one, so the "
+            "dense model's is several times smaller. Dense: Llama with GRIN's norms and head, as many active "
             "parameters, loss of the whole logits. Load-balance loss and noise are on, in ours and in stock."
         )
         title = f"Training step: {title}, {repeats} rounds, allocator: {allocator}"
