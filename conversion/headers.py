@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_grin import GrinMoeConfig
+from modeling_grin.planning.parameters import count_parameters
 from modeling_grin.safetensors_header import unique_keys
 
 from .tensors import ConversionError, StoredTensor, read_tensors
@@ -150,14 +151,6 @@ def find_tensors(path: Path) -> dict[str, StoredTensor]:
 # ---- Configs
 
 
-def count_parameters(config: GrinMoeConfig) -> int:
-    """Count the parameters of the matrices, without biases and norms."""
-    head_dim, key_value_heads = config.head_dim or 0, config.num_key_value_heads or 0  # set by the config if absent
-    attention = 2 * (config.num_attention_heads + key_value_heads) * head_dim * config.hidden_size
-    experts = config.num_local_experts * (3 * config.intermediate_size + 1) * config.hidden_size
-    return config.num_hidden_layers * (attention + experts) + 2 * config.vocab_size * config.hidden_size
-
-
 def explain(error: Exception, values: dict[str, Any], config_class: Any) -> str:
     """Return the message of an error that `config_class.from_dict(values)` raised, after the name of its field.
 
@@ -213,7 +206,7 @@ def read_config(folder: Path) -> GrinMoeConfig:
         config = GrinMoeConfig.from_dict(values)
     except Exception as error:  # of any type, as above
         raise ConversionError(f"{path} is not a usable config: {explain(error, values, GrinMoeConfig)}") from error
-    if count_parameters(config) > MAX_PARAMETERS:
+    if count_parameters(config)[0] > MAX_PARAMETERS:
         raise ConversionError(f"{path} has sizes that make more than {MAX_PARAMETERS:.0e} parameters: no model has")
     return config
 

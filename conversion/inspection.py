@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from modeling_grin.planning.parameters import active_parameters
+
 from .adapters import ADAPTER_FILE, read_adapter
 from .checkpoint import Checkpoint
 from .forms import model_class_of
@@ -130,7 +132,7 @@ def describe(checkpoint: Checkpoint) -> Inspection:
         model=model_class_of(tensors).__name__,
         config={name: getattr(config, name) for name in FIELDS},
         parameters=dtypes.total(),
-        active_parameters=count_active(
+        active_parameters=active_parameters(
             dtypes.total(), expert_parameters, config.num_experts_per_tok, config.num_local_experts
         ),
         dtypes=dict(dtypes),
@@ -149,11 +151,6 @@ def weight_files(checkpoint: Checkpoint) -> dict[str, int]:
 
 def numel(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape)
-
-
-def count_active(parameters: int, expert_parameters: int, top_k: int, num_experts: int) -> int:
-    """Count the parameters that one token uses: of the experts, `top_k`."""
-    return parameters - expert_parameters * (num_experts - top_k) // num_experts
 
 
 def verify_tensors(tensors: Iterable[StoredTensor], found: Inspection, advance: Callable[[int], None]) -> None:
@@ -221,7 +218,7 @@ def inspect_gguf(path: Path, verify: bool, progress: Progress) -> Inspection:
         model=architecture,
         config={key: value for key, value in metadata.items() if not isinstance(value, list)},
         parameters=types.total(),
-        active_parameters=count_active(types.total(), expert_parameters, top_k or 1, num_experts or 1),
+        active_parameters=active_parameters(types.total(), expert_parameters, top_k or 1, num_experts or 1),
         dtypes=dict(types),
         files={path.name: path.stat().st_size},
         checks=["the header agrees with the file"],

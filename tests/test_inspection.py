@@ -56,14 +56,14 @@ def test_what_is_there(folder, tensors):
 def test_the_released_sizes():
     """41.9B parameters, 6.6B active (section 4 of the paper), from the config alone."""
     from conversion.forms import HUB
-    from conversion.inspection import count_active
     from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+    from modeling_grin.planning.parameters import active_parameters
 
     shapes = [shape for shape, _ in HUB.groups(GrinMoeConfig(), GrinMoeForCausalLM).values()]
     total = sum(torch.Size(shape).numel() for shape in shapes)
     experts = 32 * 16 * 3 * 4096 * 6400
     assert total == 41_873_153_344  # what the model card of the release says
-    assert round(count_active(total, experts, 2, 16) / 1e9, 1) == 6.6
+    assert round(active_parameters(total, experts, 2, 16) / 1e9, 1) == 6.6
 
 
 def test_verify_finds_damage(tmp_path, tensors):

@@ -59,7 +59,6 @@ def active_parameters(total: int, experts: int, top_k: int, num_experts: int) ->
 
 def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     """Total and active parameter counts of a language model."""
-    layers = layer_tensors(config) * config.num_hidden_layers
-    model = add([*embedding_tensors(config), *layers, *head_tensors(config)])
-    active = active_parameters(sum(model), model.experts, config.num_experts_per_tok, config.num_local_experts)
-    return sum(model), active
+    layer, ends = add(layer_tensors(config)), add([*embedding_tensors(config), *head_tensors(config)])
+    total, experts = (sum(ends) + config.num_hidden_layers * sum(layer), config.num_hidden_layers * layer.experts)
+    return total, active_parameters(total, experts, config.num_experts_per_tok, config.num_local_experts)

@@ -44,10 +44,6 @@ def native(precision: str = "float32", checkpointing: bool = False, **sizes: int
     return Case(layout, "native", {NATIVE[key]: size for key, size in sizes.items()}, checkpointing, 2, precision)
 
 
-def ddp(precision: str = "float32", checkpointing: bool = False) -> Case:
-    return Case(Layout(dp_replicate=2), "ddp", {}, checkpointing, 2, precision)
-
-
 def pipeline(precision: str = "float32", checkpointing: bool = False, **sizes: int) -> Case:
     layout = Layout(pp=2, **sizes)
     of_engine = {"pp_size": 2, "tp_size": layout.tp, "schedule": INTERLEAVED if layout.interleave > 1 else "1F1B"}
@@ -55,20 +51,15 @@ def pipeline(precision: str = "float32", checkpointing: bool = False, **sizes: i
 
 
 CASES = {
-    "ddp": ddp(),
-    "ddp-mixed": ddp("mixed", checkpointing=True),
-    "tp": native(tp=2),
+    "ddp-mixed": Case(Layout(dp_replicate=2), "ddp", {}, True, 2, "mixed"),
     "tp-mixed": native("mixed", checkpointing=True, tp=2),
     "fsdp": native(fsdp=2),
-    "fsdp-mixed": native("mixed", fsdp=2),
     "fsdp-mixed-checkpointing": native("mixed", checkpointing=True, fsdp=2),
-    "pp": pipeline(),
     "pp-mixed": pipeline("mixed", checkpointing=True),
     "pp-interleaved": pipeline(interleave=2),
     "hsdp": native(dp_replicate=2, fsdp=2),
     "fsdp-tp-mixed": native("mixed", checkpointing=True, fsdp=2, tp=2),
     "fsdp-pp-mixed": pipeline("mixed", fsdp=2),
-    "fsdp-tp-pp-mixed": pipeline("mixed", checkpointing=True, fsdp=2, tp=2),
 }
 
 
