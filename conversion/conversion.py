@@ -71,8 +71,7 @@ class Request:
         weights_only: read pickled sources (`pytorch_model.bin`, DCP) without running code.
         num_experts: experts per layer of the result: copies of a model's single expert, or the most used ones on the
             `calibration` text.
-        top_k, noise, seed: of copies: experts per token (2), standard deviation of the noise on them relative to each
-            matrix (0), and the seed of noise and routers (0).
+        top_k: experts per token of copies; 2 by default.
         calibration: a text file to measure routing on: expert load, near-ties, size of router logits.
         check: compare the logits of source and result, in float64; by default for up to `verify.SMALL` parameters.
             If they differ, nothing is written.
@@ -89,8 +88,6 @@ class Request:
     weights_only: bool = False
     num_experts: int | None = None
     top_k: int | None = None
-    noise: float | None = None
-    seed: int | None = None
     calibration: Path | None = None
     check: bool | None = None
     resume: bool = False
@@ -119,7 +116,7 @@ class Request:
         """Return everything that the result depends on."""
         inputs = (self.source, self.base, self.config, self.calibration)
         files = [(str(path.resolve()), fingerprint(path)) for path in inputs if path is not None]
-        names = ("to", "dtype", "max_shard_size", "num_experts", "top_k", "noise", "seed")
+        names = ("to", "dtype", "max_shard_size", "num_experts", "top_k")
         return {"source": files, **{name: getattr(self, name) for name in names}, "version": __version__}
 
     def check_arguments(self) -> None:
@@ -136,16 +133,15 @@ class Request:
         if self.calibration is not None and not self.calibration.is_file():
             raise ConversionError(f"calibration={self.calibration} is not a file: give a text file")
         changes = self.num_experts is not None
-        for names, has_effect, reason in (
-            (["max_shard_size"], self.to in FOLDERS, "the result is one file"),
-            (["base"], self.is_adapter, "the source is not an adapter"),
-            (["config"], not self.is_adapter, "the base of an adapter has a config"),
-            (["top_k", "noise", "seed"], changes, "it is about copies of experts: give num_experts"),
-            (["calibration"], changes or self.to == "gguf", "nothing is measured: give num_experts"),
+        for name, has_effect, reason in (
+            ("max_shard_size", self.to in FOLDERS, "the result is one file"),
+            ("base", self.is_adapter, "the source is not an adapter"),
+            ("config", not self.is_adapter, "the base of an adapter has a config"),
+            ("top_k", changes, "it is about copies of experts: give num_experts"),
+            ("calibration", changes or self.to == "gguf", "nothing is measured: give num_experts"),
         ):
-            for name in names:
-                if getattr(self, name) is not None and not has_effect:
-                    raise ConversionError(f"{name}={getattr(self, name)} would have no effect: {reason}")
+            if getattr(self, name) is not None and not has_effect:
+                raise ConversionError(f"{name}={getattr(self, name)} would have no effect: {reason}")
         for path in (self.source, self.base, self.config):
             if path is not None and path.is_dir() and (problem := describe_links(path)):
                 raise ConversionError(problem)
@@ -237,31 +233,18 @@ def change_experts(checkpoint: Checkpoint, request: Request, report: Report) -> 
     if wanted is None:
         return checkpoint
     if present == 1:
-        top_k, seed = request.top_k or 2, request.seed or 0
-        report.notes.append(
-            f"{wanted} copies of the one expert, top-{top_k}: down projections divided by {top_k}, routers drawn with "
-            f"seed {seed}"
-        )
-        return upcycle(checkpoint, wanted, top_k, request.noise or 0.0, seed)
-    for name in ("top_k", "noise", "seed"):
-        if (value := getattr(request, name)) is not None:
-            raise ConversionError(f"{name}={value} would have no effect: of {present} experts some are kept")
-    if request.calibration is None:
+        return upcycle(checkpoint, wanted, request.top_k or 2)
+    if request.calibration is None or request.top_k is not None:
         raise ConversionError(
-            f"which {wanted} of the {present} experts to keep depends on their load on a text: give one with "
-            "--calibration FILE"
+            f"of {present} experts the {wanted} most used on a text are kept: give --calibration FILE, and no --top-k"
         )
     from modeling_grin.analysis import expert_load
 
     rows = calibration_rows(checkpoint, request.calibration)
     load = expert_load(verify.load_model(checkpoint), [{"input_ids": row[None]} for row in rows])
-    pruned = prune(checkpoint, load, wanted)
-    kept = load.topk(wanted, dim=1).values.sum(dim=1)
-    report.notes.append(
-        f"kept {wanted} of {present} experts per layer, which had {kept.min():.1%} to {kept.max():.1%} of a layer's "
-        "load"
-    )
-    return pruned
+    kept = load.topk(min(wanted, present), dim=1).values.sum(dim=1)
+    report.notes.append(f"the experts that are kept had {kept.min():.1%} to {kept.max():.1%} of a layer's load")
+    return prune(checkpoint, load, wanted)
 
 
 def calibration_rows(checkpoint: Checkpoint, path: Path) -> list[torch.Tensor]:

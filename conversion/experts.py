@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -20,50 +21,36 @@ ROUTER_NAME = re.compile(r".*\blayers\.(\d+)\.block_sparse_moe\.gate\.weight")
 WEIGHT_OF_ONE = {"sparsemixer_v2", "sparsemixer_v2_paper", "sparsemixer_v2_star"}  # for each of a token's K experts
 
 
-def upcycle(checkpoint: Checkpoint, num_experts: int, top_k: int, noise: float, seed: int) -> Checkpoint:
-    """Copy the only expert of each layer (arXiv 2212.05055), with Gaussian noise relative to each matrix.
+def upcycle(checkpoint: Checkpoint, num_experts: int, top_k: int) -> Checkpoint:
+    """Copy the only expert of each layer (arXiv 2212.05055); draw routers from N(0, `initializer_range`).
 
-    The weights of a token's experts are 1 each, so down projections are divided by K: without noise the mixture
-    computes what the dense model does, whatever its routers choose, except at near-ties, whose weights are below 1.
-    Routers are drawn from N(0, `initializer_range`). Each matrix has a random generator of its own.
+    The weights of a token's experts are 1 each, so down projections are divided by K: the mixture computes what the
+    dense model does, whatever its routers choose, except at near-ties, whose weights are below 1.
     """
     config = checkpoint.config
-    if not 1 <= top_k <= num_experts or num_experts < 2 or not 0 <= noise < float("inf"):
+    if not 1 <= top_k <= num_experts or num_experts < 2 or config.router_estimator not in WEIGHT_OF_ONE:
         raise ConversionError(
-            f"upcycling needs at least 2 experts, a top-k up to their number and a noise of at least 0; got "
-            f"num_experts={num_experts}, top_k={top_k}, noise={noise}"
+            f"upcycling needs num_experts >= 2, top_k from 1 to num_experts, and a router_estimator that weights "
+            f"experts by 1 ({', '.join(sorted(WEIGHT_OF_ONE))}); got {num_experts}, {top_k}, {config.router_estimator}"
         )
-    if config.router_estimator not in WEIGHT_OF_ONE:
-        raise ConversionError(
-            f"router_estimator must be one of {', '.join(sorted(WEIGHT_OF_ONE))} for upcycling: they weight experts "
-            f"by 1, so that copies compute what the one expert does; got {config.router_estimator}"
-        )
-
-    def normal(shape: tuple[int, ...], name: str) -> torch.Tensor:
-        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little")))
 
     def make_copy(name: str) -> StoredTensor:
         if ROUTER_NAME.fullmatch(name):
             gate, shape = checkpoint.tensors[name], (num_experts, config.hidden_size)
-            return replace(
-                gate, shape=shape, load=lambda: (config.initializer_range * normal(shape, name)).to(gate.dtype)
-            )
-        if not (match := EXPERT_NAME.fullmatch(name)):
-            return checkpoint.tensors[name]
-        experts, _, _, part = match.groups()
-        matrix = checkpoint.tensors[f"{experts}0.{part}.weight"]
-
-        def load_copy() -> torch.Tensor:
-            weight = matrix.read()
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            if noise > 0:
-                wide = wide + noise * wide.std() * normal(matrix.shape, name)
-            return (wide / (top_k if part == "w2" else 1)).to(weight.dtype)
-
-        return replace(matrix, load=load_copy)
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")  # whatever is read before
+            load = partial(draw_router, shape, config.initializer_range, seed, gate.dtype)
+            return replace(gate, shape=shape, load=load)
+        if match := EXPERT_NAME.fullmatch(name):
+            experts, _, _, part = match.groups()
+            matrix = checkpoint.tensors[f"{experts}0.{part}.weight"]
+            return replace(matrix, load=lambda: matrix.read() / top_k) if part == "w2" else matrix
+        return checkpoint.tensors[name]
 
     return with_experts(checkpoint, num_experts, top_k, make_copy)
+
+
+def draw_router(shape: tuple[int, ...], std: float, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    return (std * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
 def prune(checkpoint: Checkpoint, load: torch.Tensor, num_experts: int) -> Checkpoint:

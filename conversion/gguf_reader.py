@@ -38,7 +38,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], list[gguf.ReaderTensor]]:
         ConversionError: the file is missing, damaged, or big-endian.
     """
     if not path.is_file():  # opening a pipe would wait for ever
-        raise ConversionError(f"{path} is not a file")
+        raise ConversionError(f"{path} is missing, or not a file")
     try:
         reader = BoundedReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}

@@ -53,15 +53,6 @@ def convert(
         int | None,
         typer.Option(min=1, help="experts per token, of copies; 2 by default", rich_help_panel=MODEL_CHANGE),
     ] = None,
-    noise: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="noise on copies, relative to each matrix's standard deviation", rich_help_panel=MODEL_CHANGE
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="seed of the noise and the new routers", rich_help_panel=MODEL_CHANGE)
-    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="text file to measure routing on: expert load; for gguf, near-ties")
     ] = None,

@@ -29,7 +29,7 @@ def read_header(path: Path) -> dict[str, Any]:
         ValueError: the file is missing, not a regular file, or damaged; the message begins with its path.
     """
     if not path.is_file():  # opening a pipe would wait for ever
-        raise ValueError(f"{path} is not a file")
+        raise ValueError(f"{path} is missing, or not a file")
     try:
         with safe_open(path, framework="np"):
             pass

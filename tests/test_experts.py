@@ -52,7 +52,7 @@ def relative_error(found, expected):
 def test_copies_compute_what_the_one_expert_does(tmp_path, top_k, tolerance):
     """Whatever the routers choose; stored in float32, a third is rounded and a half is not."""
     source = write_dense(tmp_path / "dense")
-    model = built(upcycle(open_checkpoint(source), 5, top_k, 0.0, 0), tmp_path / "upcycled")
+    model = built(upcycle(open_checkpoint(source), 5, top_k), tmp_path / "upcycled")
     assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (5, top_k)
     found = run(model)
     assert relative_error(found.logits, run(load(source)).logits) < tolerance
@@ -63,7 +63,7 @@ def test_copies_and_near_ties(tmp_path):
     """With the released keep set, the tokens whose experts are no near-ties, in the first layer and before any other
     token that they attend to; a sequence of one token is by itself."""
     source = write_dense(tmp_path / "dense", num_hidden_layers=1)
-    checkpoint = upcycle(open_checkpoint(source), 6, 2, 0.0, 0)
+    checkpoint = upcycle(open_checkpoint(source), 6, 2)
     model = built(checkpoint, tmp_path / "upcycled", router_jitter_noise=0.05)
     ids = torch.arange(131)[:, None]
     found, expected = run(model, ids), run(load(source), ids)
@@ -78,48 +78,23 @@ def test_copies_and_near_ties(tmp_path):
     assert (error[near] > 1e-3).all()  # these are what the docstring says they are
 
 
-def test_noise_is_relative_to_each_matrix_and_each_copy_has_its_own(tmp_path):
-    source = write_dense(tmp_path / "dense", hidden_size=64, intermediate_size=96)
-    tensors = {name: tensor.read() for name, tensor in open_checkpoint(source).tensors.items()}
-    noises = []
-    for seed in (0, 1):
-        for name, tensor in upcycle(open_checkpoint(source), 3, 2, 0.25, seed).tensors.items():
-            if ".experts." in name:
-                original = tensors[f"{name.split('.experts.')[0]}.experts.0.{name.split('.')[-2]}.weight"]
-                noise = (tensor.read() * (2 if ".w2." in name else 1) - original) / original.std()
-                count = noise.numel() ** 0.5
-                assert abs(noise.std() - 0.25) < 4 * 0.25 / (2**0.5 * count)
-                assert abs(noise.mean()) < 4 * 0.25 / count
-                noises.append(noise.flatten())
-    correlation = torch.corrcoef(torch.stack(noises)).fill_diagonal_(0)
-    assert len(noises) == 2 * 2 * 3 * 3 and correlation.abs().max() < 5 / len(noises[0]) ** 0.5
-
-
 def test_upcycling_is_reproducible_in_any_order(tmp_path):
     source = write_dense(tmp_path / "dense", torch_dtype="bfloat16", initializer_range=0.1)
-    first, second, other = (upcycle(open_checkpoint(source), 4, 2, 0.1, seed).tensors for seed in (7, 7, 8))
+    first, second = (upcycle(open_checkpoint(source), 4, 2).tensors for _ in range(2))
     backwards = {name: second[name].read() for name in reversed(list(second))}
-    for name, tensor in first.items():
-        assert torch.equal(tensor.read(), backwards[name])
-        assert torch.equal(tensor.read(), other[name].read()) != (".experts." in name or ".gate." in name)
-    routers = torch.cat([t.read().flatten() for name, t in first.items() if ".gate." in name])
-    assert len(routers) == 2 * 4 * 32 and 0.08 < routers.float().std() < 0.12 and routers.dtype == torch.bfloat16
+    assert all(torch.equal(tensor.read(), backwards[name]) for name, tensor in first.items())
+    routers = torch.stack([t.read() for name, t in first.items() if ".gate." in name])
+    assert routers.shape == (2, 4, 32) and 0.08 < routers.float().std() < 0.12 and routers.dtype == torch.bfloat16
+    assert not torch.equal(*routers)
 
 
 @pytest.mark.parametrize(
     ("settings", "arguments", "message"),
     [
-        ({}, (1, 1, 0.0, 0), "got num_experts=1"),
-        ({}, (4, 5, 0.0, 0), "top_k=5"),
-        ({}, (4, 0, 0.0, 0), "top_k=0"),
-        ({}, (4, 2, -0.1, 0), "noise=-0.1"),
-        ({}, (4, 2, float("nan"), 0), "noise=nan"),
-        (
-            {"router_estimator": "dense"},
-            (4, 2, 0.0, 0),
-            "router_estimator must be .* got dense",
-        ),
-        ({"router_estimator": "gshard"}, (4, 2, 0.0, 0), "got gshard"),
+        ({}, (1, 1), "got 1, 1"),
+        ({}, (4, 5), "got 4, 5"),
+        ({}, (4, 0), "got 4, 0"),
+        ({"router_estimator": "dense"}, (4, 2), "got 4, 2, dense"),
     ],
 )
 def test_upcycling_that_is_refused(tmp_path, settings, arguments, message):
@@ -131,7 +106,7 @@ def test_upcycling_that_is_refused(tmp_path, settings, arguments, message):
 def test_upcycled_through_convert(tmp_path):
     source = write_dense(tmp_path / "dense")
     report = convert(source, tmp_path / "hub", to="hub", num_experts=4, top_k=2)
-    assert report.difference < 1e-6 and "4 copies of the one expert, top-2" in report.notes[0]
+    assert report.difference < 1e-6
     mixture = load(tmp_path / "hub")
     assert relative_error(run(mixture).logits, run(load(source)).logits) < 1e-6
 

@@ -132,9 +132,9 @@ def test_folders_are_read(tmp_path, num_shards):
         ({"a": r"..\x.safetensors"}, "its own folder"),
         ({"a": "x\0.safetensors"}, "its own folder"),
         ({"a": 1}, "'a' in 1"),
-        ({"a": "missing.safetensors"}, "missing.safetensors is not a file"),
-        ({"a": "folder.safetensors"}, "folder.safetensors is not a file"),
-        ({"a": "pipe.safetensors"}, "pipe.safetensors is not a file"),
+        ({"a": "missing.safetensors"}, "missing.safetensors is missing, or not a file"),
+        ({"a": "folder.safetensors"}, "folder.safetensors is missing, or not a file"),
+        ({"a": "pipe.safetensors"}, "pipe.safetensors is missing, or not a file"),
         ({}, "no weight_map"),
         ([], "no weight_map"),
         ({**WEIGHT_MAP, "b": SHARD_2}, f"{SHARD_1} holds tensor 'b'|puts it in {SHARD_2}"),
@@ -210,9 +210,9 @@ def test_files_that_cannot_be_opened_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for function in (read_json, read_tensors, read_gguf):
         for name in ("missing", "pipe", "."):
-            refused("is not a file", function, tmp_path / name)
+            refused("is missing, or not a file", function, tmp_path / name)
     for function in (read_config, read_adapter_config):
-        refused("config.json is not a file", function, tmp_path)
+        refused("config.json is missing, or not a file", function, tmp_path)
 
 
 LONGROPE = {
@@ -296,17 +296,8 @@ def test_adapter_configs_of_peft_are_read(tmp_path):
         *({name: None} for name in ADAPTER if name != "base_model_name_or_path"),
         *({"peft_type": value} for value in ("LOHA", ["LORA"])),
         *({"base_model_name_or_path": value} for value in (7, ["x"])),
-        *({"r": value} for value in (0, 8.0, True, 2**60)),
+        *({"r": value} for value in (0, 8.0, 2**60)),
         *({"lora_alpha": value} for value in ("16", float("nan"), float("inf"), 10**400)),
-        {"lora_dropout": 1},
-        {"bias": "some"},
-        {"use_rslora": "yes"},
-        {"use_dora": 1},
-        *({"target_modules": value} for value in (5, [1])),
-        {"target_parameters": "x"},
-        {"modules_to_save": [""]},
-        *({"rank_pattern": value} for value in ([1], {"x": 0})),
-        {"alpha_pattern": {"x": "1"}},
     ],
     ids=lambda changes: f"{changes}"[:40],
 )
