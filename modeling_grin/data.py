@@ -1,4 +1,4 @@
-"""Data: local files and datasets of the Hub, and their rows as batches of tokens."""
+"""Read local files and datasets of the Hub, and batch their tokens."""
 
 import glob
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +26,7 @@ MAX_PIECE = 2**18  # characters tokenized at once
 
 
 def find_files(name: str) -> list[str]:
-    """The local data files that `name` (a file, folder or glob) means; none if it may be a name on the Hub.
+    """Find the local data files of `name`, a file, folder or glob; none if it may be a name on the Hub.
 
     Raises:
         ValueError: `name` is a path that does not exist, or a folder or glob without data files.
@@ -50,15 +50,15 @@ def find_files(name: str) -> list[str]:
 def load_data(
     name: str, *, split: str = "train", config: str | None = None, streaming: bool = False
 ) -> "Dataset | IterableDataset":
-    """The rows of local files, or of a dataset on the Hub where there is no such file.
+    """Load the rows of local files, or of a dataset on the Hub if there is no such file.
 
     Args:
         name: a file, folder or glob, or a name on the Hub.
-        split, config: of a dataset on the Hub. Local files have neither.
-        streaming: read rows as they are needed, without a copy in the cache of `datasets`.
+        split, config: of a dataset on the Hub; local files have neither.
+        streaming: read rows on demand, without a copy in the cache of `datasets`.
 
     Raises:
-        ValueError: nothing is there, the files have several formats or none that is known, or cannot be read.
+        ValueError: there are no files, their formats differ or are unknown, or they cannot be read.
     """
     from datasets import load_dataset
 
@@ -80,20 +80,20 @@ def load_data(
     settings = {"sample_by": "document"} if builder == "text" else {}
     try:
         return load_dataset(builder, data_files=files, split="train", streaming=streaming, **settings)
-    except Exception as error:  # damaged files end in many types, the telling one inside
+    except Exception as error:  # of many types; the cause tells
         raise ValueError(f"{name} cannot be read as {builder}: {reason_of(error)}") from error
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of what an error of `datasets` is about."""
+    """The first line of an error of `datasets`, or of its cause."""
     return (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
 
 
 def stream_data(name: str) -> Iterator[dict[str, Any]]:
-    """The rows of `load_data`, one at a time; a dataset of the Hub may be given as NAME:CONFIG:SPLIT.
+    """Read the rows of `load_data` one at a time; a dataset of the Hub may be NAME:CONFIG:SPLIT.
 
     Raises:
-        ValueError: as `load_data`, and where a row cannot be read.
+        ValueError: as `load_data`, or a row cannot be read.
     """
     dataset, config, split = [*name.split(":"), "", ""][:3] if not Path(name).exists() else (name, "", "")
     if (config or split) and find_files(dataset):
@@ -106,7 +106,7 @@ def stream_data(name: str) -> Iterator[dict[str, Any]]:
 
 
 def split_text(text: str) -> Iterator[str]:
-    """A text in pieces of at most MAX_PIECE characters, cut after a line where there is one."""
+    """Cut a text into pieces of at most MAX_PIECE characters, after a line if possible."""
     start = 0
     while len(text) - start > MAX_PIECE:
         end = text.rfind("\n", start, start + MAX_PIECE) + 1 or start + MAX_PIECE
@@ -116,7 +116,7 @@ def split_text(text: str) -> Iterator[str]:
 
 
 def tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[int]]:
-    """The ids of a row's `messages`, by the chat template, or of its `text`, one piece of it after the other."""
+    """Tokenize a row's `messages` by the chat template, or its `text` piece by piece."""
     if row.get("messages") is not None:
         if tokenizer.chat_template is None:
             raise ValueError(f"{name} has rows with messages, and the tokenizer has no chat template for them")
@@ -131,17 +131,17 @@ def tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, name: s
 def token_rows(
     name: str, tokenizer: PreTrainedTokenizerBase, sequence: int, max_tokens: int | None = None
 ) -> Iterator[tuple[list[int], bool]]:
-    """The ids of the texts and conversations of `stream_data`, in rows of at most `sequence` tokens.
+    """Tokenize the texts and conversations of `stream_data`, in rows of at most `sequence` tokens.
 
-    A longer text is cut into several rows, and no row holds two texts: with each row comes whether it starts one. Read
-    as they are needed: of the texts, a single one is in memory at a time.
+    A longer text takes several rows, and no row holds two texts; each row comes with whether it starts one. Only one
+    text is in memory at a time.
 
     Args:
         name: as in `stream_data`; rows have `messages`, for the chat template, or `text`.
-        max_tokens: in all rows together; the last one is cut short.
+        max_tokens: of all rows together; the last row is cut short.
 
     Raises:
-        ValueError: the data cannot be found or read, have other columns, or no text.
+        ValueError: the data cannot be read, or have neither `messages` nor `text`.
     """
     left, seen = max_tokens, False
     for row in stream_data(name):
@@ -158,8 +158,8 @@ def token_rows(
 
 
 def batched(rows: Iterable[tuple[list[int], bool]], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The rows of `token_rows` as model inputs, `[batch, sequence]`, padded on the right, and as `starts`, bool
-    `[batch]`, which of them start a text."""
+    """Batch the rows of `token_rows`: model inputs `[batch, sequence]`, padded on the right, and `starts` `[batch]`,
+    whether a row starts a text."""
     rows = iter(rows)
     while batch := list(islice(rows, batch_size)):
         length = max(len(ids) for ids, _ in batch)

@@ -1,4 +1,4 @@
-"""Pictures of routing. L layers, E experts, S sets of texts."""
+"""Draw routing and losses. L layers, E experts, S sets of texts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.cluster.hierarchy import dendrogram
 
-ANNOTATED = 256  # cells of a heatmap, at most, whose numbers are written into them
-SIGNIFICANT = 0.05  # false discoveries among the experts that are called specialised
-MIN_EXPECTED = 5  # tokens of a pair: below, how often it occurs says nothing
-NAMED_LINES = 10  # of a plot: the colours that can be told apart
+ANNOTATED = 256  # larger heatmaps show no numbers
+SIGNIFICANT = 0.05  # share of false discoveries among the experts called specialised
+MIN_EXPECTED = 5  # tokens of a pair; fewer tell nothing
+NAMED_LINES = 10  # as many colours can be told apart
 MEAN_PARTS = 50  # a running mean is over this part of a curve
 BY_CHANCE = "by chance, all sets"  # a line to compare the others with
 
@@ -66,7 +66,7 @@ def draw_loss(log: Sequence[Mapping[str, Any]], label: str = "loss (nats per tok
 
 
 def draw_loads(loads: Mapping[str, torch.Tensor]) -> Figure:
-    """The load `[L, E]` of each set, side by side on one colour scale."""
+    """Draw the load `[L, E]` of each set, side by side on one colour scale."""
     norm = load_norm(torch.stack(list(loads.values())))
     figure, panels = small_multiples(len(loads), next(iter(loads.values())), columns=4 if len(loads) <= 16 else 8)
     for axes, (name, load) in zip(panels, loads.items(), strict=True):
@@ -79,7 +79,7 @@ def draw_loads(loads: Mapping[str, torch.Tensor]) -> Figure:
 
 
 def draw_similarity(names: list[str], similarity: torch.Tensor, tree: torch.Tensor | None) -> Figure:
-    """Cosines `[S, S]` of the sets' routing vectors (Figure 6), under the tree that ordered the sets, if one did."""
+    """Draw cosines `[S, S]` of the sets' routing vectors (Figure 6), under their clustering tree if there is one."""
     num_sets = len(names)
     side = 1.5 + max(3.0, min(0.6, 12 / num_sets) * num_sets)
     figure = Figure(figsize=(side + 2.5, side + (1 if tree is None else 2)), layout="constrained")
@@ -105,7 +105,7 @@ def draw_similarity(names: list[str], similarity: torch.Tensor, tree: torch.Tens
 
 
 def draw_specialization(score: torch.Tensor, false_discovery: torch.Tensor) -> Figure:
-    """The score of each expert `[L, E]`; a cross where shuffled texts explain it as well."""
+    """Draw the score of each expert `[L, E]`; a cross marks scores that shuffled texts explain."""
     figure, axes = expert_axes(*score.shape)
     norm = Normalize(0, max(score.max().item(), 0.01))
     image = axes.imshow(score.clamp(min=0).numpy(), cmap="magma_r", norm=norm, aspect="auto")
@@ -117,7 +117,7 @@ def draw_specialization(score: torch.Tensor, false_discovery: torch.Tensor) -> F
 
 
 def draw_layers(curves: Mapping[str, Mapping[str, torch.Tensor]]) -> Figure:
-    """Curves over the layers, `[L]` each: a panel for each quantity, in it a line for each set."""
+    """Draw curves over the layers, `[L]` each: a panel per quantity, a line per set."""
     rows = ceil(len(curves) / 2)
     figure = Figure(figsize=(11, 3.2 * rows + 0.4), layout="constrained")
     panels = list(figure.subplots(rows, 2, squeeze=False).flatten())
@@ -141,7 +141,7 @@ def draw_layers(curves: Mapping[str, Mapping[str, torch.Tensor]]) -> Figure:
 
 
 def draw_pairs(pairs: torch.Tensor, expected: torch.Tensor) -> Figure:
-    """Pairs of experts `[L, E, E]` against what independent choices would give: a panel for each layer."""
+    """Draw pairs of experts `[L, E, E]` relative to independent choices: a panel per layer."""
     known = expected >= MIN_EXPECTED
     lift = torch.where(known, (pairs / expected).log2(), torch.nan).clamp(-3, 3)
     figure, panels = small_multiples(len(pairs), pairs[0], vertical="expert", columns=8, cell=0.11)
@@ -157,7 +157,7 @@ def draw_pairs(pairs: torch.Tensor, expected: torch.Tensor) -> Figure:
 
 
 def draw_load_difference(difference: torch.Tensor) -> Figure:
-    """How the loads `[L, E]` of two models differ, in percentage points: red, more after."""
+    """Draw the change of loads `[L, E]` between two models, in percentage points: red is more after."""
     figure, axes = expert_axes(*difference.shape)
     points = 100 * difference
     largest = max(points.abs().max().item(), 0.1)
@@ -170,18 +170,18 @@ def draw_load_difference(difference: torch.Tensor) -> Figure:
 
 
 def load_norm(load: torch.Tensor) -> TwoSlopeNorm:
-    """Colours of loads `[..., E]`: the middle is balance, the ends are no token and at least twice the fair share."""
+    """Colours of loads `[..., E]`: the middle is balance, the ends are 0 and at least twice the fair share."""
     balanced = 1 / load.shape[-1]
     return TwoSlopeNorm(balanced, vmin=0, vmax=max(2 * balanced, load.max().item()))
 
 
 def cells(values: torch.Tensor) -> list[tuple[tuple[int, int], float]]:
-    """The cells of a matrix, as ((row, column), value)."""
+    """The cells of a matrix: ((row, column), value)."""
     return [((row, column), value) for row, line in enumerate(values.tolist()) for column, value in enumerate(line)]
 
 
 def write_cells(axes: Axes, values: torch.Tensor, norm: Normalize, form: Callable[[float], str]) -> None:
-    """Write the numbers into a diverging heatmap that is not too large for it."""
+    """Write the numbers into a diverging heatmap, unless it has too many cells."""
     if values.numel() <= ANNOTATED:
         for (row, column), value in cells(values):
             color = "white" if abs(norm(value) - 0.5) > 0.35 else "black"
@@ -189,7 +189,7 @@ def write_cells(axes: Axes, values: torch.Tensor, norm: Normalize, form: Callabl
 
 
 def expert_axes(num_layers: int, num_experts: int) -> tuple[Figure, Axes]:
-    """Axes for one heatmap of layers and experts, legible at the released 32 x 16."""
+    """Make axes for one heatmap of layers and experts, legible at the released 32 x 16."""
     width, height = (0.55, 0.4) if num_layers * num_experts <= ANNOTATED else (0.36, 0.25)
     figure = Figure(figsize=(2.5 + width * num_experts, 2 + height * num_layers), layout="constrained")
     axes = figure.subplots()
@@ -200,7 +200,7 @@ def expert_axes(num_layers: int, num_experts: int) -> tuple[Figure, Axes]:
 def small_multiples(
     count: int, matrix: torch.Tensor, vertical: str = "layer", columns: int = 4, cell: float = 0.16
 ) -> tuple[Figure, list[Axes]]:
-    """Panels for `count` heatmaps of the shape of `matrix`, with cells of `cell` inches and ticks at whole numbers."""
+    """Make panels for `count` heatmaps of `matrix`'s shape, with cells of `cell` inches."""
     columns = min(columns, count)
     rows = ceil(count / columns)
     height, width = (max(1.3, cell * size) for size in matrix.shape)

@@ -1,6 +1,6 @@
-"""What the routers of a model do with texts, counted in one pass. L layers, E experts, K top-k, T tokens, C chunks.
+"""Count what a model's routers do, in one pass. L layers, E experts, K top-k, T tokens, C chunks.
 
-A study of any number of tokens needs the memory of `RoutingCounts`, about 2 C L E integers for each set of texts.
+Memory does not grow with the tokens: `RoutingCounts` holds about 2 C L E integers for each set of texts.
 """
 
 import math
@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from ..balance_grinmoe import counted_tokens
 from ..routing_grinmoe import Routing, keep_set, route
 
-MAX_CHUNKS = 128  # of a set's texts; enough to shuffle, and their counts at released sizes take 0.5 MB
+MAX_CHUNKS = 128  # of a set's texts: enough to shuffle, and 0.5 MB of counts at released sizes
 
 
 class RoutingSums(NamedTuple):
-    """Sums over tokens, per layer; the columns of the tensors that are added up and all-reduced."""
+    """Sums over tokens, per layer: the columns of tensors that are added up and all-reduced."""
 
     choices: torch.Tensor
     """Tokens that chose each expert, `[..., L, E]`."""
@@ -29,13 +29,13 @@ class RoutingSums(NamedTuple):
     near_ties: torch.Tensor
     """Tokens with a second expert in the keep set of the first choice, `[..., L]`."""
     other_draws: torch.Tensor
-    """Choices of another expert than the best one left, `[..., L]`."""
+    """Choices other than the best remaining expert, `[..., L]`."""
     tokens: torch.Tensor
     """`[..., L]`."""
 
     @classmethod
     def from_columns(cls, columns: torch.Tensor) -> "RoutingSums":
-        """`[..., L, 2E + 4]`, as `routing_sums` returns it."""
+        """Name the columns of `routing_sums`, `[..., L, 2E + 4]`."""
         num_experts = (columns.shape[-1] - 4) // 2
         choices, probs, others = columns.split([num_experts, num_experts, 4], dim=-1)
         return cls(choices, probs, *others.unbind(-1))
@@ -82,10 +82,10 @@ def routing_columns(
         counted: bool `[T]`, False for padding, whose columns are 0.
         jitter_eps: r of the keep set.
     """
-    device = router_logits[0].device  # of all layers, so that a deep model needs no more kernels than a shallow one
+    device = router_logits[0].device  # all layers at once: a deep model needs no more kernels than a shallow one
     counted = counted.to(device).unsqueeze(-1)  # [T, 1]
     logits = torch.stack([layer.to(device) for layer in router_logits]).float()  # [L, T, E]
-    logits = logits.masked_fill(~counted, 0)  # what attention leaves at padding may be nan
+    logits = logits.masked_fill(~counted, 0)  # at padding, attention may leave NaN
     experts = torch.stack([layer.to(device) for layer in selected_experts])  # [L, T, K]
 
     log_probs = logits.log_softmax(dim=-1)
@@ -96,7 +96,7 @@ def routing_columns(
     other_draws = torch.zeros_like(entropy)
     for expert in experts.split(1, dim=-1):
         best = logits.masked_fill(~left, -torch.inf).amax(dim=-1, keepdim=True)
-        other_draws += logits.gather(-1, expert) < best  # of experts that tie exactly, each is the best one
+        other_draws += logits.gather(-1, expert) < best  # experts that tie exactly are all the best
         left = left.scatter(-1, expert, False)
     columns = torch.cat([~left, probs, entropy, near_tie, other_draws, torch.ones_like(entropy)], dim=-1)
     return columns * counted
@@ -114,16 +114,16 @@ def routing_sums(
 
 
 class RoutingCounts:
-    """What the routers did with the tokens of some texts. Its size does not depend on how many there were."""
+    """Counts of the routers' choices for some texts. Its size does not depend on the number of tokens."""
 
     def __init__(self, num_layers: int, num_experts: int):
         self._columns = torch.zeros(num_layers, 2 * num_experts + 4, dtype=torch.float64)
         self._num_tokens = self._text_start = 0
         self._chunks = torch.zeros(MAX_CHUNKS, num_layers, num_experts, dtype=torch.int64)
         self.chunk_tokens = 1
-        """Tokens from the start of a chunk to that of the next; a power of two that grows with the texts."""
+        """Tokens between the starts of two chunks; a power of two that grows with the texts."""
         self.pairs = torch.zeros(num_layers, num_experts, num_experts, dtype=torch.int64)
-        """Tokens that chose both experts, `[L, E, E]`; on the diagonal, those that chose the one."""
+        """Tokens that chose both experts, `[L, E, E]`; on the diagonal, tokens that chose the expert."""
 
     @property
     def sums(self) -> RoutingSums:
@@ -132,7 +132,7 @@ class RoutingCounts:
 
     @property
     def num_tokens(self) -> int:
-        """Without padding."""
+        """All tokens except padding."""
         return self._num_tokens
 
     def add(
@@ -143,14 +143,14 @@ class RoutingCounts:
         jitter_eps: float,
         starts: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Count a forward pass, given as to `routing_columns`, but `counted` `[batch, sequence]`.
+        """Count a forward pass. Arguments as for `routing_columns`, except `counted` `[batch, sequence]`.
 
         Args:
-            starts: whether a row starts a text, bool `[batch]`; the others go on with that of the row before. By
-                default each is a text of its own.
+            starts: whether a row starts a text, bool `[batch]`; other rows continue the previous row's text. By
+                default each row is a text.
 
         Returns:
-            Which experts each token chose, bool `[L, T, E]` on the routers' device; none for padding.
+            The experts that each token chose, bool `[L, T, E]` on the routers' device; none for padding.
         """
         columns = routing_columns(router_logits, selected_experts, counted.reshape(-1), jitter_eps)
         chosen = columns[..., : self.pairs.shape[-1]]
@@ -174,9 +174,9 @@ class RoutingCounts:
     def chunks(self, chunk_tokens: int | None = None) -> torch.Tensor:
         """Choices of each expert in chunks of consecutive texts, int64 `[C, L, E]`, C at most MAX_CHUNKS.
 
-        A text belongs to the chunk in which it starts, as a whole; chunks that none starts in are left out. That
-        neighbours stay together is what makes the chunks fit to be shuffled: tokens and texts that are near each
-        other are alike, and as many independent ones would promise too much.
+        A text belongs as a whole to the chunk in which it starts; a chunk without a start is left out. Chunks can be
+        shuffled because neighbours stay together: neighbouring tokens and texts are alike, so that shuffling them one
+        by one would understate chance.
 
         Args:
             chunk_tokens: a power of two, at least `self.chunk_tokens`, which is the default.
@@ -185,7 +185,7 @@ class RoutingCounts:
             ValueError: the counts are a sum.
         """
         if not len(self._chunks):
-            raise ValueError("specialization needs the counts of each set as collected: a sum of counts has no chunks")
+            raise ValueError("specialization needs the counts of each set; a sum of counts has no chunks")
         chunks, size = self._chunks, self.chunk_tokens
         while size < (chunk_tokens or size):
             chunks, size = in_pairs(torch.cat([chunks, torch.zeros_like(chunks[: len(chunks) % 2])])), 2 * size
@@ -196,11 +196,11 @@ class RoutingCounts:
         return self.sums.load()
 
     def expected_pairs(self) -> torch.Tensor:
-        """The pairs to be expected if the choices had nothing to do with each other, `[L, E, E]`, float64.
+        """Expected pairs if the choices of a token were independent, `[L, E, E]`, float64.
 
-        A token chooses different experts, so that this is not the product of the loads but quasi-independence:
-        `w_i w_j` off the diagonal and 0 on it, with the w for which every expert has as many pairs as it really has
-        (iterative proportional fitting).
+        A token chooses different experts, so this is quasi-independence and not the product of the loads: `w_i w_j`
+        off the diagonal and 0 on it. Iterative proportional fitting finds the w that give every expert its real number
+        of pairs.
         """
         pairs = self.pairs.double()
         wanted = pairs.sum(dim=-1) - pairs.diagonal(dim1=-2, dim2=-1)  # [L, E]
@@ -212,7 +212,7 @@ class RoutingCounts:
         return expected - torch.diag_embed(expected.diagonal(dim1=-2, dim2=-1))
 
     def __add__(self, other: "RoutingCounts") -> "RoutingCounts":
-        """Of the texts of both, without chunks, which are of one set."""
+        """Counts of the texts of both, without chunks: these belong to one set."""
         total = RoutingCounts(*self.pairs.shape[:2])
         total._chunks = total._chunks[:0]
         total._columns, total.pairs = self._columns + other._columns, self.pairs + other.pairs
@@ -221,13 +221,13 @@ class RoutingCounts:
 
 
 def in_pairs(chunks: torch.Tensor) -> torch.Tensor:
-    """Each two neighbours added up, `[2C, L, E]` -> `[C, L, E]`."""
+    """Add neighbours in pairs, `[2C, L, E]` -> `[C, L, E]`."""
     return chunks.unflatten(0, (-1, 2)).sum(dim=1)
 
 
 @contextmanager
 def inference(*models: PreTrainedModel) -> Iterator[None]:
-    """The models in eval mode, without gradients, and afterwards as they were."""
+    """Put the models in eval mode, without gradients, and restore their mode afterwards."""
     were_training = [model.training for model in models]
     try:
         for model in models:
@@ -242,9 +242,9 @@ def inference(*models: PreTrainedModel) -> Iterator[None]:
 def run_routers(
     model: PreTrainedModel, batch: Mapping[str, torch.Tensor]
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor, float, torch.Tensor | None]:
-    """What `RoutingCounts.add` takes, of one batch; the logits of the vocabulary are not computed."""
+    """Run a batch, without the head, for the arguments of `RoutingCounts.add`."""
     inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask") if key in batch}
-    decoder = model.get_decoder()  # also that of a PEFT model
+    decoder = model.get_decoder()  # also of a PEFT model
     batch_size, length = inputs["input_ids"].shape
     outputs = decoder(**inputs, use_cache=False, output_router_logits=True, output_selected_experts=True)
     counted = counted_tokens(inputs.get("attention_mask"), batch_size, length, model.device)
@@ -258,19 +258,19 @@ def empty_counts(model: PreTrainedModel) -> RoutingCounts:
 
 def check_counted(counts: RoutingCounts) -> None:
     if not counts.num_tokens:
-        raise ValueError("no tokens: `batches` is empty or all padding")
+        raise ValueError("`batches` must hold tokens; got no tokens, or padding alone")
 
 
 def collect_routing(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> RoutingCounts:
     """Count what the routers do in inference.
 
     Args:
-        model: a GRIN-MoE model, with or without a head; it is evaluated in eval mode and left as it was.
-        batches: model inputs, `input_ids` and, if there is padding, `attention_mask` `[batch, sequence]`; and, if a
-            text may take several rows, `starts` `[batch]`, as in `RoutingCounts.add`. They are read once and not kept.
+        model: a GRIN-MoE model, with or without a head; its mode is restored.
+        batches: model inputs, read once and not kept: `input_ids` and, if there is padding, `attention_mask`
+            `[batch, sequence]`; `starts` `[batch]`, as in `RoutingCounts.add`, if a text may take several rows.
 
     Raises:
-        ValueError: there is not a single token in `batches`.
+        ValueError: `batches` holds no token.
     """
     counts = empty_counts(model)
     with inference(model):
@@ -281,16 +281,16 @@ def collect_routing(model: PreTrainedModel, batches: Iterable[Mapping[str, torch
 
 
 def expert_load(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> torch.Tensor:
-    """The share of each layer's routing decisions that each expert gets, in inference routing.
+    """Measure each expert's share of its layer's choices in inference.
 
     Args:
-        model, batches: as in `collect_routing`, which counts more than this.
+        model, batches: as in `collect_routing`, which counts more.
 
     Returns:
         `[L, E]`, float64 on the CPU, rows sum to 1; 1 / E everywhere is perfect balance.
 
     Raises:
-        ValueError: there is not a single token in `batches`.
+        ValueError: `batches` holds no token.
     """
     return collect_routing(model, batches).load()
 
@@ -301,9 +301,9 @@ class RoutingComparison(NamedTuple):
     before: RoutingCounts
     after: RoutingCounts
     same_sets: torch.Tensor
-    """Tokens whose K experts are the same ones in both, in whatever order, int64 `[L]`."""
+    """Tokens with the same K experts in both models, in any order, int64 `[L]`."""
     shared_choices: torch.Tensor
-    """Choices of one model that are also the other's, int64 `[L]`: at most K to a token."""
+    """Choices that both models made, int64 `[L]`: at most K per token."""
 
     def agreement(self) -> torch.Tensor:
         """Share of the tokens that go to the same experts, `[L]`."""
@@ -319,7 +319,7 @@ class RoutingComparison(NamedTuple):
         return top_k * (self.before.load() * self.after.load()).sum(dim=-1)
 
     def load_difference(self) -> torch.Tensor:
-        """How much larger an expert's share of its layer's choices is after, `[L, E]`; rows sum to 0."""
+        """Change of each expert's share of its layer's choices, `[L, E]`; rows sum to 0."""
         return self.after.load() - self.before.load()
 
     def load_similarity(self) -> torch.Tensor:
@@ -338,20 +338,20 @@ class RoutingComparison(NamedTuple):
 def compare_routing(
     before: PreTrainedModel, after: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]
 ) -> RoutingComparison:
-    """Count what the routers of two models do with the same tokens, such as before and after fine-tuning.
+    """Count the choices of two models for the same tokens, such as before and after fine-tuning.
 
     Args:
-        before, after: models of the same numbers of layers, experts and experts per token; expert i of one is compared
-            with expert i of the other.
+        before, after: models with equal numbers of layers, experts and experts per token; expert i is compared with
+            expert i.
         batches: as in `collect_routing`.
 
     Raises:
-        ValueError: the models differ in these numbers, or there is not a single token.
+        ValueError: the models differ in these numbers, or `batches` holds no token.
     """
     for field in ("num_hidden_layers", "num_local_experts", "num_experts_per_tok", "vocab_size"):
         values = [getattr(model.config, field) for model in (before, after)]
         if values[0] != values[1]:
-            raise ValueError(f"the two models have {field}={values[0]} and {values[1]}, and cannot be compared")
+            raise ValueError(f"{field} must be equal in both models; got {values[0]} and {values[1]}")
     counts = empty_counts(before), empty_counts(after)
     same, shared = torch.zeros(2, before.config.num_hidden_layers, dtype=torch.int64)
     with inference(before, after):
@@ -365,7 +365,7 @@ def compare_routing(
 
 
 def token_routing(model: PreTrainedModel, input_ids: torch.Tensor) -> list[Routing]:
-    """Each layer's inference routing of one text's tokens, int64 `[T]`: `experts` and `weights`, both `[T, K]`."""
+    """Route the tokens of one text, int64 `[T]`, in inference: each layer's `experts` and `weights` `[T, K]`."""
     with inference(model):
         router_logits, _, _, jitter_eps, _ = run_routers(model, {"input_ids": input_ids.unsqueeze(0)})
         config = model.config

@@ -1,3 +1,3 @@
 """Model cards and the Hub."""
 
-TO_FILL_IN = "**TO FILL IN:**"  # in a card, where a person has to say something
+TO_FILL_IN = "**TO FILL IN:**"  # marks places of a card for a person

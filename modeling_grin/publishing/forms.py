@@ -1,4 +1,4 @@
-"""The form of JSON that others may have written: declared, and checked before it is used."""
+"""Check JSON that others may have written against a declared form."""
 
 import json
 import math
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 Form = type | dict[str, Any] | list[Any] | Callable[[Any], bool]
-"""A type; {name: form}, `name?` for what may be missing or null; [form] of each element; or a test."""
+"""A type; {name: form}, with `name?` if the value may be missing or null; [form of each element]; or a test."""
 
 
 def read_json(path: Path, form: Form) -> Any:
-    """A JSON file's content.
+    """Read a JSON file.
 
     Raises:
-        ValueError: it is none, or not of `form`; names the file and the field.
+        ValueError: it is no JSON or not of `form`; the message names file and field.
     """
     try:
         return parse_json(path.read_text(encoding="utf-8"), form, str(path))
@@ -24,7 +24,7 @@ def read_json(path: Path, form: Form) -> Any:
 
 
 def parse_json(text: str, form: Form, where: str) -> Any:
-    """As `read_json`, of text; `where` is for the message."""
+    """Parse text as `read_json` does; the message names `where`."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,7 @@
-"""What a run leaves for its model card: `run.json`.
+"""Write `run.json`, which a run leaves for its model card.
 
-The trainer pickles its arguments (training_args.bin), and a pickle from elsewhere should not be opened. `run.json` has
-what decides a run's result, by name: no paths, since local data and models are called by the last part of theirs, and
-no tokens, since no field is written that is not listed here.
+The trainer only leaves a pickle of its arguments, which nobody should open. `run.json` has the settings that decide a
+run's result: no tokens, since only listed fields are written, and of local paths only the last part.
 """
 
 import glob
@@ -25,7 +24,7 @@ if TYPE_CHECKING:  # needs what only training installs
 
 RUN_FILE = "run.json"
 
-HYPERPARAMETERS = (  # of the recipes' arguments and the trainer's, in the order of the card
+HYPERPARAMETERS = (  # fields of the recipes' and the trainer's arguments, in the order of the card
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "max_steps",
@@ -69,7 +68,7 @@ PACKAGES = ("grin-moe", "torch", "transformers", "accelerate", "datasets", "toke
 
 
 def describe_source(name: str | None) -> dict[str, Any] | None:
-    """A model or data set: `hub` says whether `name` is one of the Hub's, or the last part of a path here."""
+    """Describe a model or data set: `hub` tells a name on the Hub from the last part of a local path."""
     if name is None:
         return None
     is_local = bool(glob.glob(name, recursive=True))
@@ -77,7 +76,7 @@ def describe_source(name: str | None) -> dict[str, Any] | None:
 
 
 def describe_data(name: str | None, dataset: Any, **of_the_hub: str | None) -> dict[str, Any] | None:
-    """`describe_source` with the rows that were trained or evaluated on (packed, if they were)."""
+    """`describe_source` with the number of rows, packed ones if packing is on."""
     source = describe_source(name)
     if source is None:
         return None
@@ -86,7 +85,7 @@ def describe_data(name: str | None, dataset: Any, **of_the_hub: str | None) -> d
 
 
 def describe_hardware(trainer: "Trainer") -> dict[str, Any]:
-    """The device of this process, as all have it, and how many processes there are."""
+    """The device, which all processes have, and the number of processes."""
     device = trainer.args.device
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 1e9
@@ -100,8 +99,8 @@ def record_run(trainer: "Trainer", arguments: "RecipeArguments", method: str) ->
     """Write output_dir/run.json, from the main process.
 
     Args:
-        trainer: as it is about to train.
-        arguments: the recipe's, a `RecipeArguments`; a field it lacks is left out of the record.
+        trainer: just before it trains.
+        arguments: the recipe's `RecipeArguments`; fields that it lacks are left out.
         method: pretraining, SFT or DPO.
     """
     if not trainer.is_world_process_zero():
