@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from math import ceil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -19,7 +20,7 @@ import modeling_grin
 from grin_moe_cli import app
 from modeling_grin import GrinMoeConfig
 from modeling_grin.planning.plan import plan
-from modeling_grin.planning.setting import GB, Training, assume
+from modeling_grin.planning.setting import GB, Assumptions, Training, assume
 from recipes import data, demo, dpo, pretrain, sft
 
 ROOT = Path(__file__).parent.parent
@@ -145,22 +146,39 @@ def test_quoted_errors_are_those_of_the_code():
         assert message in sources, message
 
 
-def test_gpus_of_the_readme_are_the_planners():
-    """Each cell of the rows on training is the smallest number of GPUs for which a layout fits."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for row, precision in (("bfloat16", "bfloat16"), ("the recipes' float32 and bfloat16", "mixed")):
-        (cells,) = re.findall(rf"^\| train all weights, {row} \| .*? \| (.*) \|$", text, re.MULTILINE)
-        for memory, written in zip((24, 48, 80, 141), cells.split(" | "), strict=True):
-            assumptions = assume([], memory=memory * GB)
-            fitting = (
-                devices
-                for devices in (1, 2, 4, 8, 16)
-                if any(
-                    estimate.fits and estimate.layout.ep == 1
-                    for estimate in plan(GrinMoeConfig(), devices, Training(precision=precision), assumptions)[0]
-                )
-            )
-            assert written == str(next(fitting, "more than 16")), (row, memory)
+MEMORIES = (24, 48, 80, 141)  # GB, the columns of the README's table
+
+
+def gpus_of(row: str) -> list[str]:
+    """Read the cells of a row of the README's table of GPUs."""
+    (cells,) = re.findall(rf"^\| {row} \| .*? \| (.*) \|$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    return cells.split(" | ")
+
+
+@pytest.mark.parametrize(
+    ("row", "bytes_per_weight"),  # of experts and attention, from RESULTS.md
+    [("chat, bfloat16", 2.0), ("chat, 8 bits", 1.003), ("chat, 4 bits", 0.563)],
+)
+def test_gpus_to_chat_hold_whole_layers(row, bytes_per_weight):
+    config = GrinMoeConfig()
+    attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    weights = config.hidden_size * (attention + 3 * config.num_local_experts * config.intermediate_size)
+    layers = [(memory * GB - Assumptions().reserve) // (weights * bytes_per_weight) for memory in MEMORIES]
+    assert gpus_of(row) == [str(ceil(config.num_hidden_layers / number)) for number in layers]
+
+
+@pytest.mark.parametrize(
+    ("row", "precision"),
+    [("train all weights, bfloat16", "bfloat16"), ("train all weights, the recipes' float32 and bfloat16", "mixed")],
+)
+def test_gpus_to_train_are_the_planners(row, precision):
+    """The smallest number of GPUs for which a layout fits."""
+    training, written = Training(precision=precision), []
+    for memory in MEMORIES:
+        plans = (plan(GrinMoeConfig(), gpus, training, assume([], memory=memory * GB))[0] for gpus in (1, 2, 4, 8, 16))
+        fits = [any(estimate.fits and estimate.layout.ep == 1 for estimate in estimates) for estimates in plans]
+        written.append(str(2 ** fits.index(True)) if any(fits) else "more than 16")
+    assert gpus_of(row) == written
 
 
 def test_the_version_is_the_same_everywhere():
