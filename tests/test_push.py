@@ -40,22 +40,23 @@ HUB_TOKEN = "hf_" + "aB3" * 12  # put together here, as all examples below: no s
 
 LOAD = """
 import json, sys
-if sys.argv[1] == "remote code":
-    sys.modules["modeling_grin"] = None  # `import modeling_grin` raises ImportError, installed or not
-    trust = {"trust_remote_code": True}
-else:
-    import modeling_grin
-    trust = {}
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("me/tiny", **trust)
-tokenizer = AutoTokenizer.from_pretrained("me/tiny", **trust)
-inputs = tokenizer(sys.argv[3], return_tensors="pt")
-with torch.no_grad():
-    torch.save(model(**inputs).logits, sys.argv[2])
-generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-print(json.dumps([type(model).__module__, inputs.input_ids[0].tolist(), generated[0].tolist()]))
+def load(way, **trust):
+    model = AutoModelForCausalLM.from_pretrained("me/tiny", **trust)
+    tokenizer = AutoTokenizer.from_pretrained("me/tiny", **trust)
+    inputs = tokenizer(sys.argv[1], return_tensors="pt")
+    with torch.no_grad():
+        torch.save(model(**inputs).logits, f"{way}.pt")
+    generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    print(json.dumps([type(model).__module__, inputs.input_ids[0].tolist(), generated[0].tolist()]))
+
+sys.modules["modeling_grin"] = None  # `import modeling_grin` raises ImportError, installed or not
+load("remote", trust_remote_code=True)
+del sys.modules["modeling_grin"]
+import modeling_grin
+load("installed")
 """
 
 
@@ -202,28 +203,27 @@ def test_config_and_code_are_those_of_save_pretrained(hub, pushed, clean, tmp_pa
     assert {name for name in content if name.endswith(".py")} == code
 
 
-@pytest.mark.parametrize("way", ["installed", "remote code"])
-def test_loads_from_the_hub(hub, pushed, clean, tmp_path, way):
-    """In a clean process: the logits bit by bit, the ids, and what is generated."""
+def test_loads_from_the_hub(hub, pushed, clean, tmp_path):
+    """In another process, by remote code and by the package: the logits bit by bit, the ids, and the text."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     variables |= environment(hub, tmp_path) | {"CUDA_VISIBLE_DEVICES": ""}
     requests = len(hub.requests)
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, way, tmp_path / "logits.pt", TEXT],
-        capture_output=True, text=True, cwd=tmp_path, env=variables, timeout=600,
-    )  # fmt: skip
+        [sys.executable, "-c", LOAD, TEXT], capture_output=True, text=True, cwd=tmp_path, env=variables, timeout=600
+    )
     assert done.returncode == 0, done.stderr
-    module, ids, generated = json.loads(done.stdout)
-    assert module == "modeling_grin.modeling_grinmoe" if way == "installed" else "transformers_modules" in module
     local, tokenizer = GrinMoeForCausalLM.from_pretrained(clean).eval(), GrinMoeTokenizer.from_pretrained(clean)
     inputs = tokenizer(TEXT, return_tensors="pt")
-    assert ids == inputs.input_ids[0].tolist()
+    expected = [inputs.input_ids[0].tolist(), local.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()]
     with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), local(**inputs).logits)
-    assert generated == local.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()
+        logits = local(**inputs).logits
+    ways = zip(("remote", "installed"), map(json.loads, done.stdout.splitlines()), strict=True)
+    for way, (module, *found) in ways:
+        assert ("transformers_modules" if way == "remote" else "modeling_grin.modeling_grinmoe") in module
+        assert found == expected
+        assert torch.equal(torch.load(tmp_path / f"{way}.pt"), logits)
     fetched = {path.split("/")[-1] for method, path in hub.requests[requests:] if method == "GET"}
-    assert set(weights(clean)) <= fetched, "and not from a folder"
-    assert ("modeling_grinmoe.py" in fetched) == (way == "remote code")
+    assert {*weights(clean), "modeling_grinmoe.py"} <= fetched, "and not from a folder"
 
 
 def test_an_equal_folder_sends_nothing(hub, pushed, capsys):
