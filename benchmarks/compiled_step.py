@@ -1,7 +1,7 @@
 """Measure what `torch.compile` gains in a training step.
 
 The same weights in an eager and in a compiled model take turns. Compiled, the experts are transformers' `grouped_mm`
-and the logits whole (`experts_grinmoe.computes_here`, `loss_grinmoe.can_chunk`); inductor fuses everything else. A
+and the logits whole (`cpu_experts.uses_cpu_kernel`, `chunked_loss.can_chunk`); inductor fuses everything else. A
 third, eager model has these two as well, to separate their part from the compiler's.
 
     python -m benchmarks.compiled_step

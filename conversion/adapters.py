@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_grin.modeling_grinmoe import LINEAR_EXPERTS
+from modeling_grin.linear_experts_grinmoe import LINEAR_EXPERTS
 from modeling_grin.patterns_grinmoe import adaptable_names, check_patterns
 
 from .checkpoint import Checkpoint

@@ -15,7 +15,7 @@ import torch
 from transformers import initialization as init
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
-from modeling_grin.checkpoint_grinmoe import EXPERT_WEIGHTS
+from modeling_grin.layout_grinmoe import EXPERT_WEIGHTS
 from modeling_grin.modeling_grinmoe import GrinMoePreTrainedModel
 
 from .tensors import ConversionError, StoredTensor

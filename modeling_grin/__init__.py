@@ -5,6 +5,7 @@ from transformers.models.auto import tokenization_auto
 
 from .balance_grinmoe import load_balancing_loss
 from .configuration_grinmoe import GrinMoeConfig
+from .kernels import register_kernels
 from .modeling_grinmoe import (
     GrinMoeForCausalLM,
     GrinMoeForSequenceClassification,
@@ -14,6 +15,7 @@ from .modeling_grinmoe import (
 from .routing_grinmoe import ROUTER_ESTIMATORS, Routing, RoutingNoise, draw_noise, route
 from .tokenization_grinmoe import GrinMoeTokenizer
 
+register_kernels()
 AutoConfig.register(GrinMoeConfig.model_type, GrinMoeConfig, exist_ok=True)
 AutoModel.register(GrinMoeConfig, GrinMoeModel, exist_ok=True)
 AutoModelForCausalLM.register(GrinMoeConfig, GrinMoeForCausalLM, exist_ok=True)

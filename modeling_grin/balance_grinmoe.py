@@ -8,6 +8,8 @@ layer by autograd, where no trainer's way of building, scaling or replacing the 
 Shapes: T tokens of a forward pass, L layers, E experts, K top-k.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
@@ -71,13 +73,13 @@ def load_balancing_loss(
 
 
 class ExpertCounts:
-    """How often each expert was chosen up to a forward pass, over all data-parallel ranks: a sum on its way."""
+    """Times each expert was chosen up to a forward pass, over all data-parallel ranks; maybe still being summed."""
 
     def __init__(self, before: "ExpertCounts | None", counts: torch.Tensor, work: dist.Work | None = None):
         """
         Args:
-            before: the counts up to the forward pass before.
-            counts: this one's, int64 `[L, E]`, summed over the ranks when `work` is done.
+            before: the counts up to the previous forward pass.
+            counts: of this forward pass, int64 `[L, E]`; summed over the ranks once `work` is done.
         """
         self._before, self._counts, self._work = before, counts, work
 
@@ -98,11 +100,11 @@ class ExpertCounts:
 
 
 class BalanceWindow:
-    """What the forward passes of an optimizer step share: its size, and the experts' counts so far.
+    """What the forward passes of an optimizer step share: the step's size, and the experts' counts so far.
 
-    The backward pass of each uses the counts up to itself, whatever was computed since: in a pipeline, too, f is the
-    same as in one process. The micro-batches still to come are not in it, unless all counts were known beforehand;
-    `docs/training.md` states and bounds what that changes.
+    Each backward pass uses the counts accumulated up to its own forward pass, so pipelines and single processes agree.
+    Later micro-batches are missing from them, unless all counts were known beforehand; `docs/training.md` bounds the
+    difference.
     """
 
     def __init__(
@@ -112,33 +114,35 @@ class BalanceWindow:
         gradient_scale: float = 1.0,
         group: dist.ProcessGroup | None = None,
     ):
-        """Arguments as those of `GrinMoePreTrainedModel.begin_step`."""
+        """Arguments as in `OptimizerStepMixin.begin_step`."""
         self.num_tokens = num_tokens
         self.gradient_scale = gradient_scale
         self.group = group
         self.is_distributed = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size(group) if self.is_distributed else 1
         self._whole_step = None if expert_counts is None else ExpertCounts(None, expert_counts)
-        self.so_far: ExpertCounts | None = None
+        self._latest: ExpertCounts | None = None
 
-    def of_forward(self) -> "BalanceWindow":
-        """The window that a forward pass belongs to: this one, or one of its own where the step's size is unknown."""
+    def window_for_pass(self) -> "BalanceWindow":
+        """Return this window, or a new one for a single forward pass where the step's size is unknown."""
         if self.num_tokens is not None:
             return self
         return BalanceWindow(gradient_scale=self.gradient_scale, group=self.group)
 
-    def add(self, counts: torch.Tensor) -> ExpertCounts:
-        """The counts that a forward pass's backward pass will use: these, int64 `[L, E]`, added to those before. Their
-        sum over the ranks is only started."""
+    def add_counts(self, counts: torch.Tensor) -> ExpertCounts:
+        """Add a forward pass's counts, int64 `[L, E]`; return the counts that its backward pass will use.
+
+        The sum over the ranks is only started here.
+        """
         if self._whole_step is not None:
             return self._whole_step
         work = dist.all_reduce(counts, group=self.group, async_op=True) if self.is_distributed else None
-        self.so_far = ExpertCounts(self.so_far, counts, work)
-        return self.so_far
+        self._latest = ExpertCounts(self._latest, counts, work)
+        return self._latest
 
 
 class BalanceLoss:
-    """The balance loss of one forward pass, which adds its gradient to that of each layer's router logits."""
+    """The balance loss of one forward pass, which adds its gradient to each layer's router logits."""
 
     def __init__(
         self,
@@ -147,35 +151,35 @@ class BalanceLoss:
         num_experts: int,
         window: BalanceWindow,
         counted: torch.Tensor,
-        share: torch.Tensor | float | None,
+        loss_share: torch.Tensor | float | None,
     ):
         """
         Args:
             coefficient: alpha, `router_aux_loss_coef`.
             counted: bool `[T]`, False for padding.
-            share: this forward pass's share of an optimizer step whose number of tokens is unknown; None where it is
+            loss_share: this forward pass's share of an optimizer step whose number of tokens is unknown; None if it is
                 the whole step.
         """
         self.num_experts = num_experts
         self.window = window
         self.counted = counted
         self.expert_counts: ExpertCounts | None = None
-        # Data parallelism averages the ranks' gradients: each gives world_size times its part of a sum.
+        # Data parallelism averages the ranks' gradients, so each rank contributes world_size times its part of a sum.
         if window.num_tokens is not None:
             per_token: torch.Tensor | float = window.world_size / window.num_tokens
         else:
-            part = 1 if share is None else window.world_size * share  # of the sum; or the mean of the ranks' means
+            part = 1 if loss_share is None else window.world_size * loss_share
             per_token = part / counted.sum().clamp(min=1)
         self.token_weight = counted * (coefficient * num_experts / num_layers * window.gradient_scale * per_token)
 
     @torch.compiler.disable
-    def count(self, selected_experts: tuple[torch.Tensor, ...]) -> None:
+    def count(self, selected_experts: Sequence[torch.Tensor]) -> None:
         """Add the forward pass's experts, per layer `[T, K]`, to the window."""
         counts = [
             count_experts(experts, self.counted.to(experts.device), self.num_experts).to(self.counted.device)
             for experts in selected_experts
         ]
-        self.expert_counts = self.window.add(torch.stack(counts))
+        self.expert_counts = self.window.add_counts(torch.stack(counts))
 
     def gradient(self, router_logits: torch.Tensor, layer: int) -> torch.Tensor:
         """d/dz of `sum_t token_weight_t sum_i f_i softmax(z_t)_i`, `[T, E]`."""
@@ -185,29 +189,21 @@ class BalanceLoss:
         slope = probs * (fractions - (probs * fractions).sum(dim=-1, keepdim=True))
         return (self.token_weight.to(slope.device).unsqueeze(-1) * slope).to(router_logits.dtype)
 
-
-class LayerBalanceLoss:
-    """`BalanceLoss` of one layer; a layer compiled by itself must not have to know its number."""
-
-    def __init__(self, balance: BalanceLoss, layer: int):
-        self.balance, self.layer = balance, layer
-
     @torch.compiler.disable
-    def attach(self, output: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        """`output`, whose backward pass will bring the balance loss's gradient to `router_logits` `[T, E]`, too."""
-        return _AttachBalanceLoss.apply(output, router_logits, self)
+    def attach(self, output: torch.Tensor, router_logits: torch.Tensor, layer: int) -> torch.Tensor:
+        """Return `output`, whose backward pass also adds the balance gradient to `router_logits` `[T, E]`."""
+        return _AttachBalanceLoss.apply(output, router_logits, self, layer)
 
 
 class _AttachBalanceLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, output, router_logits, of_layer: LayerBalanceLoss):
+    def forward(ctx, output, router_logits, balance: BalanceLoss, layer: int):
         ctx.save_for_backward(router_logits)
-        ctx.of_layer = of_layer
+        ctx.balance, ctx.layer = balance, layer
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         (router_logits,) = ctx.saved_tensors
-        of_layer = ctx.of_layer
-        return grad_output, of_layer.balance.gradient(router_logits, of_layer.layer), None
+        return grad_output, ctx.balance.gradient(router_logits, ctx.layer), None, None

@@ -1,227 +1,65 @@
-"""The experts of a layer on CPUs: one after the other in buffers that stay in the cache, with their own backward pass.
+"""How a layer runs its experts: under autocast, and where their weighted sum needs gradients of its own.
 
-transformers' implementations hold every slot's input, gate, up, activation and output, forward and backward. Here the
-experts take turns in the same few buffers, and of the forward pass only gate and up are kept: what follows from them
-element by element is computed again. Where this does not apply (`computes_here`), the same name stands for
-transformers' implementations.
-
-Shapes: T tokens, K experts per token, T x K slots, E experts, H hidden_size, F intermediate_size.
+Shapes: T tokens, H hidden_size, K experts per token, S slots of a mixture.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag, silu
-from transformers.integrations.moe import (
-    ALL_EXPERTS_FUNCTIONS,
-    batched_mm_experts_forward,
-    grouped_mm_experts_forward,
-)
+from torch.func import functional_call
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-GRIN_EXPERTS = "grinmoe"  # the experts_implementation
+from .linear_experts_grinmoe import GrinMoeLinearExperts
+from .routing_grinmoe import Routing, mix_outputs
 
-# oneDNN compiles a kernel for each new shape, 0.7 ms, a third of what a matrix of 256 rows takes: the experts' numbers
-# of slots are rounded up to multiples, so that shapes come again.
-ROW_MULTIPLE = 8
+ROW_BYTES = 16  # torch's grouped_mm wants rows of a multiple of it
 
 
-@contextmanager
-def matrix_vector_kernels(rows: torch.Tensor) -> Iterator[None]:
-    """For a single row `[..., 1, features]` in bfloat16 on a CPU: read matrices at the memory's speed.
-
-    torch's own product of a matrix and a vector reads about twice as fast as oneDNN's, which it prefers.
-    """
-    if (
-        rows.device.type != "cpu"
-        or rows.dtype != torch.bfloat16
-        or rows.numel() != rows.shape[-1]
-        or torch.compiler.is_compiling()
-        or not torch.backends.mkldnn.enabled
-    ):
-        yield
-        return
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property of the module
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast computes linear layers in on a device; None if it is off."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
-class Segment(NamedTuple):
-    """The slots of one expert."""
-
-    expert: int
-    tokens: torch.Tensor
-    """Whose they are, int64."""
-    rows: slice
-    """Their rows in buffers of all slots; the last ones may be padding, which is zero."""
-
-    @property
-    def num_rows(self) -> int:
-        return self.rows.stop - self.rows.start
-
-    def gather(self, source: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-        """The tokens' rows of `source` `[T, features]`, in `buffer`."""
-        out = buffer[: self.num_rows]
-        torch.index_select(source, 0, self.tokens, out=out[: len(self.tokens)])
-        out[len(self.tokens) :].zero_()
-        return out
-
-
-def expert_order(top_k_index: torch.Tensor, num_experts: int) -> tuple[list[Segment], torch.Tensor]:
-    """The segments of `top_k_index` `[T, K]`, and the row of each slot in buffers of all slots, `[T, K]`."""
-    expert_of_slot = top_k_index.reshape(-1)
-    order = expert_of_slot.argsort(stable=True)
-    tokens = order // top_k_index.shape[-1]
-    position = torch.empty_like(order)
-    segments = []
-    start = row = 0
-    for expert, count in enumerate(torch.bincount(expert_of_slot, minlength=num_experts).tolist()):
-        if count == 0:
-            continue
-        slots = slice(start, start + count)
-        position[order[slots]] = torch.arange(row, row + count)
-        num_rows = count if count < ROW_MULTIPLE else -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
-        segments.append(Segment(expert, tokens[slots], slice(row, row + num_rows)))
-        start, row = start + count, row + num_rows
-    return segments, position.view_as(top_k_index)
-
-
-def matmul_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`out = a @ b`, also where autocast computes in another dtype than that of the weight whose gradient `out` is."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
-
-
-class ExpertsFunction(torch.autograd.Function):
-    """The weighted sum of each token's experts, `[T, H]`, in the dtype of `hidden_states`.
-
-    Arguments: `hidden_states` `[T, H]`, `top_k_index` `[T, K]`, `top_k_weights` `[T, K]` of the same dtype as
-    `hidden_states`, `gate_up_proj` `[E, 2F, H]` and `down_proj` `[E, H, F]` of any dtype, which their gradients have,
-    too, and whether a backward pass may follow.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, learning: bool):
-        segments, position = expert_order(top_k_index, len(down_proj))
-        dtype, (hidden_size, intermediate_size) = hidden_states.dtype, down_proj.shape[1:]
-        longest = max((segment.num_rows for segment in segments), default=0)
-        total = segments[-1].rows.stop if segments else 0
-        inputs = hidden_states.new_empty(longest, hidden_size)
-        activations = hidden_states.new_empty(longest, intermediate_size)
-        gate_up = hidden_states.new_empty(total if learning else longest, 2 * intermediate_size)
-        outputs = hidden_states.new_empty(total, hidden_size)
-        for segment in segments:
-            expert, _, rows = segment
-            x = segment.gather(hidden_states, inputs)
-            with matrix_vector_kernels(x):
-                own_gate_up = gate_up[rows] if learning else gate_up[: len(x)]
-                torch.mm(x, gate_up_proj[expert].to(dtype).t(), out=own_gate_up)
-                gate, up = own_gate_up.chunk(2, dim=-1)
-                activation = torch.ops.aten.silu.out(gate, out=activations[: len(x)]).mul_(up)
-                torch.mm(activation, down_proj[expert].to(dtype).t(), out=outputs[rows])
-        ctx.save_for_backward(hidden_states, top_k_weights, gate_up_proj, down_proj, gate_up)
-        ctx.segments, ctx.position = segments, position
-        return embedding_bag(position, outputs, mode="sum", per_sample_weights=top_k_weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        hidden_states, top_k_weights, gate_up_proj, down_proj, gate_up = ctx.saved_tensors
-        needs_gate_up, needs_down = ctx.needs_input_grad[3:5]
-        dtype, (hidden_size, intermediate_size) = hidden_states.dtype, down_proj.shape[1:]
-        longest = max((segment.num_rows for segment in ctx.segments), default=0)
-        weights = gate_up.new_zeros(len(gate_up), 1)
-        weights[ctx.position, 0] = top_k_weights
-        grad_weights = torch.empty_like(weights)
-        grad_inputs = gate_up.new_empty(len(gate_up), hidden_size)
-        grad_gate_up_proj = torch.empty_like(gate_up_proj) if needs_gate_up else None
-        grad_down_proj = torch.empty_like(down_proj) if needs_down else None
-        rows_of_hidden = gate_up.new_empty(longest, hidden_size)
-        silus, activations, grad_activations = gate_up.new_empty(3, longest, intermediate_size).unbind()
-        grad_gate_ups = gate_up.new_empty(longest, 2 * intermediate_size)
-
-        for segment in ctx.segments:
-            expert, _, rows = segment
-            gate, up = gate_up[rows].chunk(2, dim=-1)
-            silu_gate = torch.ops.aten.silu.out(gate, out=silus[: segment.num_rows])
-            activation = torch.mul(silu_gate, up, out=activations[: segment.num_rows])
-            # The output is weight * down(activation).
-            grad = segment.gather(grad_output, rows_of_hidden)
-            grad_activation = grad_activations[: segment.num_rows]
-            torch.mm(grad, down_proj[expert].to(dtype), out=grad_activation)
-            grad_weights[rows, 0] = torch.mul(grad_activation, activation).sum(dim=-1)
-            if grad_down_proj is not None:
-                matmul_into(grad_down_proj[expert], grad.mul_(weights[rows]).t(), activation)
-            grad_activation.mul_(weights[rows])
-            # activation = silu(gate) * up
-            grad_gate_up = grad_gate_ups[: segment.num_rows]
-            grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-            torch.mul(grad_activation, silu_gate, out=grad_up)
-            torch.ops.aten.silu_backward.grad_input(grad_activation.mul_(up), gate, grad_input=grad_gate)
-            # gate and up are gate_up_proj(input)
-            torch.mm(grad_gate_up, gate_up_proj[expert].to(dtype), out=grad_inputs[rows])
-            if grad_gate_up_proj is not None:
-                x = segment.gather(hidden_states, rows_of_hidden)
-                matmul_into(grad_gate_up_proj[expert], grad_gate_up.t(), x)
-
-        for unused in set(range(len(down_proj))) - {segment.expert for segment in ctx.segments}:
-            for gradient in (grad_gate_up_proj, grad_down_proj):
-                if gradient is not None:
-                    gradient[unused].zero_()
-        grad_hidden_states = embedding_bag(ctx.position, grad_inputs, mode="sum")
-        return grad_hidden_states, None, grad_weights[ctx.position, 0], grad_gate_up_proj, grad_down_proj, None
-
-
-def compute_token(
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+def run_experts(
+    experts: nn.Module, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The same of a single token, `[1, H]`, without gradients: there is nothing to put in order."""
-    outputs = []
-    with matrix_vector_kernels(hidden_states):
-        for expert in top_k_index[0].tolist():
-            gate, up = torch.mm(hidden_states, gate_up_proj[expert].to(hidden_states.dtype).t()).chunk(2, dim=-1)
-            outputs.append(torch.mm(silu(gate).mul_(up), down_proj[expert].to(hidden_states.dtype).t()))
-    return torch.mm(top_k_weights, torch.cat(outputs))
+    """The weighted sum of each token's experts: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`.
+
+    transformers' implementations compute in the dtype of the weights and ignore autocast: float32 weights would mean
+    float32 experts. Here they get copies in autocast's dtype, like any linear layer. Experts with adapters (a
+    wrapper's) stay in float32: rounding W + BA loses most of BA.
+    """
+    module: Any = experts
+    dtype = autocast_dtype(tokens.device.type)
+    if dtype is None or isinstance(experts, GrinMoeLinearExperts) or hasattr(experts, "base_layer"):
+        return module(tokens, top_k_index, top_k_weights)
+    implementation = ALL_EXPERTS_FUNCTIONS.get(module.config._experts_implementation)
+    if (casts_weights := getattr(implementation, "casts_weights", None)) and casts_weights(module, tokens):
+        return module(tokens.to(dtype), top_k_index, top_k_weights).to(tokens.dtype)
+    parameters = dict(experts.named_parameters())
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in parameters.values()]
+    if any(p.shape[-1] * dtype.itemsize % ROW_BYTES for p in local):
+        return module(tokens, top_k_index, top_k_weights)
+    cast = {name: parameter.to(dtype) for name, parameter in parameters.items()}
+    return functional_call(experts, cast, (tokens, top_k_index, top_k_weights))
 
 
-def computes_here(experts: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether `grinmoe` computes by itself: SwiGLU experts without dropout, on a CPU, not in `torch.compile`."""
-    return (
-        hidden_states.device.type == "cpu"
-        and getattr(experts, "is_swiglu", False)
-        and not torch.compiler.is_compiling()
+def mix_experts(experts: nn.Module, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """The layer's sum over experts, `[T, H]` -> `[T, H]`.
+
+    A `Mixture` needs the output of each slot's expert by itself: one slot becomes one row, so that any experts
+    implementation will do.
+    """
+    if routing.mixture is None:
+        return run_experts(experts, tokens, routing.experts, routing.weights.to(tokens.dtype))
+    num_slots = routing.mixture.experts.shape[1]
+    outputs = run_experts(
+        experts,
+        tokens.repeat_interleave(num_slots, dim=0),
+        routing.mixture.experts.reshape(-1, 1),
+        tokens.new_ones(routing.mixture.experts.numel(), 1),
     )
-
-
-def grinmoe_experts_forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """`experts_implementation="grinmoe"`: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`, the best way for the device.
-
-    On CPUs `ExpertsFunction`, in the dtype of `hidden_states`; elsewhere transformers' `grouped_mm`, and for a few
-    slots of inference `batched_mm`, as in its `generate`, and for ONNX.
-    """
-    if computes_here(self, hidden_states):
-        learning = torch.is_grad_enabled()
-        top_k_weights = top_k_weights.to(hidden_states.dtype)
-        inputs = hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj
-        single = len(hidden_states) == 1 and not learning
-        return compute_token(*inputs) if single else ExpertsFunction.apply(*inputs, learning)
-    few = not torch.is_grad_enabled() and top_k_index.numel() <= self.num_experts
-    batched = (few and hidden_states.device.type != "cpu") or torch.onnx.is_in_onnx_export()  # has no grouped_mm
-    forward = batched_mm_experts_forward if batched else grouped_mm_experts_forward
-    return forward(self, hidden_states, top_k_index, top_k_weights)
-
-
-ALL_EXPERTS_FUNCTIONS.register(GRIN_EXPERTS, grinmoe_experts_forward)
+    return mix_outputs(outputs.reshape(-1, num_slots, tokens.shape[-1]), routing.mixture)

@@ -19,8 +19,10 @@ from transformers.utils import logging
 
 from .configuration_grinmoe import GrinMoeConfig
 
-# What a quantisation config calls its list of modules to leave alone -> how the router is written there: names of
-# modules are compared, or names of parameters, for which the whole path is needed.
+LINEAR_EXPERTS = "linear"  # the experts_implementation with one `nn.Linear` per matrix
+
+# Skip-list field of each quantiser -> the pattern that matches our router in it. Some compare names of modules, others
+# names of parameters, which need the whole path.
 SKIP_LISTS = {"llm_int8_skip_modules": "gate", "skip_modules": "gate", "modules_to_not_convert": r".*\.gate"}
 HEADS = ("lm_head", "score")  # left alone, too, unless the user has a list of his own
 
@@ -68,7 +70,7 @@ class GrinMoeLinearExperts(nn.ModuleList):
         return output
 
 
-def leave_router_out(quantization_config: Any) -> Any:
+def exclude_router_from_quantization(quantization_config: Any) -> Any:
     """A copy of a quantisation config (an object or a dict) that leaves the routers alone and, unless it has a list
     of modules to leave alone already, the heads.
 
@@ -152,7 +154,7 @@ def warn_of_partial_quantization(layer: nn.Module) -> None:
         )
 
 
-def keep_trainable(model: PreTrainedModel) -> None:
+def disable_bnb_cpu_repacking(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in the first forward pass of `eval()`.
 
     On CPUs with AVX512-BF16 it does so for speed, for good, and the repacked weights have no gradient with respect to

@@ -1,7 +1,7 @@
-"""Routing noise that is a pure function of (seed, step, layer, token), so that nothing depends on how work was split.
+"""Routing noise: a pure function of (seed, step, layer, token), so that nothing depends on how work was split.
 
 Recomputation in activation checkpointing, the micro-batches of an accumulation window, data-, tensor- and pipeline-
-parallel ranks and a resumed run all draw the same numbers, because nobody's generator is advanced. Each token has a
+parallel ranks and a resumed run all draw the same numbers, because no shared generator advances. Each token has a
 64-bit key, which seeds a generator of its own: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), whose n-th number is a
 hash of its seed plus n times a constant. Integers are exact on every device; the numbers are float32.
 
@@ -20,33 +20,38 @@ def _xor_shift(state: torch.Tensor, bits: int) -> torch.Tensor:
     return (state >> bits).bitwise_and_((1 << (64 - bits)) - 1).bitwise_xor_(state)
 
 
-def number(keys: torch.Tensor, n: torch.Tensor | int) -> torch.Tensor:
+def splitmix64(keys: torch.Tensor, n: torch.Tensor | int) -> torch.Tensor:
     """The `n`-th number, n >= 1, of each key's generator, int64: SplitMix64 seeded with `key * GOLDEN_RATIO`."""
     state = (keys + n) * GOLDEN_RATIO
     return _xor_shift(_xor_shift(_xor_shift(state, 30).mul_(MIX_1), 27).mul_(MIX_2), 31)
 
 
-def fold(keys: torch.Tensor, data: torch.Tensor | int) -> torch.Tensor:
-    """New keys, int64, from `keys` and more data: other data, other keys."""
-    return number(keys, data + 1)
+def fold_in(keys: torch.Tensor, data: torch.Tensor | int) -> torch.Tensor:
+    """Derive new keys, int64, from `keys` and `data`."""
+    return splitmix64(keys, data + 1)
 
 
 def uniform(keys: torch.Tensor, n: int) -> torch.Tensor:
     """The first `n` numbers of each key's generator, `[T]` -> `[T, n]`, float32, uniform in the open (0, 1)."""
     counter = torch.arange(1, (n + 1) // 2 + 1, device=keys.device)  # one hash makes two numbers
-    bits = number(keys.unsqueeze(-1), counter).view(torch.int32)[:, :n]
+    bits = splitmix64(keys.unsqueeze(-1), counter).view(torch.int32)[:, :n]
     numbers = (bits >> (32 - FLOAT_BITS)).bitwise_and_((1 << FLOAT_BITS) - 1)
     return numbers.float().add_(0.5).mul_(2.0**-FLOAT_BITS)
 
 
 def step_key(seed: int, step: int) -> torch.Tensor:
     """The key of an optimizer step, int64 scalar on the CPU."""
-    return fold(fold(torch.zeros((), dtype=torch.int64), seed), step)
+    return fold_in(fold_in(torch.zeros((), dtype=torch.int64), seed), step)
 
 
 def random_key() -> torch.Tensor:
-    """A key from torch's CPU generator, for who has no step to name: `torch.manual_seed` decides, and resumes, it."""
+    """Draw a key from torch's CPU generator, int64 scalar. Used when no optimizer step is known."""
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+
+
+def random_keys(num_tokens: int, device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draw keys, int64 `[num_tokens]`, from `generator`, by default the device's own."""
+    return torch.empty(num_tokens, dtype=torch.int64, device=device).random_(generator=generator)
 
 
 def token_keys(
@@ -65,7 +70,7 @@ def token_keys(
     Returns:
         int64 `[T]`.
     """
-    tokens = fold(fold(key.to(positions.device), positions), input_ids).masked_fill(~counted, 0)
+    tokens = fold_in(fold_in(key.to(positions.device), positions), input_ids).masked_fill(~counted, 0)
     before = tokens.cumsum(dim=-1) - tokens
     index = torch.arange(positions.shape[-1], device=positions.device)
     start = torch.where(counted & (positions == 0), index, 0).cummax(dim=-1).values  # of the token's own sequence

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .noise_grinmoe import uniform
+from .noise_grinmoe import random_keys, uniform
 
 # Heun's third-order rule evaluates f' at the end of the ray with weight 1/4 and at its first third with weight 3/4
 # (below Equation 5): B ~ Bernoulli(1/4) chooses between the two points.
@@ -83,7 +83,7 @@ def draw_noise(
     """
     num_tokens, num_experts = router_logits.shape
     if keys is None:
-        keys = torch.empty(num_tokens, device=router_logits.device, dtype=torch.int64).random_(generator=generator)
+        keys = random_keys(num_tokens, router_logits.device, generator)
     draws = uniform(keys, top_k * (num_experts + 1)).reshape(num_tokens, top_k, num_experts + 1).transpose(0, 1)
     return RoutingNoise(gumbel=-draws[..., :-1].log().neg_().log_(), uniform=draws[..., -1])
 

@@ -5,6 +5,7 @@ meanwhile, such a folder loads without a word. Here the new files are made in a 
 complete: for the time of the moves nothing loads.
 """
 
+import os
 import re
 import shutil
 import stat
@@ -12,7 +13,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 UNFINISHED = ".incomplete"  # the folder that new files are made in; a killed save leaves it, the next one removes it
+
+
+class AtomicSavingMixin(PreTrainedModel):
+    """Models whose `save_pretrained` never leaves a mixture of an old and a new checkpoint."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        **kwargs,
+    ) -> None:
+        """As in transformers, but over an older checkpoint the folder never loads as a mixture of both.
+
+        The old files stay, and need their disk space, until the new ones are complete.
+        """
+        settings = {
+            "is_main_process": is_main_process,
+            "state_dict": state_dict,
+            "push_to_hub": push_to_hub,
+            "max_shard_size": max_shard_size,
+            "variant": variant,
+            **kwargs,
+        }
+        folder, suffix = Path(save_directory), f".{variant}" if variant else ""
+        is_writer = self.should_save_on_this_rank(is_main_process) and not kwargs.get("distributed_checkpoint")
+        if is_writer and not folder.is_file():
+            if push_to_hub:
+                settings.setdefault("repo_id", os.fspath(save_directory).split(os.path.sep)[-1])
+            is_adapter = getattr(self, "_hf_peft_config_loaded", False)
+            weights = "adapter_model.safetensors" if is_adapter else f"model{suffix}.safetensors"
+            index = None if is_adapter else f"model.safetensors.index{suffix}.json"
+            with replacing_checkpoint(folder, weights, index) as made:
+                super().save_pretrained(made, **settings)
+        else:
+            super().save_pretrained(save_directory, **settings)
+        self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
 
 
 @contextmanager

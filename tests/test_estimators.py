@@ -5,7 +5,7 @@ import torch
 
 from modeling_grin import ROUTER_ESTIMATORS, GrinMoeConfig, GrinMoeForCausalLM, draw_noise, route
 from modeling_grin.modeling_grinmoe import GrinMoeSparseMoeBlock
-from modeling_grin.noise_grinmoe import fold
+from modeling_grin.noise_grinmoe import fold_in
 
 EPS = 0.4
 TOP_K = {"sparsemixer": 1}
@@ -73,7 +73,7 @@ def test_sparsemixer_family_equals_its_algorithm(estimator, x, upstream):
     torch.manual_seed(7)
     top_k = TOP_K.get(estimator, 2)
     token_keys = torch.empty(len(x), dtype=torch.int64).random_()
-    routing_keys = fold(token_keys, 0)
+    routing_keys = fold_in(token_keys, 0)
     noise = draw_noise(x @ block.gate.weight.detach().T, top_k, keys=routing_keys)
     block.zero_grad()
     leaf = x.clone().requires_grad_()

@@ -1,13 +1,16 @@
 """`experts_implementation="grinmoe"`: the same function and gradients as transformers' loop over experts."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import PhimoeConfig, PhimoeForCausalLM
 from transformers.models.phimoe.modeling_phimoe import PhimoeExperts
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
-from modeling_grin.experts_grinmoe import ROW_MULTIPLE, ExpertsFunction, expert_order, matrix_vector_kernels
-from modeling_grin.modeling_grinmoe import GrinMoeExperts, GrinMoeSparseMoeBlock
+from modeling_grin.experts_grinmoe import run_experts
+from modeling_grin.kernels.cpu_experts import ROW_MULTIPLE, ExpertsFunction, expert_order
+from modeling_grin.modeling_grinmoe import GrinMoeExperts
 
 H, F, E = 24, 20, 8
 
@@ -38,10 +41,10 @@ def make_inputs(num_tokens, top_k, num_used=E, dtype=torch.float64, seed=1):
     return randn(num_tokens, H), E - num_used + order[:, :top_k], randn(num_tokens, top_k), randn(num_tokens, H)
 
 
-def run(experts, tokens, index, weights, grad_output):
-    """Output and the gradients of tokens, weights and parameters."""
+def run(experts, tokens, index, weights, grad_output, compute=None):
+    """Output of `compute`, by default the experts themselves, and the gradients of tokens, weights and parameters."""
     tokens, weights = tokens.clone().requires_grad_(), weights.clone().requires_grad_()
-    output = experts(tokens, index, weights)
+    output = (compute or experts)(tokens, index, weights)
     learnt = [p for p in experts.parameters() if p.requires_grad]
     return output, *torch.autograd.grad(output, [tokens, weights, *learnt], grad_output)
 
@@ -115,12 +118,8 @@ def test_under_autocast_weights_and_their_gradients_stay_in_float32():
     expected = run(make_experts("eager", kind=PhimoeExperts), *inputs)
     inputs = tuple(t if t.dtype == torch.int64 else t.float() for t in inputs)
     experts = make_experts("grinmoe", torch.float32)
-    block = GrinMoeSparseMoeBlock(experts.config)
-    block.experts = experts
-    block.forward = block.run_experts
-    block.gate.requires_grad_(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = run(block, *inputs)
+        actual = run(experts, *inputs, compute=partial(run_experts, experts))
     assert all(tensor.dtype == torch.float32 for tensor in actual)
     assert_close(actual, expected, 1e-2)
     assert (actual[0].double() - expected[0]).norm() > 1e-4 * expected[0].norm(), "computed in bfloat16"
@@ -204,24 +203,3 @@ def test_can_be_changed_in_a_users_own_class(module):
     model.set_attn_implementation("eager")
     implementations = {(c._experts_implementation, c._attn_implementation) for c in (model.config, model.model.config)}
     assert implementations == {("eager", "eager")}
-
-
-@pytest.mark.parametrize(
-    ("rows", "switched"),
-    [(torch.ones(1, 1, 8).bfloat16(), True), (torch.ones(1, 8).bfloat16(), True), (torch.ones(2, 8).bfloat16(), False),
-     (torch.ones(1, 8), False)],
-    ids=["token", "row", "two rows", "float32"],
-)  # fmt: skip
-def test_a_single_row_has_kernels_of_its_own(rows, switched):
-    def use():
-        with matrix_vector_kernels(rows):
-            assert torch.backends.mkldnn.enabled != switched
-            with matrix_vector_kernels(rows):
-                assert torch.backends.mkldnn.enabled != switched
-            assert torch.backends.mkldnn.enabled != switched
-            raise KeyError
-
-    assert torch.backends.mkldnn.enabled
-    with pytest.raises(KeyError):
-        use()
-    assert torch.backends.mkldnn.enabled

@@ -11,15 +11,16 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from benchmarks.measure import peak_memory
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, loss_grinmoe
-from modeling_grin.loss_grinmoe import SkippedLogits, chunked_causal_lm_loss
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from modeling_grin.kernels import chunked_loss
+from modeling_grin.kernels.chunked_loss import SkippedLogits, chunked_causal_lm_loss
 
 V, H = 90, 24
 
 
 @pytest.fixture(autouse=True, params=[7, 1024], ids=["many chunks", "one chunk"])
 def _chunks(request, monkeypatch):
-    monkeypatch.setattr(loss_grinmoe, "CHUNK_TOKENS", request.param)
+    monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", request.param)
 
 
 def make_model(**settings):
@@ -179,7 +180,7 @@ def test_a_bfloat16_loss_has_the_digits_of_float32():
 
 
 def test_whole_logits_are_never_in_memory(monkeypatch):
-    monkeypatch.setattr(loss_grinmoe, "CHUNK_TOKENS", 32)
+    monkeypatch.setattr(chunked_loss, "CHUNK_TOKENS", 32)
     head = nn.Linear(H, 2000)
     hidden_states = torch.randn(2, 512, H, requires_grad=True)
     labels = torch.randint(2000, (2, 512))

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, draw_noise, modeling_grinmoe, route
-from modeling_grin.noise_grinmoe import fold, number, random_key, step_key, token_keys, uniform
+from modeling_grin.noise_grinmoe import fold_in, random_key, splitmix64, step_key, token_keys, uniform
 
 GOLDEN_RATIO = 0x9E3779B97F4A7C15
 
 
-def splitmix64(seed, n):
+def splitmix64_numbers(seed, n):
     """Steele, Lea and Flood's generator in Python's integers: its first n numbers."""
     word = (1 << 64) - 1
     numbers = []
@@ -25,16 +25,16 @@ def splitmix64(seed, n):
 
 def test_is_the_published_generator():
     # The test vector that ports of SplitMix64 are checked with: seed 1234567.
-    assert splitmix64(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert splitmix64_numbers(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
     keys = [1234567, 0, -1, 2**63 - 1, -(2**63)]
-    ours = number(torch.tensor(keys)[:, None], torch.arange(1, 51))
+    ours = splitmix64(torch.tensor(keys)[:, None], torch.arange(1, 51))
     for row, key in zip(ours.tolist(), keys, strict=True):
-        assert [n % 2**64 for n in row] == splitmix64(key * GOLDEN_RATIO, 50)
+        assert [n % 2**64 for n in row] == splitmix64_numbers(key * GOLDEN_RATIO, 50)
 
 
 def test_uniform_numbers_are_the_upper_bits_of_each_half():
     numbers = uniform(torch.tensor([42]), 7)
-    expected = [half for z in splitmix64(42 * GOLDEN_RATIO, 4) for half in (z & 0xFFFFFFFF, z >> 32)][:7]
+    expected = [half for z in splitmix64_numbers(42 * GOLDEN_RATIO, 4) for half in (z & 0xFFFFFFFF, z >> 32)][:7]
     assert numbers.dtype == torch.float32
     assert numbers[0].tolist() == [((half >> 9) + 0.5) / 2**23 for half in expected]
     assert numbers.min() > 0 and numbers.max() < 1
@@ -48,7 +48,7 @@ def test_statistics():
     counted, positions = torch.ones_like(ids, dtype=torch.bool), torch.arange(32).expand(64, 32)
     draws = torch.stack(
         [
-            uniform(fold(token_keys(step_key(7, step), ids, counted, positions), layer), 40)
+            uniform(fold_in(token_keys(step_key(7, step), ids, counted, positions), layer), 40)
             for step in range(3)
             for layer in range(3)
         ]

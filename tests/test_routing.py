@@ -8,8 +8,9 @@ from transformers.models.phimoe.modeling_phimoe import sparsemixer as stock_spar
 
 from modeling_grin import GrinMoeConfig, RoutingNoise, draw_noise, route
 from modeling_grin.modeling_grinmoe import GrinMoeSparseMoeBlock
-from modeling_grin.noise_grinmoe import fold
+from modeling_grin.noise_grinmoe import fold_in
 from modeling_grin.routing_grinmoe import ROUTER_ESTIMATORS, jitter_input
+from modeling_grin.training_grinmoe import LayerPass, TrainingPass
 
 EPS = 0.15  # wide enough for several kept experts on random logits
 
@@ -216,6 +217,11 @@ def test_low_precision_logits_are_routed_in_float32():
     assert torch.equal(routing.weights, exact.weights) and torch.equal(routing.experts, exact.experts)
 
 
+def make_layer_pass(keys):
+    """A pass that has the layer's `keys`, and no balance loss."""
+    return LayerPass(TrainingPass(torch.ones(len(keys), dtype=torch.bool), None, None, None), keys)
+
+
 @pytest.fixture
 def block():
     config = GrinMoeConfig(
@@ -234,10 +240,10 @@ def test_block_gradients_equal_the_closed_form(block):
     hidden = random_logits(num_tokens=24, num_experts=16, seed=4).requires_grad_()
     upstream = random_logits(num_tokens=24, num_experts=16, seed=5)
     keys = torch.empty(24, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(7))
-    output, logits, experts = block.train()(hidden[None], keys)
+    output, logits, experts = block.train()(hidden[None], make_layer_pass(keys))
     (output[0] * upstream).sum().backward()
 
-    noise = draw_noise(logits, 2, keys=fold(keys, 0))
+    noise = draw_noise(logits, 2, keys=fold_in(keys, 0))
     x = hidden.detach()
     gate = block.gate.weight.detach()
     gate_up = block.experts.gate_up_proj.detach().clone().requires_grad_()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from ..loss_grinmoe import CHUNK_TOKENS
+from ..kernels.chunked_loss import CHUNK_TOKENS
 from .parameters import Parameters, add, embedding_tensors, head_tensors, layer_tensors
 from .setting import FLOAT32, INT64, OPTIMIZERS, Layout, Training, micro_batches, precision_of
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
-from ..modeling_grinmoe import check_parallel_sizes
+from ..loading_grinmoe import check_parallel_sizes
 from .memory import Memory, memory, stages
 from .schedules import SCHEDULES
 from .setting import Assumptions, Layout, Training, micro_batches

@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from transformers import TrainerState
 
-from ..checkpoint_grinmoe import is_readable
 from ..files import check_archive
+from ..loading_grinmoe import is_readable
 
 # Checkpoints are written in here, and moved out when they are complete. The name is one that Trainer neither takes for
 # a checkpoint nor uploads to the Hub (`_*`).

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..checkpoint_grinmoe import EXPERT_WEIGHTS
+from ..layout_grinmoe import EXPERT_WEIGHTS
 from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoePreTrainedModel
 
 # Ends of the names of what a group's adapters are put on; parameters for the fused experts, else modules.

@@ -35,7 +35,8 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from ..compat_grinmoe import require_layouts
 from ..configuration_grinmoe import GrinMoeConfig
-from ..modeling_grinmoe import GrinMoeForCausalLM, check_parallel_sizes
+from ..loading_grinmoe import check_parallel_sizes
+from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..planning.schedules import SCHEDULES, Schedule
 from .sharded import load_weights
 
@@ -69,6 +70,7 @@ class Chunk(nn.Module):
         self.is_first = layers.start == 0
         self.is_last = layers.stop == len(whole.layers)
         self.decoder = copy.copy(whole)
+        self.decoder.first_layer = layers.start
         self.decoder._modules = {
             "embed_tokens": whole.embed_tokens if self.is_first else nn.Identity(),
             "layers": nn.ModuleList(whole.layers[index] for index in layers),

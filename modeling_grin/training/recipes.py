@@ -26,7 +26,8 @@ from trl import TrlParser
 from ..configuration_grinmoe import GrinMoeConfig
 from ..data import find_files, load_data
 from ..files import write_whole
-from ..modeling_grinmoe import GrinMoeForCausalLM, check_parallel_sizes
+from ..loading_grinmoe import check_parallel_sizes
+from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..publishing.card import may_write_card, write_card
 from ..publishing.record import record_run
 from . import add_lora, checks, last_complete_checkpoint, merge_lora

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from ..checkpoint_grinmoe import EXPERT_WEIGHTS
+from ..layout_grinmoe import EXPERT_WEIGHTS
 from ..modeling_grinmoe import GrinMoePreTrainedModel
 from .checkpoints import FILE_LIST
 

@@ -24,16 +24,15 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..balance_grinmoe import count_experts, counted_tokens
-from ..checkpoint_grinmoe import check_tensors
 from ..compat_grinmoe import is_spread_over_ranks
 from ..configuration_grinmoe import GrinMoeConfig
+from ..loading_grinmoe import check_names
 from ..saving_grinmoe import give_umasks_mode
 from .checkpoints import (
     OPTIMIZER_FOLDER,
@@ -542,7 +541,7 @@ class GrinMoeTrainerMixin(PipelineTrainerMixin):
                 with torch.device("meta"):
                     model = type(model)._from_config(model.config)
             if files := sorted(str(path) for path in folder.glob("*.safetensors")):  # else FSDP's own, strict anyway
-                check_tensors(model, files, LoadStateDictConfig(), heads_may_be_new=False)
+                check_names(model, files)
             return
         adapters = self._find_adapters(checkpoint)
         if not adapters:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from benchmarks import sharded_loading
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
-from modeling_grin.modeling_grinmoe import check_parallel_sizes
+from modeling_grin.loading_grinmoe import check_parallel_sizes
 from modeling_grin.training import sharded
 from modeling_grin.training.checkpoints import find_problems, last_complete_checkpoint
 

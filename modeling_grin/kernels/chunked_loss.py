@@ -1,8 +1,8 @@
-"""Cross-entropy of a language model's head in chunks of tokens, so that nobody holds the logits of a whole batch.
+"""Cross-entropy of a language model's head in chunks of tokens, so that the logits of a whole batch are never held.
 
-The gradients are made in the forward pass, chunk by chunk, while the logits are there, and only scaled in the backward
-pass, as Liger Kernel does on GPUs (arXiv 2410.10989). torch 2.13 has such a `nn.functional.linear_cross_entropy`; for
-bfloat16 it returns a bfloat16 loss (2 to 3 digits), and on CPUs multiplies in float32, at a quarter of the speed.
+The forward pass computes each chunk's gradients while its logits exist; the backward pass only scales them, as Liger
+Kernel does on GPUs (arXiv 2410.10989). torch 2.13's `nn.functional.linear_cross_entropy` is no replacement: it returns
+a bfloat16 loss for bfloat16 (2 to 3 digits), and multiplies in float32 on CPUs, at a quarter of the speed.
 
 Shapes: T tokens, V vocab_size, H hidden_size.
 """
@@ -15,25 +15,19 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..experts_grinmoe import autocast_dtype
+
 # The weight's gradient is summed over chunks in the computation's dtype: larger ones round it less often.
 CHUNK_TOKENS = 1024
 IGNORED = -100  # the label of a token that has no loss
 
 
-def compute_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The dtype of what a linear layer returns: autocast's, or else its weight's."""
-    device_type = weight.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return weight.dtype
-
-
 def can_chunk(model: PreTrainedModel) -> bool:
     """Whether the loss of a causal language model is the plain cross-entropy of a plain `lm_head`.
 
-    It is not with a `loss_function` of one's own, nor are heads with adapters, hooks, quantised or sharded weights;
-    float16 may not hold the gradients without the scale that comes in the backward pass; `torch.compile` fuses by
-    itself; DataParallel gathers outputs of tensors only.
+    Custom loss functions are not, nor are heads with adapters, hooks, quantised or sharded weights. float16 may not
+    hold the gradients without the scale that comes in the backward pass. `torch.compile` fuses by itself.
+    DataParallel gathers outputs of tensors only.
     """
     head = model.lm_head
     return (
@@ -41,14 +35,14 @@ def can_chunk(model: PreTrainedModel) -> bool:
         and type(head) is nn.Linear
         and type(head.weight) is nn.Parameter
         and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
-        and compute_dtype(head.weight) != torch.float16
+        and (autocast_dtype(head.weight.device.type) or head.weight.dtype) != torch.float16
         and not torch.compiler.is_compiling()
         and not getattr(model, "_is_replica", False)
     )
 
 
 class SkippedLogits:
-    """Stands in an output for logits that were not computed: using it raises and says how to get them."""
+    """Placeholder for logits that were not computed: using it raises, and says how to get them."""
 
     def __repr__(self) -> str:
         return "SkippedLogits()"
@@ -138,6 +132,17 @@ def chunked_causal_lm_loss(
         num_items_in_batch = (targets != IGNORED).sum()
     elif isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(targets.device)
-    tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).to(compute_dtype(head.weight))
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).to(
+        autocast_dtype(head.weight.device.type) or head.weight.dtype
+    )
     learning = torch.is_grad_enabled()
     return LinearCrossEntropy.apply(tokens, head.weight, head.bias, targets, num_items_in_batch, learning)
+
+
+def loss_without_logits(
+    model: PreTrainedModel, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs
+) -> tuple[torch.Tensor, SkippedLogits] | None:
+    """The loss of a causal language model and a placeholder for its logits; None if it has to compute them."""
+    if not can_chunk(model):
+        return None
+    return chunked_causal_lm_loss(hidden_states, model.lm_head, labels, **kwargs), SkippedLogits()

@@ -1,0 +1,14 @@
+"""Faster ways to compute what the model says; none of them travels to the Hub with a checkpoint's code."""
+
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ..modeling_grinmoe import GrinMoeForCausalLM, GrinMoePreTrainedModel
+from .chunked_loss import loss_without_logits
+from .cpu_experts import GRIN_EXPERTS, grinmoe_experts_forward
+
+
+def register_kernels() -> None:
+    """Make the package's kernels the models' defaults; importing the package does."""
+    ALL_EXPERTS_FUNCTIONS.register(GRIN_EXPERTS, grinmoe_experts_forward)
+    GrinMoePreTrainedModel.default_experts_implementation = GRIN_EXPERTS
+    GrinMoeForCausalLM.loss_without_logits = loss_without_logits

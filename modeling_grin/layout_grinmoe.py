@@ -1,0 +1,165 @@
+"""Layout of the experts: how the released tensors become the model's parameters, and back.
+
+Names are the same except for the experts: a file has one matrix per expert, `experts.{e}.w1.weight` (gate), `w3` (up)
+and `w2` (down); the model has fused parameters, `experts.gate_up_proj` `[E, 2F, H]` (w1 above w3) and
+`experts.down_proj` `[E, H, F]`. Files in the fused layout load as well. Experts of `nn.Linear` modules
+(`linear_experts_grinmoe.py`) have the files' names. E experts, F intermediate_size, H hidden_size.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+# Fused parameter -> the released matrices of each expert that it holds, in this order.
+EXPERT_WEIGHTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+
+
+def released_names(names: Iterable[str], num_experts: int) -> set[str]:
+    """`names`, those of fused experts replaced with the names of the released matrices they hold."""
+    released = set()
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        parts = EXPERT_WEIGHTS.get(attribute)
+        if parts is None:
+            released.add(name)
+        else:
+            released |= {f"{module}.{expert}.{part}.weight" for expert in range(num_experts) for part in parts}
+    return released
+
+
+class FuseExperts(ConversionOps):
+    """The released matrices of all experts `[rows, columns]`, in their files' pages or on a device, as one parameter.
+
+    transformers' own operations stack w1, stack w3 and concatenate both, into new pages each time; getting pages from
+    the system costs more than copying. This one copies each matrix once, into its place.
+    """
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """`[E, parts * rows, columns]`; of all experts, rows and columns, or of this rank's.
+
+        Raises:
+            ValueError: experts differ in their matrices or in these matrices' shapes.
+        """
+        parts = [input_dict.pop(pattern) for pattern in source_patterns]
+        if len({len(part) for part in parts}) > 1:
+            counts = " and ".join(f"{len(part)} {name}" for part, name in zip(parts, source_patterns, strict=True))
+            raise ValueError(f"an expert lacks a matrix: there are {counts}")
+        if len(shapes := {tuple(matrix.shape) for part in parts for matrix in part}) > 1:
+            raise ValueError(f"{' and '.join(source_patterns)} have different sizes: {sorted(shapes)}")
+        matrices = [matrix for expert in zip(*parts, strict=True) for matrix in expert]
+        return {target_patterns[0]: torch.cat(matrices).unflatten(0, (len(parts[0]), -1))}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitExperts()
+
+
+class SplitExperts(ConversionOps):
+    """A fused parameter as the released matrices: views of it, for files that are about to be written."""
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """Names with the expert's number in the place of `*`, and `[rows, columns]` each."""
+        (fused,) = input_dict[source_patterns[0]]
+        parts = zip(target_patterns, fused.chunk(len(target_patterns), dim=1), strict=True)
+        return {name.replace("*", str(expert)): matrix for name, part in parts for expert, matrix in enumerate(part)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return FuseExperts()
+
+
+class ExpertConverter(WeightConverter):
+    """Between the released experts and the fused ones; adapters of single experts (`w1.lora_A`) stay what they are.
+
+    peft applies the conversions of a model's type to its adapters, too, and asks nobody whether the model is fused.
+    """
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return (source_key, None) if ".lora_" in source_key else super().rename_source_key(source_key)
+
+
+def register_expert_layout(model_type: str) -> None:
+    """Register the released layout with transformers: `from_pretrained` then fuses, `save_pretrained` splits again."""
+    mapping = [
+        ExpertConverter(
+            source_patterns=[f".experts.*.{part}.weight" for part in parts],
+            target_patterns=f".experts.{name}",
+            operations=[FuseExperts()],
+        )
+        for name, parts in EXPERT_WEIGHTS.items()
+    ]
+    register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
+
+
+def fuse_expert_weights(
+    experts: nn.Module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+) -> None:
+    """`load_state_dict` hook: accept the released layout, `{prefix}{expert}.w1.weight` and so on, whole or in part.
+
+    Trainer resumes by giving a checkpoint's tensors, shard by shard, to `load_state_dict(strict=False)`, where names
+    that match nothing would leave the experts as they are with no more than a warning.
+    """
+    for name, parts in EXPERT_WEIGHTS.items():
+        parameter = getattr(experts, name).detach()
+        slots = {
+            f"{prefix}{expert}.{part}.weight": (expert, i)
+            for expert in range(parameter.shape[0])
+            for i, part in enumerate(parts)
+        }
+        found = [key for key in slots if key in state_dict]
+        if not found:
+            continue
+        if local_metadata.get("assign_to_params_buffers"):
+            # `assign=True`: what is built here becomes the parameter, in the checkpoint's dtype and also in place of a
+            # meta one; NaN stands for the experts that no shard has brought yet.
+            first = state_dict[found[0]]
+            fused = torch.full_like(parameter, torch.nan, dtype=first.dtype, device=first.device)
+            if not parameter.is_meta:
+                fused.copy_(parameter)
+        else:
+            fused = parameter.clone()
+        matrices = fused.unflatten(1, (len(parts), -1))  # [E, parts, rows, columns]
+        for key in found:
+            tensor, target = state_dict.pop(key), matrices[slots[key]]
+            if tensor.shape == target.shape:
+                target.copy_(tensor)
+            else:
+                error_msgs.append(
+                    f"size mismatch for {key}: {tuple(tensor.shape)} in the checkpoint, "
+                    f"{tuple(target.shape)} in the model."
+                )
+        state_dict[f"{prefix}{name}"] = fused
+        missing_keys.extend(key for key in slots if key not in found)
+
+
+def refuse_other_adapters(
+    experts: nn.Module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+) -> None:
+    """`load_state_dict` hook: refuse LoRA weights made for the other kind of expert modules.
+
+    peft loads adapters with `strict=False`: the experts' part would be lost with no more than a warning.
+    """
+    adapters = [key for key in state_dict if key.startswith(prefix) and ".lora_" in key[len(prefix) - 1 :]]
+    if adapters and adapters[0] not in experts.state_dict(prefix=prefix):
+        error_msgs.append(
+            f"{adapters[0]} was trained on other modules than {type(experts).__name__}: load the model with "
+            "experts_implementation='linear' for adapters of w1, w2 and w3, and without it for those of gate_up_proj "
+            "and down_proj."
+        )

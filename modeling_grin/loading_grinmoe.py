@@ -1,0 +1,349 @@
+"""Loading policy: every tensor of a checkpoint finds its place, and every parameter its tensor, or loading raises.
+
+transformers finds missing, unexpected and mis-shaped tensors, and warns about some of them. This mixin turns its
+`loading_info` into one error that names them.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import find_adapter_config_file
+from transformers.utils.hub import cached_file
+
+from .compat_grinmoe import require_layouts
+from .configuration_grinmoe import GrinMoeConfig
+from .layout_grinmoe import (
+    ExpertConverter,
+    fuse_expert_weights,
+    refuse_other_adapters,
+    register_expert_layout,
+    released_names,
+)
+from .linear_experts_grinmoe import (
+    LINEAR_EXPERTS,
+    GrinMoeLinearExperts,
+    check_quantized,
+    disable_bnb_cpu_repacking,
+    exclude_router_from_quantization,
+)
+from .patterns_grinmoe import adaptable_names, check_patterns
+from .tables_grinmoe import list_causal_lm
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder")
+# Implementations that do not call `GrinMoeExperts._apply_gate`, which has the dropout.
+WITHOUT_DROPOUT = {"eager", "sonicmoe"}
+NEW_TASK_HEAD = "score.weight"
+
+
+class CheckpointMismatch(ValueError, RuntimeError):
+    """The tensors of a checkpoint do not fit the model. RuntimeError is what transformers raises for shapes."""
+
+
+class GrinMoeLoadingMixin(PreTrainedModel):
+    """Strict loading, the layouts of the experts, and quantised checkpoints."""
+
+    default_experts_implementation: str | None = None
+    """Implementation to use if none is asked for; None: transformers' choice. The package sets its own."""
+
+    _missing_tensors: set[str] | None = None
+    """After a non-strict `load_state_dict`: the released names that no state dict has supplied yet."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # For every class, so that one with its own model type reads and writes the released layout as well; and here
+        # and not in the package's __init__, because these lines travel to the Hub with a checkpoint's code.
+        if cls.config_class is not None:
+            register_expert_layout(cls.config_class.model_type)
+            if issubclass(cls, GenerationMixin):
+                list_causal_lm(cls.__name__, cls.config_class.model_type)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """`PreTrainedModel.from_pretrained`, from safetensors only, that loads every tensor or raises.
+
+        Raises:
+            ValueError: the checkpoint lacks a tensor that the model needs (a new head aside), has it in another shape
+                (unless `ignore_mismatched_sizes`), has tensors without a place, or one of its files is damaged.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False would load a pickle, which can run any code; convert it first")
+        kwargs["use_safetensors"] = True
+        if kwargs.get("distributed_config") is not None or kwargs.get("tp_plan") is not None:
+            require_layouts()
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = exclude_router_from_quantization(kwargs["quantization_config"])
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except CheckpointMismatch:
+            raise
+        except Exception as error:  # damaged files end in many types: SafetensorError, JSONDecodeError, KeyError, ...
+            if pretrained_model_name_or_path is not None and (
+                damaged := find_damaged_files(pretrained_model_name_or_path, **kwargs)
+            ):
+                raise ValueError(
+                    f"{', '.join(damaged)}: damaged ({type(error).__name__}: {error}). Download or copy it again."
+                ) from error
+            raise
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        # Forget which conversions this checkpoint needed: `save_pretrained` writes the released layout in any case.
+        model._weight_conversions = None
+        if getattr(model, "is_quantized", False):
+            check_quantized(model)
+            disable_bnb_cpu_repacking(model)
+        for module in model.modules():
+            if hasattr(module, "freeze_router"):
+                module.freeze_router()  # once more: loading has made new parameters
+        return loaded
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        if model.config._experts_implementation == LINEAR_EXPERTS:
+            mapping = [entry for entry in load_config.weight_mapping or [] if not isinstance(entry, ExpertConverter)]
+            load_config = replace(load_config, weight_mapping=mapping)
+        info, offload_index = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, expected_keys
+        )
+        if expected_keys is None:  # the whole model, and not an adapter
+            raise_on_mismatch(model, info, load_config.ignore_mismatched_sizes)
+        return info, offload_index
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As in torch. Accepts released or fused experts; with `strict=False`, missing tensors are not forgotten.
+
+        Trainer resumes, and loads the best model, with `strict=False` shard by shard, and only warns. Tensors that no
+        call has supplied raise in the next forward pass.
+
+        Raises:
+            ValueError: with `strict=False`, `state_dict` has tensors without a place in the model (another task's
+                head aside).
+        """
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        children = dict(self.named_children())
+        if foreign := [name for name in result.unexpected_keys if name.split(".")[0] in children]:
+            raise ValueError(f"the checkpoint has tensors that {type(self).__name__} lacks: {', '.join(foreign[:5])}")
+        missing = released_names(result.missing_keys, self.config.num_local_experts) - set(self.all_tied_weights_keys)
+        missing = {name for name in missing if not is_optional_tensor(name)}
+        if missing or self._missing_tensors:
+            if self._missing_tensors is None:
+                self.register_forward_pre_hook(raise_on_missing_tensors)
+            self._missing_tensors = missing & self._missing_tensors if self._missing_tensors else missing
+        return result
+
+    def load_adapter(self, *args, **kwargs):
+        """As in transformers, but an adapter that fits only in part is an error.
+
+        Raises:
+            ValueError: the adapter has tensors without a place in the model, or lacks some; or its config has regular
+                expressions that cannot be matched (`patterns_grinmoe.py`).
+        """
+        source = args[0] if args else kwargs.get("peft_model_id")
+        if source is not None and kwargs.get("peft_config") is None:
+            hub = {key: value for key, value in (kwargs.get("adapter_kwargs") or {}).items() if key in HUB_ARGUMENTS}
+            hub["local_files_only"] = kwargs.get("local_files_only", False)
+            if (file := find_adapter_config_file(source, **hub)) is not None:
+                with open(file, encoding="utf-8") as config:
+                    check_patterns(json.load(config), adaptable_names(self), source)
+        info = super().load_adapter(*args, **kwargs)
+        if names := sorted({*info.unexpected_keys, *info.missing_keys}):
+            raise ValueError(
+                f"the adapter and {type(self).__name__} differ in {len(names)} tensor(s): {', '.join(names[:3])}, ... "
+                "Adapters of w1, w2 and w3 need a model loaded with experts_implementation='linear'; those of "
+                "gate_up_proj and down_proj one without."
+            )
+        return info
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As in transformers, and `"linear"`: experts of `nn.Linear` modules, as quantisers need them.
+
+        Raises:
+            ValueError: the implementation would ignore `expert_dropout` or a `quantization_config`, or needs other
+                modules than the model was built with.
+        """
+        is_linear = requested_experts == LINEAR_EXPERTS
+        if getattr(self.config, "quantization_config", None) is not None:
+            if requested_experts is not None and not is_linear:
+                raise ValueError(
+                    f"experts_implementation={requested_experts!r} has fused experts, which quantization_config would "
+                    f"leave as they are; leave it out or use {LINEAR_EXPERTS!r}"
+                )
+            is_linear = True
+        for module in self.modules():
+            if hasattr(module, "experts") and isinstance(module.experts, GrinMoeLinearExperts) != is_linear:
+                raise ValueError(
+                    f"experts_implementation={requested_experts!r} needs other modules than this model was built "
+                    "with; give it to from_pretrained"
+                )
+        if is_linear:
+            return LINEAR_EXPERTS
+        implementation = super().get_correct_experts_implementation(
+            requested_experts or self.default_experts_implementation
+        )
+        if implementation in WITHOUT_DROPOUT and self.config.expert_dropout > 0:
+            raise ValueError(f"experts_implementation={implementation!r} has no dropout; set expert_dropout=0")
+        return implementation
+
+    def _resolve_parallel_plans(self, distributed_config):
+        """As in transformers, for layouts that the model can have (`check_parallel_sizes`)."""
+        check_parallel_sizes(self.config, tp_size=distributed_config.tp_size, fsdp_size=distributed_config.fsdp_size)
+        return super()._resolve_parallel_plans(distributed_config)
+
+
+def is_optional_tensor(name: str) -> bool:
+    """Whether a checkpoint may lack this tensor: the head of a new task, or a scale that begins as ones."""
+    return name == NEW_TASK_HEAD or name.endswith(".output_scale")
+
+
+def find_new_heads(model: PreTrainedModel, missing: Iterable[str]) -> set[str]:
+    """Return the `missing` tensors that may be new; transformers initialises and reports them.
+
+    A decoder is never new, nor is a part of a head: all tensors of a new head are missing. The class may list others
+    in `_keys_to_ignore_on_load_missing`.
+    """
+    decoders = {name.split(".")[0] for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    absent = {*missing, *model.all_tied_weights_keys}
+    # A model that is a decoder itself is the module "": it has no head.
+    kept = {name.split(".")[0] for name in model.state_dict() if name not in absent} | (decoders - {""})
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    return {
+        name
+        for name in missing
+        if (decoders != {""} and name.split(".")[0] not in kept)
+        or is_optional_tensor(name)
+        or any(re.search(pattern, name) for pattern in ignored)
+    }
+
+
+def raise_on_mismatch(model: PreTrainedModel, info: Any, ignore_mismatched_sizes: bool) -> None:
+    """Raise `CheckpointMismatch` unless a checkpoint and `model` have the same tensors.
+
+    A new head may be missing, and another task's head is left over.
+
+    Args:
+        info: transformers' `LoadStateDictInfo` of the load.
+    """
+    # transformers says it in two lines, after a traceback.
+    problems = [f"{name}: {message.splitlines()[-2]}" for name, message in info.conversion_errors.items()]
+    problems += info.error_msgs
+    missing = info.missing_keys - set(model.all_tied_weights_keys) - info.conversion_errors.keys()
+    problems += [f"{name} is missing" for name in sorted(missing - find_new_heads(model, missing))]
+    if not ignore_mismatched_sizes:
+        problems += [
+            f"{name} has shape {list(shape)}, the config says {list(expected)}"
+            for name, shape, expected in sorted(info.mismatched_keys)
+        ]
+    prefix = f"{model.base_model_prefix}."  # checkpoints of the bare model lack it
+    modules = {name.removeprefix(prefix).split(".")[0] for name in model.state_dict()}
+    foreign = sorted(info.unexpected_keys)
+    unexpected = [name for name in foreign if name.removeprefix(prefix).split(".")[0] in modules]
+    problems += [f"{name} is not part of the model that the config describes" for name in unexpected]
+    hint = ""
+    if any(name.endswith(".experts.gate_up_proj") for name in unexpected):
+        hint = (
+            '. Its experts are fused: load it without experts_implementation="linear" and quantization_config, '
+            "save it with save_pretrained, and load that"
+        )
+    raise_on_problems(model, problems, hint)
+
+
+def check_names(model: PreTrainedModel, files: Iterable[str | os.PathLike]) -> None:
+    """Raise `CheckpointMismatch` unless safetensors files in the released layout have exactly `model`'s tensors.
+
+    For a run that resumes: it has no new heads.
+    """
+    needed = released_names(model.state_dict(), model.config.num_local_experts)
+    found = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            found |= set(tensors.keys())
+    problems = [f"{name} is missing" for name in sorted(needed - found - set(model.all_tied_weights_keys))]
+    problems += [f"{name} is not part of the model" for name in sorted(found - needed)]
+    raise_on_problems(model, problems)
+
+
+def raise_on_problems(model: PreTrainedModel, problems: list[str], hint: str = "") -> None:
+    """Raise `CheckpointMismatch` with the first `problems`, if there are any."""
+    if problems:
+        shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+        raise CheckpointMismatch(
+            f"{len(problems)} tensor(s) of the checkpoint do not fit {type(model).__name__}: {shown}{hint}"
+        )
+
+
+def raise_on_missing_tensors(model: GrinMoeLoadingMixin, args: tuple = ()) -> None:
+    """Raise ValueError if a non-strict `load_state_dict` has not filled the model. A forward pre-hook."""
+    if names := sorted(model._missing_tensors or ()):
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise ValueError(
+            f"{len(names)} tensor(s) of {type(model).__name__} were not in what load_state_dict(strict=False) was "
+            f"given and kept their old values: {shown}. The checkpoint is incomplete or another model's; if the old "
+            "values are wanted, say so by model.load_state_dict(model.state_dict())."
+        )
+
+
+def accept_released_layout(experts: nn.Module) -> None:
+    """Let `load_state_dict` of a layer's experts read either layout, and refuse adapters of the other layout."""
+    if not isinstance(experts, GrinMoeLinearExperts):
+        experts.register_load_state_dict_pre_hook(fuse_expert_weights)
+    experts.register_load_state_dict_pre_hook(refuse_other_adapters)
+
+
+def check_parallel_sizes(config: GrinMoeConfig, *, tp_size: int = 1, pp_size: int = 1, fsdp_size: int = 1) -> None:
+    """Raise ValueError, naming the field, if `config` cannot be split over these numbers of ranks.
+
+    Tensor parallelism gives each rank whole attention heads and an equal slice of every expert; vocabularies may be
+    uneven. Pipeline parallelism gives each stage (or chunk, if a rank has several) at least one layer, and FSDP each
+    rank at least one expert: it deals them out whole, the same number to every rank except the last one.
+    """
+    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (size := getattr(config, field)) % tp_size:
+            raise ValueError(f"{field}={size} is not divisible by tp_size={tp_size}: choose a tp_size that divides it")
+    if tp_size > 1 and config._experts_implementation == LINEAR_EXPERTS:
+        raise ValueError(
+            "tensor parallelism shards fused experts: load without quantization_config and experts_implementation"
+        )
+    if pp_size > config.num_hidden_layers:
+        raise ValueError(
+            f"num_hidden_layers={config.num_hidden_layers} layers do not make {pp_size} pipeline stages (or chunks, "
+            "if a rank has several): use fewer"
+        )
+    experts_per_rank = -(-config.num_local_experts // fsdp_size)
+    if fsdp_size > (ranks := -(-config.num_local_experts // experts_per_rank)):
+        raise ValueError(
+            f"num_local_experts={config.num_local_experts} gives experts to {ranks} of fsdp_size={fsdp_size} ranks: "
+            f"use fsdp_size={ranks}, and dp_replicate_size or tp_size for the other ranks"
+        )
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a safetensors file, or an index of such files, is whole."""
+    try:
+        if path.suffix == ".json":
+            index = json.loads(path.read_text(encoding="utf-8"))
+            files = index["weight_map"].values()
+            return (
+                isinstance(index["metadata"], dict) and len(files) > 0 and all(isinstance(file, str) for file in files)
+            )
+        safe_open(path, framework="pt").__exit__(None, None, None)
+    except (SafetensorError, ValueError, RecursionError, KeyError, TypeError, AttributeError):  # no JSON, or no text
+        return False
+    return True
+
+
+def find_damaged_files(pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> list[str]:
+    """The safetensors files and JSON indices beside the checkpoint's config.json that cannot be read."""
+    hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
+    try:
+        config_file = cached_file(pretrained_model_name_or_path, "config.json", local_files_only=True, **hub_kwargs)
+    except OSError:  # no such checkpoint
+        config_file = None
+    if config_file is None:
+        return []
+    return [str(path) for path in sorted(Path(config_file).parent.glob("*.safetensors*")) if not is_readable(path)]
