@@ -101,7 +101,13 @@ def check_quantized(model: PreTrainedModel) -> None:
             loading; or the checkpoint's quantised matrices have other shapes than the config says.
     """
     for name, module in model.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)  # bitsandbytes' 4-bit weights
+        weight = getattr(module, "weight", None)
+        if type(module).__module__.startswith("bitsandbytes") and type(weight) is nn.Parameter:
+            raise ValueError(
+                f"{name}.weight of the checkpoint is not quantised: list {name.rpartition('.')[2]!r} among the "
+                "modules that the config's quantization_config leaves alone"
+            )
+        state = getattr(weight, "quant_state", None)  # bitsandbytes' 4-bit weights
         if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
             raise ValueError(
                 f"{name}.weight of the checkpoint was quantised from shape {list(state.shape)}, the config says "

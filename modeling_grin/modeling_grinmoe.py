@@ -123,7 +123,9 @@ class GrinMoeSparseMoeBlock(nn.Module):
         tokens = hidden_states.reshape(-1, config.hidden_size)
         routing_keys = None
         if self.training and noise_settings(config):
-            keys = layer_pass.keys if layer_pass is not None else random_keys(len(tokens), tokens.device)
+            keys = None if layer_pass is None else layer_pass.keys
+            if keys is None:
+                keys = random_keys(len(tokens), tokens.device)
             routing_keys, jitter_keys = (fold_in(keys.to(tokens.device), n) for n in (0, 1))
             if config.input_jitter_noise > 0:
                 tokens = jitter_input(tokens, config.input_jitter_noise, jitter_keys)

@@ -142,7 +142,8 @@ def test_loads_in_a_clean_process(saved, trained_tokenizer, tmp_path):
         assert all(Path(file).is_relative_to(cache / "modules") for file in facts["files"]), facts["files"]
         assert not facts["ours"]
         assert facts["ids"] == trained_tokenizer(TEXT)["input_ids"]
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), expected), source
+        # A checkpoint's code leaves the package's kernels at home: the same function, summed in another order.
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
         if auto_class == "AutoModelForCausalLM":
             log_probs, targets = expected[0, :-1].double().log_softmax(-1), torch.tensor(facts["ids"][1:])
             smoothed = -0.9 * log_probs.gather(-1, targets[:, None]).mean() - 0.1 * log_probs.mean()

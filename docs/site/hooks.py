@@ -26,13 +26,16 @@ REFERENCE = {  # page: what it says, and the modules it shows
     "routing": ("Routing", "Which experts, with what weight, and the router's gradient.", [
         "modeling_grin.routing_grinmoe", "modeling_grin.noise_grinmoe",
     ]),
-    "balance": ("Load balance", "The load-balance loss.", ["modeling_grin.balance_grinmoe"]),
+    "balance": ("Load balance", "The load-balance loss, and the optimizer step it belongs to.", [
+        "modeling_grin.balance_grinmoe", "modeling_grin.training_grinmoe",
+    ]),
     "tokenization": ("Tokenizer", "Text to ids, and the chat format.", ["modeling_grin.tokenization_grinmoe"]),
     "experts": ("Experts and loss", "What computes the experts, and the loss of the language model.", [
-        "modeling_grin.experts_grinmoe", "modeling_grin.linear_experts_grinmoe", "modeling_grin.kernels.chunked_loss",
+        "modeling_grin.experts_grinmoe", "modeling_grin.linear_experts_grinmoe", "modeling_grin.kernels.cpu_experts",
+        "modeling_grin.kernels.chunked_loss",
     ]),
     "checkpoints": ("Checkpoints", "Released tensors and the model's parameters.", [
-        "modeling_grin.layout_grinmoe",
+        "modeling_grin.layout_grinmoe", "modeling_grin.loading_grinmoe",
     ]),
     "training": ("Training", "The trainers, their checkpoints, the routing callback, LoRA and pipelines.", [
         "modeling_grin.training.trainer", "modeling_grin.training.trl_trainers", "modeling_grin.training.callback",

@@ -11,4 +11,4 @@ def register_kernels() -> None:
     """Make the package's kernels the models' defaults; importing the package does."""
     ALL_EXPERTS_FUNCTIONS.register(GRIN_EXPERTS, grinmoe_experts_forward)
     GrinMoePreTrainedModel.default_experts_implementation = GRIN_EXPERTS
-    GrinMoeForCausalLM.loss_without_logits = loss_without_logits
+    GrinMoeForCausalLM.loss_without_logits = loss_without_logits  # type: ignore[method-assign, assignment]
