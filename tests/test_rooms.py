@@ -23,7 +23,7 @@ FORBIDDEN = {
     "modeling_grin.analysis": (*OUTER, "modeling_grin.planning", "modeling_grin.training"),
     "modeling_grin.planning": (*OUTER, "modeling_grin.analysis", "modeling_grin.training"),
     "modeling_grin.publishing": ("grin_moe_cli", "recipes"),
-    "conversion": (*OUTER[1:], *STUDIES, "modeling_grin.training"),
+    "conversion": (*OUTER[1:], "modeling_grin.analysis", "modeling_grin.planning.plan", "modeling_grin.training"),
     "recipes": ("grin_moe_cli",),
 }
 
