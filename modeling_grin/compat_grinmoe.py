@@ -1,6 +1,7 @@
-"""Where the supported versions of transformers differ, all in one file; each entry says when it can go.
+"""Differences between the supported versions of transformers; each entry says when it can go.
 
-Every module that transformers may load by itself imports this one first: what a version lacks is told in one sentence.
+Modules that transformers may load by themselves import this one first, so that an unsupported version ends in one
+sentence.
 """
 
 from typing import Any

@@ -20,7 +20,7 @@ NESTED_CONFIGS = ("decoder", "generator", "text_config", "text_encoder")  # thos
 
 
 class VisibleWindowConfig:
-    """A config as transformers' masks and caches read it: their `sliding_window` counts a query's own key too.
+    """A config as transformers' masks and caches read it: their `sliding_window` includes a query's own key.
 
     The released `sliding_window` W lets a query see itself and the W keys before it (FlashAttention's
     `window_size=(W, ·)`), so W + 1 keys in all; transformers 5 means W keys, the query's own included.
@@ -42,14 +42,14 @@ class VisibleWindowConfig:
 
 
 def read_phimoe(values: dict[str, Any]) -> dict[str, Any]:
-    """What a `phimoe` config.json says, in our terms: Phimoe's defaults filled in, its window in the released meaning.
+    """Translate a `phimoe` config.json: fill in Phimoe's defaults, and give its window the released meaning.
 
     The code that a config names decides what its window means. The siblings' remote code (`PhiMoEForCausalLM`) sees
-    `sliding_window` keys before the query's own, and so does a config that names none; transformers' classes
-    (`PhimoeForCausalLM`, ...), whose `save_pretrained` writes their names, count the query's own key.
+    `sliding_window` keys before the query's own; so does a config that names no code. transformers' classes
+    (`PhimoeForCausalLM`, ...) include the query's own key, and `save_pretrained` writes their names.
 
     Raises:
-        ValueError: a window of transformers' meaning that has no other key than the query's.
+        ValueError: a window in transformers' meaning that holds the query's own key alone.
     """
     defaults = {field.name: field.default for field in fields(PhimoeConfig) if field.default is not MISSING}
     values = {**defaults, "rope_theta": PhimoeConfig.default_theta, **values}
@@ -78,7 +78,7 @@ class GrinMoeConfig(PreTrainedConfig):
 
     Args:
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size:
-            the usual sizes; `intermediate_size` is that of one expert.
+            the usual sizes; `intermediate_size` is one expert's.
         head_dim: size of an attention head; `hidden_size // num_attention_heads` by default.
         num_local_experts: experts per layer (also `num_experts`).
         num_experts_per_tok: experts a token is sent to, top-k.
@@ -94,7 +94,7 @@ class GrinMoeConfig(PreTrainedConfig):
         router_jitter_noise: r of Equation 2, width of the keep set of MaskedSoftmax. Part of inference too.
         input_jitter_noise: in training, the MoE input is multiplied by U(1 - e, 1 + e).
         router_estimator: how the router's gradient is estimated, a key of `routing_grinmoe.ROUTER_ESTIMATORS`;
-            inference follows its rule, too.
+            inference follows its rule as well.
         router_sampling: whether training samples experts. If not, it takes the best ones, as inference does.
         freeze_router: build and load the routers' weights with `requires_grad=False`. (In a LoRA configuration, leave
             `gate` out of the targets as well.)
@@ -163,11 +163,11 @@ class GrinMoeConfig(PreTrainedConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs):
-        # The release's remote code (GRINMoE...) no longer imports; this class stands in for it, also when it is saved
-        # again. Our own is kept where `save_pretrained` writes the code, too.
+        # The release's remote code (GRINMoE...) no longer imports; this class replaces it, in saved configs as well.
+        # Our own `auto_map` stays if `save_pretrained` also writes the code.
         auto_map = kwargs.pop("auto_map", None) or {}
         ours = {auto: name for auto, name in auto_map.items() if "GrinMoe" in str(name)}
-        kwargs["auto_map"] = ours if self.is_remote_code() else {}  # TRL reads it of all classes that it does not know
+        kwargs["auto_map"] = ours if self.is_remote_code() else {}  # TRL reads it from classes that it does not know
         # transformers would set this alias only after the values have been checked.
         self.num_local_experts = kwargs.pop("num_experts", self.num_local_experts)
         if self.num_key_value_heads is None:
@@ -197,7 +197,7 @@ class GrinMoeConfig(PreTrainedConfig):
             self._check_longrope()
         elif rope_type != "default":
             try:
-                self.validate_rope()  # transformers does so later: what is missing is a KeyError there
+                self.validate_rope()  # transformers does so later, and a missing field is a KeyError there
             except (KeyError, TypeError, ArithmeticError) as error:
                 raise ValueError(f"{type(self).__name__}: rope_parameters: {error.args[0]}") from error
 
@@ -232,7 +232,10 @@ class GrinMoeConfig(PreTrainedConfig):
             raise ValueError(f"{type(self).__name__}: rope_parameters: {problem}")
 
     def _check_values(self) -> None:
-        """Raise ValueError for the first field whose value no model can be built from."""
+        """Raise ValueError for the first field whose value no model can be built from.
+
+        `@strict`'s `validate_` methods would run after the derived fields are set, and raise another error class.
+        """
         require = self._require
         for field in (
             "vocab_size",
@@ -305,7 +308,7 @@ class GrinMoeConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in transformers, but a config of another model type is an error instead of a warning.
+        """As in transformers, but another model type is an error instead of a warning.
 
         `phimoe`, the sibling releases' type, has the same architecture and fields.
         """
@@ -317,9 +320,9 @@ class GrinMoeConfig(PreTrainedConfig):
                 f"The config says model_type={model_type!r}; {cls.__name__} reads 'grinmoe' and 'phimoe'. "
                 "Load this checkpoint with the Auto classes or with its own model class."
             )
-        # transformers would keep the file's type, and look for the layout of the experts under it.
+        # transformers would keep the file's type, and look up the experts' layout under it.
         loaded = super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)
-        # Overrides, as in `from_pretrained(path, num_experts_per_tok=4)`, were set after the values had been checked.
+        # Overrides like `from_pretrained(path, num_experts_per_tok=4)` are set after the first check.
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config._check_values()
         config._check_rope()

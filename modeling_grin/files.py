@@ -46,7 +46,7 @@ def describe_links(folder: Path, deeper: Iterable[Path] = ()) -> str | None:
     its blobs.
 
     Args:
-        deeper: files in folders of it that are copied, too.
+        deeper: files in its folders that are copied as well.
     """
     files = {path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern) if path.is_file()} | {*deeper}
     outside = sorted(path for path in files if not is_within(path, folder))

@@ -18,7 +18,7 @@ EXPERT_WEIGHTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
 
 def released_names(names: Iterable[str], num_experts: int) -> set[str]:
-    """`names`, those of fused experts replaced with the names of the released matrices they hold."""
+    """Replace the names of fused experts in `names` with the names of the released matrices they hold."""
     released = set()
     for name in names:
         module, _, attribute = name.rpartition(".")
@@ -65,7 +65,7 @@ class FuseExperts(ConversionOps):
 
 
 class SplitExperts(ConversionOps):
-    """A fused parameter as the released matrices: views of it, for files that are about to be written."""
+    """Splits a fused parameter into views, the released matrices, for files that are about to be written."""
 
     @torch.no_grad()
     def convert(
@@ -75,7 +75,7 @@ class SplitExperts(ConversionOps):
         target_patterns: list[str],
         **kwargs,
     ) -> dict[str, torch.Tensor]:
-        """Names with the expert's number in the place of `*`, and `[rows, columns]` each."""
+        """Names, with the expert's number in the place of `*`, and `[rows, columns]` each."""
         (fused,) = input_dict[source_patterns[0]]
         parts = zip(target_patterns, fused.chunk(len(target_patterns), dim=1), strict=True)
         return {name.replace("*", str(expert)): matrix for name, part in parts for expert, matrix in enumerate(part)}
@@ -86,9 +86,9 @@ class SplitExperts(ConversionOps):
 
 
 class ExpertConverter(WeightConverter):
-    """Between the released experts and the fused ones; adapters of single experts (`w1.lora_A`) stay what they are.
+    """Converts between released and fused experts, and leaves adapters of single experts (`w1.lora_A`) alone.
 
-    peft applies the conversions of a model's type to its adapters, too, and asks nobody whether the model is fused.
+    peft also applies a model type's conversions to its adapters, whether the model is fused or not.
     """
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
@@ -96,7 +96,7 @@ class ExpertConverter(WeightConverter):
 
 
 def register_expert_layout(model_type: str) -> None:
-    """Register the released layout with transformers: `from_pretrained` then fuses, `save_pretrained` splits again."""
+    """Make `from_pretrained` fuse the experts of a model type, and `save_pretrained` split them again."""
     mapping = [
         ExpertConverter(
             source_patterns=[f".experts.*.{part}.weight" for part in parts],
@@ -111,10 +111,9 @@ def register_expert_layout(model_type: str) -> None:
 def fuse_expert_weights(
     experts: nn.Module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
 ) -> None:
-    """`load_state_dict` hook: accept the released layout, `{prefix}{expert}.w1.weight` and so on, whole or in part.
+    """Accept the released layout, `{prefix}{expert}.w1.weight` and so on, whole or in part: a `load_state_dict` hook.
 
-    Trainer resumes by giving a checkpoint's tensors, shard by shard, to `load_state_dict(strict=False)`, where names
-    that match nothing would leave the experts as they are with no more than a warning.
+    Trainer resumes shard by shard with `load_state_dict(strict=False)`, which only warns about unknown names.
     """
     for name, parts in EXPERT_WEIGHTS.items():
         parameter = getattr(experts, name).detach()
@@ -127,8 +126,8 @@ def fuse_expert_weights(
         if not found:
             continue
         if local_metadata.get("assign_to_params_buffers"):
-            # `assign=True`: what is built here becomes the parameter, in the checkpoint's dtype and also in place of a
-            # meta one; NaN stands for the experts that no shard has brought yet.
+            # `assign=True`: this tensor becomes the parameter, in the checkpoint's dtype, even in place of a meta one.
+            # NaN marks the experts that no shard has supplied yet.
             first = state_dict[found[0]]
             fused = torch.full_like(parameter, torch.nan, dtype=first.dtype, device=first.device)
             if not parameter.is_meta:
@@ -152,14 +151,14 @@ def fuse_expert_weights(
 def refuse_other_adapters(
     experts: nn.Module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
 ) -> None:
-    """`load_state_dict` hook: refuse LoRA weights made for the other kind of expert modules.
+    """Refuse LoRA weights of the other kind of expert modules. A `load_state_dict` hook.
 
-    peft loads adapters with `strict=False`: the experts' part would be lost with no more than a warning.
+    peft loads adapters with `strict=False`, which would lose the experts' part with no more than a warning.
     """
     adapters = [key for key in state_dict if key.startswith(prefix) and ".lora_" in key[len(prefix) - 1 :]]
     if adapters and adapters[0] not in experts.state_dict(prefix=prefix):
         error_msgs.append(
             f"{adapters[0]} was trained on other modules than {type(experts).__name__}: load the model with "
-            "experts_implementation='linear' for adapters of w1, w2 and w3, and without it for those of gate_up_proj "
-            "and down_proj."
+            "experts_implementation='linear' for adapters of w1, w2 and w3, and without it for adapters of "
+            "gate_up_proj and down_proj."
         )

@@ -1,8 +1,8 @@
-"""The experts as one `nn.Linear` per matrix, the layout that quantisers and LoRA understand; and quantised loading.
+"""Experts with one `nn.Linear` per matrix, the layout that quantisers and LoRA understand; and quantised loading.
 
-bitsandbytes, torchao and the like replace `nn.Linear` and leave 3-D parameters alone, which are 95 % of a GRIN-MoE.
-With `experts_implementation="linear"`, which a `quantization_config` implies, a model has the modules of this file in
-the place of `GrinMoeExperts`. Their tensors have the released names, `experts.{e}.w1.weight`, and need no conversion.
+bitsandbytes, torchao and others replace `nn.Linear` and leave 3-D parameters alone, which are 95 % of a GRIN-MoE.
+`experts_implementation="linear"`, which a `quantization_config` implies, puts these modules in the place of
+`GrinMoeExperts`. Their tensors have the released names, `experts.{e}.w1.weight`, and need no conversion.
 Shapes: T tokens, H hidden_size, F intermediate_size, E num_local_experts, K num_experts_per_tok.
 """
 
@@ -24,7 +24,7 @@ LINEAR_EXPERTS = "linear"  # the experts_implementation with one `nn.Linear` per
 # Skip-list field of each quantiser -> the pattern that matches our router in it. Some compare names of modules, others
 # names of parameters, which need the whole path.
 SKIP_LISTS = {"llm_int8_skip_modules": "gate", "skip_modules": "gate", "modules_to_not_convert": r".*\.gate"}
-HEADS = ("lm_head", "score")  # left alone, too, unless the user has a list of his own
+HEADS = ("lm_head", "score")  # not quantised either, unless the user has a list
 
 
 # Where the classes of quantised layers and weights are defined.
@@ -60,8 +60,8 @@ class GrinMoeLinearExperts(nn.ModuleList):
     ) -> torch.Tensor:
         """`[T, H]`, chosen experts `[T, K]` and their weights `[T, K]` -> `[T, H]`."""
         output = torch.zeros_like(hidden_states)
-        # Where gradients are wanted experts without a token run, too: their parameters then get zeros instead of no
-        # gradient, as fused ones do and as data-parallel training expects.
+        # With gradients, experts without a token run as well: their parameters get zeros instead of no gradient, like
+        # fused ones and as data-parallel training expects.
         experts = range(len(self)) if torch.is_grad_enabled() else top_k_index.unique().tolist()
         for expert in experts:
             token, slot = torch.where(top_k_index == expert)
@@ -71,11 +71,10 @@ class GrinMoeLinearExperts(nn.ModuleList):
 
 
 def exclude_router_from_quantization(quantization_config: Any) -> Any:
-    """A copy of a quantisation config (an object or a dict) that leaves the routers alone and, unless it has a list
-    of modules to leave alone already, the heads.
+    """Copy a quantisation config (an object or a dict), so that it skips the routers and, without a list, the heads.
 
-    Routing is a comparison of nearly equal numbers, and a router is one matrix of E rows per layer. The list is saved
-    with the config, so that whoever reads the checkpoint knows what is not quantised.
+    Routing compares nearly equal numbers, and a router is one matrix of E rows per layer. The list is saved with the
+    config, so that readers of the checkpoint know the unquantised modules.
     """
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
@@ -94,11 +93,11 @@ def is_quantized(linear: nn.Module) -> bool:
 
 
 def check_quantized(model: PreTrainedModel) -> None:
-    """Check what a quantiser has made of a model.
+    """Check a model after a quantiser has changed it.
 
     Raises:
-        ValueError: it has left experts as they were, which nobody had asked for, or has quantised the routers while
-            loading; or the checkpoint's quantised matrices have other shapes than the config says.
+        ValueError: it has left experts unquantised unasked, or has quantised the routers while loading; or the
+            checkpoint's quantised matrices are missing or have other shapes than the config says.
     """
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -133,15 +132,15 @@ def check_quantized(model: PreTrainedModel) -> None:
 
 
 def is_of_quantizer(linear: nn.Module) -> bool:
-    """Whether a quantiser has replaced a linear layer or its weight; adapters and sharding do so, too."""
+    """Whether a quantiser, and not an adapter or a sharding, has replaced a linear layer or its weight."""
     types = type(linear), type(getattr(linear, "weight", None))
     return any(kind.__module__.startswith(QUANTIZERS) for kind in types)
 
 
 def warn_of_partial_quantization(layer: nn.Module) -> None:
-    """Warn, once, of a decoder layer that a quantiser was given after loading: of that nothing else is told.
+    """Warn once if a quantiser has changed a decoder layer after loading, which nothing else tells the model.
 
-    Quantisers look for `nn.Linear`: fused experts are none, and the router is one.
+    Quantisers look for `nn.Linear`: they miss fused experts, and hit the router.
     """
     block: Any = layer.block_sparse_moe
     attention: Any = layer.self_attn
@@ -163,9 +162,9 @@ def warn_of_partial_quantization(layer: nn.Module) -> None:
 def disable_bnb_cpu_repacking(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in the first forward pass of `eval()`.
 
-    On CPUs with AVX512-BF16 it does so for speed, for good, and the repacked weights have no gradient with respect to
-    the input: training after an evaluation would fail, or leave the layers below without gradients. It also fails
-    where the input width is not a multiple of the block size.
+    On CPUs with AVX512-BF16 it repacks them for speed, and for good. Repacked weights have no gradient with respect to
+    the input, so training after an evaluation fails or leaves the layers below without gradients. Repacking also fails
+    if the input width is not a multiple of the block size.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

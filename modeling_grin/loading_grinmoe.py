@@ -155,8 +155,8 @@ class GrinMoeLoadingMixin(PreTrainedModel):
         if names := sorted({*info.unexpected_keys, *info.missing_keys}):
             raise ValueError(
                 f"the adapter and {type(self).__name__} differ in {len(names)} tensor(s): {', '.join(names[:3])}, ... "
-                "Adapters of w1, w2 and w3 need a model loaded with experts_implementation='linear'; those of "
-                "gate_up_proj and down_proj one without."
+                "Adapters of w1, w2 and w3 need a model loaded with experts_implementation='linear'; "
+                "adapters of gate_up_proj and down_proj one without."
             )
         return info
 

@@ -327,7 +327,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
         skip_logits: bool | None = None,
         **kwargs,
     ) -> GrinMoeCausalLMOutput:
-        """Logits and losses; the other arguments are those of `GrinMoeModel.forward`.
+        """Logits and losses; `GrinMoeModel.forward` describes the other arguments.
 
         Args:
             labels: `[batch, sequence]`, -100 where no prediction is asked; shifted inside.
@@ -400,7 +400,7 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
         output_router_logits: bool | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
-        """Classes or numbers of whole sequences; the other arguments are those of `GrinMoeModel.forward`.
+        """Classes or numbers of whole sequences; `GrinMoeModel.forward` describes the other arguments.
 
         Args:
             attention_mask: `[batch, sequence]`, 0 for padding on either side. Without one, the last token that is not

@@ -1,7 +1,7 @@
-"""Regular expressions of adapter configs, which anybody may have written, tried where they can be stopped.
+"""Regular expressions of adapter configs, tried in a process that can be stopped.
 
-Matching `((.|.)*)*!` takes longer than anybody lives, and Python cannot interrupt it. peft matches the expressions of
-an adapter's config against every module's name; before it does, a process of its own matches them, within a time.
+Anybody may have written them. Matching `((.|.)*)*!` never ends, and Python cannot interrupt it. peft matches an
+adapter's expressions against every module's name; a process with a time limit does so first.
 """
 
 import json
@@ -55,7 +55,7 @@ def check_patterns(config: Mapping[str, Any], names: Iterable[str], source: Any)
         source: what has the config, for the errors.
 
     Raises:
-        ValueError: one is no regular expression, or does not end in `SECONDS`. Names source, field and expression.
+        ValueError: an expression is invalid, or does not end in `SECONDS`. Names source, field and expression.
     """
     tried, expressions = [], []
     for field, (how, form) in FORMS.items():

@@ -1,4 +1,4 @@
-"""Routing: which experts a token goes to, with what weight, and what gradient the router gets.
+"""Routing: the experts of each token, their weights, and the gradient of the router.
 
 Read beside Appendix A of "GRIN: GRadient-INformed MoE" (arXiv 2409.12136). Shapes: T tokens, E experts, K = top_k.
 
@@ -43,7 +43,7 @@ class RoutingNoise(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """The sum over experts that a layer computes where it is not plainly `sum_k weights_k Expert_k(x)`.
+    """The sum over experts of a layer whose gradients differ from the plain `sum_k weights_k Expert_k(x)`.
 
     Its value is `sum_s weights_s Expert_s(x)` over S slots. The router gets the gradient of `weights`; the experts get
     the gradient that `sum_s expert_weights_s Expert_s(x)` would give them.
@@ -61,11 +61,11 @@ class Routing(NamedTuple):
     """One layer's routing decision; experts, statistics and losses all read this object."""
 
     weights: torch.Tensor
-    """What each chosen expert's output is multiplied with, `[T, K]`, float32 (float64 for float64 logits)."""
+    """Factors of the chosen experts' outputs, `[T, K]`, float32 (float64 for float64 logits)."""
     experts: torch.Tensor
     """The chosen experts, `[T, K]`, int64."""
     mixture: Mixture | None = None
-    """What to compute in training, for the estimators whose gradients the weighted sum of the K experts lacks."""
+    """In training, what to compute for the estimators whose gradients the weighted sum of K experts lacks."""
 
 
 def draw_noise(
@@ -89,7 +89,7 @@ def draw_noise(
 
 
 def no_noise(router_logits: torch.Tensor, top_k: int) -> RoutingNoise:
-    """The noise with which every draw is the best expert."""
+    """Noise that makes every draw the best expert."""
     num_tokens, num_experts = router_logits.shape
     zero = torch.zeros((), device=router_logits.device)
     return RoutingNoise(zero.expand(top_k, num_tokens, num_experts), zero.expand(top_k, num_tokens))
@@ -178,10 +178,10 @@ def sparsemixer_v2(
     In training each of the K choices samples an expert D from MaskedSoftmax(z) without replacement, and its weight
     is `c p_D` (c = 1 at the end of the ray, 1/3 else) with the gradient of p_D alone: for a loss gradient g with
     respect to the weight, the router gets dz = g p_D (onehot(D) - p), and nothing through the keep set, c or the
-    sampling. The expert's output is multiplied by the same weight, so that its gradient is scaled by c, too.
+    sampling. The expert's output is multiplied by the same weight, so c also scales its gradient.
 
     In inference (no noise) each choice is the best expert that is left, and the weights are not renormalised: they
-    are both 1 but for near-ties.
+    are both 1 except in near-ties.
     """
     choices = choose(router_logits, top_k, jitter_eps, noise, HEUN_END_PROBABILITY, argmax_exception)
     probs = choices.probs
@@ -283,7 +283,7 @@ DETERMINISTIC_ESTIMATORS = {"gshard", "dense"}  # have no use for noise, so that
 
 
 def noise_settings(config: Any) -> dict[str, Any]:
-    """The fields of a config that make equal passes in training differ, and the values that make them alike."""
+    """Fields of a config that make equal passes in training differ, and values that make them alike."""
     settings: dict[str, Any] = {}
     if config.router_sampling and config.router_estimator not in DETERMINISTIC_ESTIMATORS:
         settings["router_sampling"] = False
@@ -311,8 +311,8 @@ def route(
         jitter_eps: r, the width of the keep set; at 0 only exact ties are kept, and sampling has no choice.
         estimator: a key of `ROUTER_ESTIMATORS`.
         training: sample the experts and estimate the router's gradient; otherwise take the best ones.
-        sampling: whether training samples, or takes the best experts, too, with the estimator's gradient at them.
-        noise: the draws to sample with in training; by default those of `keys`.
+        sampling: whether training samples, or takes the best experts with the estimator's gradient at them.
+        noise: the draws to sample with in training; by default made from `keys`.
         keys: int64 `[T]`, the tokens' keys (`noise_grinmoe.py`); by default random ones from torch's generator.
 
     Returns:
@@ -334,7 +334,7 @@ def route(
         noise = no_noise(logits, top_k)
     elif noise is None:
         noise = draw_noise(logits, top_k, keys=keys)
-    # Of logits that are all -inf a softmax is NaN, and an argmax is the first one, whichever was taken before.
+    # If all logits are -inf, a softmax is NaN, and an argmax is the first expert even if it is already taken.
     finite_logits = logits.clamp(min=torch.finfo(logits.dtype).min)
     routing = ROUTER_ESTIMATORS[estimator](finite_logits, top_k, jitter_eps, noise)
     return drop_impossible(routing, logits == -torch.inf)
@@ -372,11 +372,11 @@ def jitter_input(hidden_states: torch.Tensor, input_jitter_noise: float, keys: t
     return _JitterInput.apply(hidden_states, input_jitter_noise, keys)
 
 
-JITTER_CHUNK_TOKENS = 256  # the noise of so many tokens stays in a CPU's cache while it is made
+JITTER_CHUNK_TOKENS = 256  # their noise fits in a CPU's cache
 
 
 class _JitterInput(torch.autograd.Function):
-    """Keeps the keys for the backward pass, and not the noise, which is as large as the input, or twice as large."""
+    """Keeps the keys for the backward pass instead of the noise, which is as large as the input or twice as large."""
 
     @staticmethod
     def forward(ctx, hidden_states, input_jitter_noise, keys):

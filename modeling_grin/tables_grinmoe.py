@@ -1,7 +1,7 @@
-"""Tables of transformers and peft that are looked up by model type or class name, and our places in them.
+"""Tables of transformers and peft that are looked up by model type or class name, and our entries in them.
 
-The Auto classes' `register` writes to none of these. Whoever does not find us there goes on in silence as if we were
-something else. The lines travel to the Hub with a checkpoint's code, and serve subclasses, too.
+The Auto classes' `register` does not write them. Code that does not find a model there silently treats it as another
+kind. These lines travel to the Hub with a checkpoint's code, and also serve subclasses.
 """
 
 import importlib

@@ -85,7 +85,7 @@ CHAT_TEMPLATE = r"""{%- macro text_of(message) -%}
 class GrinMoeTokenizer(TokenizersBackend):
     """The tokenizer of GRIN-MoE.
 
-    Token ids are those of `tokenizer.json`, whatever `tokenizer_config.json` says about it: the release names
+    Token ids come from `tokenizer.json`, whatever `tokenizer_config.json` says: the release names
     `LlamaTokenizer` there, for which transformers 5 would rebuild the tokenizer by other rules. The released chat
     template is replaced by `CHAT_TEMPLATE`, which renders the same text, marks the assistant's tokens for
     `return_assistant_tokens_mask` (TRL's `assistant_only_loss`), joins content that is a list of text parts, and
@@ -146,7 +146,7 @@ class GrinMoeTokenizer(TokenizersBackend):
     ) -> Self:
         """A tokenizer with a vocabulary learnt from `texts`, and the release's special tokens and chat format.
 
-        Byte-level BPE: any text comes back from its ids unchanged (but for white space that a special token takes
+        Byte-level BPE: any text comes back from its ids unchanged (except white space that a special token takes
         in). The special tokens come first, so that their ids do not depend on `vocab_size`: `<unk>`, `<s>` and `</s>`
         are 0, 1, 2 as in the release, `<|endoftext|>` is 3.
 

@@ -68,7 +68,7 @@ class TrainingPass:
 
 
 class LayerPass:
-    """`TrainingPass` of one layer. Compiled layers share their code, so none of them may read its own number."""
+    """`TrainingPass` of one layer. Compiled layers share their code, so no layer may read its own number."""
 
     def __init__(self, training_pass: TrainingPass, keys: torch.Tensor | None):
         self.training_pass, self.keys = training_pass, keys
@@ -222,7 +222,7 @@ class OptimizerStepMixin(PreTrainedModel):
         """Run the decoder under a head.
 
         Args:
-            targets: the labels whose losses are summed, -100 where there is none; None without labels.
+            targets: the labels whose losses are summed, -100 where a token has none; None without labels.
             output_router_logits: by default as in the config.
 
         Returns:

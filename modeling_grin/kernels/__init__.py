@@ -1,4 +1,4 @@
-"""Faster ways to compute what the model says; none of them travels to the Hub with a checkpoint's code."""
+"""Faster ways to compute what the model says. They do not travel to the Hub with a checkpoint's code."""
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 

@@ -121,8 +121,8 @@ def chunked_causal_lm_loss(
 
     Args:
         hidden_states: `[batch, sequence, H]`.
-        labels: int64 `[batch, sequence]`, -100 where there is none; shifted here.
-        num_items_in_batch: what the sum of the losses is divided by; by default the number of labels.
+        labels: int64 `[batch, sequence]`, -100 where a token has none; shifted here.
+        num_items_in_batch: divisor of the summed losses; by default the number of labels.
         shift_labels: instead of `labels`, shifted already.
     """
     if shift_labels is None:

@@ -65,7 +65,7 @@ def expert_order(top_k_index: torch.Tensor, num_experts: int) -> tuple[list[Segm
 
 
 def matmul_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`out = a @ b`, also where autocast computes in another dtype than that of the weight whose gradient `out` is."""
+    """`out = a @ b`; `out`, a weight's gradient, may have another dtype than autocast computes in."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:
