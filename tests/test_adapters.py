@@ -64,8 +64,7 @@ def factors(weights, name):
     return a, {"w1": b[:FFN], "w3": b[FFN:], "w2": b}[part]
 
 
-@pytest.mark.parametrize("form", ["hub", "fused"])
-@pytest.mark.parametrize("linear", [False, True], ids=["fused", "linear"])
+@pytest.mark.parametrize(("form", "linear"), [("hub", False), ("fused", True)])
 def test_merged_tensors_are_sums_of_weights_and_products(base, tmp_path, linear, form):
     model = train_adapter(base, tmp_path / "adapter", linear=linear)
     tensors = load_file(base / "model.safetensors")

@@ -89,16 +89,11 @@ def naive(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 # --- The weights, in torch ------------------------------------------------------------------------------------------
 
+# Besides those of test_conversion.py, which compares each file's weights with the model.
 FORMS = {
     "released": {},
-    "three experts": {"num_local_experts": 3},
     "one expert": {"num_local_experts": 1, "num_experts_per_tok": 1},
-    "top-1": {"num_experts_per_tok": 1},
     "top-3 of 5": {"num_local_experts": 5, "num_experts_per_tok": 3},
-    "all experts": {"num_experts_per_tok": 4},
-    "no biases": {"attention_bias": False, "lm_head_bias": False},
-    "tied": {"tie_word_embeddings": True},
-    "as many key heads": {"num_key_value_heads": 4},
     "heads of 10": {"hidden_size": 40, "intermediate_size": 7, "num_key_value_heads": 1},
     "v2 star": {"router_estimator": "sparsemixer_v2_star"},
     "mid-point": {"router_estimator": "sparsemixer", "num_experts_per_tok": 1},
@@ -146,15 +141,6 @@ def test_router_shift_follows_the_weights(tmp_path: Path, scale: float) -> None:
     )
     assert max(abs(a - b) for a, b in zip(report.router_shifts, calibrated.router_shifts, strict=True)) <= 1
     assert calibrated.near_tie_rate == 0
-
-
-@torch.inference_mode()
-def test_without_folds_it_is_another_model(tmp_path: Path, naive: Callable[[], None]) -> None:
-    checkpoint = make_checkpoint(tmp_path)
-    naive()
-    export_gguf(checkpoint, tmp_path / "model", file_type="f32")
-    ids = random_ids(checkpoint.config, 4, 32)
-    assert relative_error(load_gguf(tmp_path / "model")(ids).logits, reference(checkpoint)(ids).logits) > 0.3
 
 
 def test_routers_of_zeros_are_no_error(tmp_path: Path) -> None:
@@ -263,27 +249,16 @@ def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     checkpoint = make_checkpoint(tmp_path)
     export_gguf(checkpoint, tmp_path / "whole", file_type="q8_0")
     monkeypatch.setattr(gguf_export, "CHUNK_ELEMENTS", 300)
-    largest = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal largest
-        largest = max(largest, done)
-
-    export_gguf(checkpoint, tmp_path / "chunks", file_type="q8_0", progress=progress)
-    assert largest <= 300 * 4
+    calls: list[tuple[int, int]] = []
+    export_gguf(checkpoint, tmp_path / "chunks", file_type="q8_0", progress=lambda *call: calls.append(call))
+    nbytes = sum(tensor.n_bytes for tensor in stored_tensors(tmp_path / "chunks").values())
+    assert sum(done for done, _ in calls) == nbytes and {total for _, total in calls} == {nbytes}
+    assert max(done for done, _ in calls) <= 300 * 4
     whole, chunks = stored_tensors(tmp_path / "whole"), stored_tensors(tmp_path / "chunks")
     assert list(whole) == list(chunks)
     for name, tensor in whole.items():  # a mean that is summed in other parts differs in float64's last bits
         dequantised = [gguf.dequantize(t.data, t.tensor_type) for t in (tensor, chunks[name])]
         np.testing.assert_allclose(*dequantised, rtol=1e-6, atol=1e-9)
-
-
-def test_progress_counts_the_tensors_bytes(tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    export_gguf(make_checkpoint(tmp_path), tmp_path / "model", progress=lambda *call: calls.append(call))
-    nbytes = sum(tensor.n_bytes for tensor in stored_tensors(tmp_path / "model").values())
-    assert sum(done for done, _ in calls) == nbytes
-    assert {total for _, total in calls} == {nbytes}
 
 
 def test_interruption_leaves_a_file_that_does_not_load(tmp_path: Path) -> None:
@@ -297,7 +272,7 @@ def test_interruption_leaves_a_file_that_does_not_load(tmp_path: Path) -> None:
         gguf.GGUFReader(tmp_path / "model")
 
 
-@pytest.mark.parametrize("share", [0, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize("share", [0, 0.6])
 def test_an_interrupted_file_is_gone_on_with(tmp_path: Path, share: float) -> None:
     """The same bytes, and the same errors in the report, without writing once more what is there."""
     checkpoint = make_checkpoint(tmp_path)
@@ -349,16 +324,12 @@ def test_unknown_type_is_refused(tmp_path: Path) -> None:
         export_gguf(make_checkpoint(tmp_path), tmp_path / "model", file_type="q6_k")
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.block_sparse_moe.experts.2.w2.weight"])
-def test_missing_tensor_is_refused(tmp_path: Path, name: str) -> None:
+def test_tensors_that_are_missing_or_left_over_are_refused(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path)
-    tensors = {key: tensor for key, tensor in read_tensors(checkpoint).items() if key != name}
-    with pytest.raises(ConversionError, match=f"no tensor {name}"):
-        export_gguf(open_checkpoint(tmp_path, checkpoint.config, tensors), tmp_path / "model")
-
-
-def test_tensor_too_many_is_refused(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path)
+    for name in ("lm_head.weight", "model.layers.1.block_sparse_moe.experts.2.w2.weight"):
+        tensors = {key: tensor for key, tensor in read_tensors(checkpoint).items() if key != name}
+        with pytest.raises(ConversionError, match=f"no tensor {name}"):
+            export_gguf(open_checkpoint(tmp_path, checkpoint.config, tensors), tmp_path / "model")
     tensors = read_tensors(checkpoint) | {"score.weight": torch.zeros(2, 128)}
     with pytest.raises(ConversionError, match=r"score.weight has no place"):
         export_gguf(open_checkpoint(tmp_path, checkpoint.config, tensors), tmp_path / "model")
@@ -373,7 +344,6 @@ GATE, NORM = "model.layers.0.block_sparse_moe.gate.weight", "model.layers.0.post
     [
         ("f16", "lm_head.weight", 1e6),
         ("q8_0", "lm_head.weight", 1e9),
-        ("q4_0", EXPERT, 1e7),
         ("bf16", "lm_head.weight", 3.4e38),
         ("f32", EXPERT, float("nan")),
         ("q4_0", EXPERT, float("-inf")),
@@ -624,11 +594,11 @@ def test_llama_cpp_computes_the_model(tmp_path: Path, naive: Callable[[], None])
     assert agreement(naive_logits, expected) < 0.7
 
 
-@pytest.mark.parametrize("overrides", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("name", ["one expert", "top-3 of 5", "heads of 10", "GShard", "other theta and eps"])
 @torch.inference_mode()
 @pytest.mark.slow
-def test_llama_cpp_computes_every_form(tmp_path: Path, overrides: dict) -> None:
-    checkpoint = make_checkpoint(tmp_path, **overrides)
+def test_llama_cpp_computes_every_form(tmp_path: Path, name: str) -> None:
+    checkpoint = make_checkpoint(tmp_path, **FORMS[name])
     export_gguf(checkpoint, tmp_path / "model", file_type="f32")
     ids = random_ids(checkpoint.config, 2, 24)
     assert relative_error(Llama(tmp_path / "model").logits(ids), reference(checkpoint)(ids).logits) <= 1e-3
