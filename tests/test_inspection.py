@@ -68,9 +68,10 @@ def test_a_summary_is_what_inspect_says(tmp_path, folder, tensors):
         assert summarize(path) == inspect(path)
 
     for number, change in enumerate((
-        {"model_type": "phimoe"}, {"architectures": ["PhimoeForCausalLM"]}, {"hidden_act": "gelu"}, {"vocab_size": 130},
-        {"hidden_size": "32"}, {"num_hidden_layers": 10**9}, {"rope_scaling": {"type": "longrope"}}, {"rope_theta": None},
-        {"quantization_config": {}}, {"text_config": {}}, {"num_experts_per_tok": 7}, {"router_estimator": "dense"},
+        {"model_type": "phimoe"}, {"architectures": ["PhimoeForCausalLM"]}, {"hidden_act": "gelu"},
+        {"vocab_size": 130}, {"hidden_size": "32"}, {"num_hidden_layers": 10**9}, {"rope_theta": None},
+        {"rope_scaling": {"type": "longrope"}}, {"quantization_config": {}}, {"text_config": {}},
+        {"num_experts_per_tok": 7}, {"router_estimator": "dense"}, {"hidden_act": ["silu"]},
     )):  # fmt: skip
         write_checkpoint(tmp_path / str(number), released_config(**change), tensors)
         assert summarize(tmp_path / str(number)) is None, change
