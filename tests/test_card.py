@@ -428,7 +428,7 @@ def test_a_card_that_exists_is_left_alone(folder):
         ({"evaluation": "none.json"}, "none.json does not exist"),
         ({"evaluation": "broken.json"}, "broken.json is not JSON"),
         ({"evaluation": "list.json"}, r"list\.json has \[1\], which must be a dict"),
-        ({"evaluation": "short.json"}, r"short.json: rows\[0\] lacks tasks, shots"),
+        ({"evaluation": "short.json"}, r"short.json lacks rows.0.tasks"),
         ({"base_evaluation": "short.json"}, "base_evaluation needs evaluation"),
         ({"run": "nowhere"}, "run must be the folder of a training run; got nowhere"),
     ],

@@ -27,7 +27,7 @@ from ..configuration_grinmoe import GrinMoeConfig
 from ..files import replacing, write_whole
 from ..planning.parameters import count_parameters
 from . import TO_FILL_IN
-from .forms import check_form, loss, number, parse_json, read_json
+from .forms import loss, number, parse_json, read_json
 from .markdown import cell, code, escape, render
 from .record import RUN_FILE
 
@@ -43,8 +43,6 @@ GRIN_MOE = "microsoft/GRIN-MoE"
 LICENSE = re.compile(r"[a-z0-9.+-]+")  # the form of the Hub's names, which it checks when a card is pushed
 
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")  # ISO 639-1 to 639-3, and the Hub's own
-
-RESULT_FIELDS = ("row", "tasks", "shots", "metric", "filter", "unit", "score", "paper", "settings")
 
 OF_THE_MODEL = ("model", "identity", "revision", "dtype", "attn_implementation", "experts_implementation")
 
@@ -271,23 +269,14 @@ def balance_table(records: Records) -> Markup:
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """Read results.json of recipes/evaluate.py: `rows`, each with RESULT_FIELDS, and the Hub's `model-index`.
+    """Read results.json of recipes/evaluate.py: the rows of its table, and the Hub's `model-index`.
 
     Raises:
         ValueError: the file is missing or has another form.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise ValueError(f"{path} does not exist: give results.json of recipes/evaluate.py")
-    document = read_json(path, dict)
-    if not document.get("rows") or "model-index" not in document:
-        raise ValueError(f"{path} lacks rows or model-index: give results.json of recipes/evaluate.py")
-    check_form(document, {"rows": [dict]}, str(path))
-    for index, row in enumerate(document["rows"]):
-        if missing := [name for name in RESULT_FIELDS if name not in row]:
-            raise ValueError(f"{path}: rows[{index}] lacks {', '.join(missing)}")
-    check_form(document, RESULTS, str(path))
-    return document
+    return read_json(Path(path), RESULTS)
 
 
 def eval_results(path: Path) -> list[EvalResult]:
@@ -322,7 +311,7 @@ def evaluation_table(rows: Sequence[Mapping[str, Any]], base_rows: Sequence[Mapp
         ],
         "this model": [in_unit(row) for row in rows],
         "base model": [of_base.get(comparable(row), "") for row in rows],
-        "GRIN-MoE, paper": ["" if row["paper"] is None else float(row["paper"]) for row in rows],
+        "GRIN-MoE, paper": ["" if row.get("paper") is None else float(row["paper"]) for row in rows],
     }
     used = {name: cells for name, cells in columns.items() if any(cell != "" for cell in cells)}
     return table(list(used), zip(*used.values(), strict=True))
@@ -494,7 +483,7 @@ def write_card(
         held_out=table(("on held-out data", "value"), held_out_rows(records)),
         balance=balance_table(records),
         evaluation=evaluation_table(rows, base_rows),
-        beside_paper=any(row["paper"] is not None for row in rows),
+        beside_paper=any(row.get("paper") is not None for row in rows),
         limits=sorted(limits),
     )
     for figure, picture in figures.items():
