@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from modeling_grin.modeling_grinmoe import GrinMoeForCausalLM
 
-MODELS, COUNTING, REPORT = "The models", "What is counted", "The report"
+MODELS, COUNTING, REPORT = "Models", "Counting", "Report"
 """Panels of the options."""
 
 VIEWED_TOKENS = 200  # of each set, in the report's token-level view

@@ -72,7 +72,7 @@ def special_ids(trained_tokenizer):
 
 @pytest.fixture(scope="module")
 def trained(trained_tokenizer, special_ids, tmp_path_factory):
-    """What a run leaves; nothing of it is changed by the tests."""
+    """The folder of a run, which no test changes."""
     folder = tmp_path_factory.mktemp("private_place") / "tiny-sft"
     data = folder.parent / "chats.jsonl"
     data.write_text("{}\n")

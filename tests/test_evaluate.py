@@ -393,7 +393,7 @@ def test_tables_say_the_same_and_have_no_paths(evaluated, workdir):
 
 
 def test_the_same_command_resumes(evaluated, workdir, monkeypatch):
-    """Answers are not computed again, but for another model or another prompt."""
+    """Answers are computed again only for another model or another prompt."""
     forward, calls = GrinMoeForCausalLM.forward, []
     monkeypatch.setattr(GrinMoeForCausalLM, "forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw))
     before = read_rows(evaluated)

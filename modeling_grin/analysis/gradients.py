@@ -195,7 +195,7 @@ class Moments:
 def estimator_moments(
     layer: Layer, loss: Loss, top_k: int, jitter_eps: float, estimator: RouterEstimator, temperature: float = 1.0
 ) -> Moments:
-    """What `estimator` gives in expectation over its draws, and how it scatters, without sampling.
+    """Compute the mean and the scatter of `estimator` over its draws, without sampling.
 
     Args:
         temperature: of the MaskedSoftmax that the estimator samples from.

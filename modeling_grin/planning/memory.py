@@ -87,8 +87,7 @@ def saved_by_layer(config: PreTrainedConfig, layout: Layout, training: Training)
 
     Per token, in compute precision: the input of q, k and v (under autocast one copy for each) and the jittered tokens
     (H each); the K copies sorted by expert and the K outputs to weigh (K H each); q, k, v and attention's output; gate
-    and up, act(gate) and its product with up (4 K F). The last are those of transformers' `grouped_mm`, which
-    accelerators run. In the precision of hidden states: the inputs of both norms (H each). In float32: the softmax's
+    and up, act(gate) and its product with up (4 K F), as in transformers' `grouped_mm` on accelerators. In the precision of hidden states: the inputs of both norms (H each). In float32: the softmax's
     sum per head, and E probabilities per draw of the router. The rest are masks, indices, noise keys and the norms'
     statistics.
     """
@@ -118,7 +117,7 @@ def activations(config: PreTrainedConfig, layout: Layout, training: Training, st
       head, log-softmax and two of its gradients, float32 [T, V] each on every rank; the weight's gradient replaces one
       of them. Under autocast its forward pass holds logits in both precisions and the log-softmax.
     - A layer, backward: the gradients of down, its input and its output ([T K, F], [T K, H]); or the gradient of gate
-      and up, twice as large, after two [T K, F] are freed. They are added to those of earlier micro-batches later.
+      and up, twice as large, after two [T K, F] are freed. Earlier micro-batches' gradients are held beside them.
       Under autocast also: the experts' outputs in float32 while they are weighed again; or the gradients of all
       experts in low precision and of gate and up in float32, after the experts' activations and copies are freed.
     """

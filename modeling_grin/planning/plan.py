@@ -14,7 +14,7 @@ from .time import Collective, communication, stage_time
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a layout costs."""
+    """Memory, time and communication of a layout."""
 
     layout: Layout
     memory: Memory  # of the fullest device
@@ -130,9 +130,9 @@ def layouts(num_devices: int, assumptions: Assumptions) -> list[Layout]:
 
 
 class Plan(NamedTuple):
-    """What `plan` found."""
+    """The result of `plan`."""
 
-    estimates: list[Estimate]  # those that fit, fastest first, then the others, smallest first
+    estimates: list[Estimate]  # layouts that fit, fastest first; then the others, smallest first
     left_out: dict[str, str]  # layouts that the recipes cannot train, and why
 
 

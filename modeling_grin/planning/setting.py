@@ -1,4 +1,4 @@
-"""What is planned: a training step, the layout of its devices, and the hardware."""
+"""The setting of a plan: a training step, the layout of its devices, and the hardware."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace

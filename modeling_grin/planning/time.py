@@ -1,4 +1,4 @@
-"""What devices send in an optimizer step, and how long the step takes. Symbols as in `memory`."""
+"""Communication and time of an optimizer step. Symbols as in `memory`."""
 
 from collections.abc import Iterable
 from math import ceil, log2

@@ -92,7 +92,7 @@ RESULTS = {
 
 @dataclass
 class Records:
-    """The files of a model's folder; those that it lacks come from the run's folder."""
+    """The files of a model's folder; missing ones come from the run's folder."""
 
     folder: Path
     run_folder: Path

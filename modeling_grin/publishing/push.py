@@ -56,7 +56,7 @@ AUTO_CLASSES = {
     GrinMoeForSequenceClassification: "AutoModelForSequenceClassification",
 }
 
-# What no uploaded file may hold; the Hub scans uploads for other kinds.
+# No uploaded file may hold these; the Hub scans uploads for other kinds.
 SECRETS = {
     "a Hugging Face token": rb"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----",
@@ -69,7 +69,7 @@ Source = Path | bytes
 
 @dataclass
 class Push:
-    """What a push sends, or would send.
+    """The contents and the outcome of a push, or of a dry run.
 
     Args:
         repo_id: `OWNER/NAME`; if only a name was given, the upload adds the owner.
@@ -282,7 +282,7 @@ def find_files(folder: Path, patterns: Sequence[str]) -> dict[str, Source]:
 
 
 def card_files(folder: Path, notes: list[str]) -> dict[str, Source]:
-    """The card and its pictures. What a person should add is noted.
+    """Find the card and its pictures, and note the gaps that a person should fill.
 
     Raises:
         ValueError: there is no card, or its metadata are not YAML.

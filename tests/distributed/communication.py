@@ -1,4 +1,4 @@
-"""What is sent and held in a training step: `communication.py FOLDER CASES.json` runs every case on gloo processes.
+"""Measure what a training step sends and holds: `communication.py FOLDER CASES.json` runs cases on gloo processes.
 
 A case is a dict of `name`, `ranks` and the arguments of `run_case`. The checkpoint is `FOLDER/model`; what a rank
 counted and measured goes to `FOLDER/{name}-{rank}.json`. Processes are forked, so that the imports, most of the time,
@@ -30,7 +30,7 @@ from modeling_grin import GrinMoeForCausalLM
 from modeling_grin.training.pipeline import pipeline_model
 
 BATCH, LENGTH, VOCABULARY = 2, 8, 132
-# By the ops that DDP, FSDP2 and the pipeline call (c10d) and those that DTensor calls; waiting is none of them.
+# By the ops that DDP, FSDP2 and the pipeline call (c10d), and DTensor's; waits are not counted.
 OPERATIONS = {
     "allreduce_": "all_reduce",
     "all_reduce": "all_reduce",
@@ -44,8 +44,8 @@ NOT_COUNTED = {"wait_tensor", "_wrap_tensor_autograd", "recv_"}
 
 
 class CountCommunication(TorchDispatchMode):
-    """Calls and bytes by operation: of what is reduced or sent, and of all parts that are gathered or scattered.
-    All-reduces of integers are by themselves, the `counts` of the load-balance loss."""
+    """Count calls and bytes by operation: of reduced or sent tensors, and of all gathered or scattered parts.
+    All-reduces of integers are `counts`, of the load-balance loss."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -126,7 +126,7 @@ def count_buffers(model: nn.Module) -> int:
 def run_case(
     folder: Path, kind: str, sizes: dict[str, int], checkpointing: bool, micro_batches: int, mixed: bool
 ) -> dict:
-    """What a rank sends in the third step, when DDP has settled its buckets, and its peak in bytes in the fourth or
+    """Count what a rank sends in the third step, when DDP has settled its buckets, and its peak bytes in the fourth or
     fifth, the smaller: gloo's threads may let go of what was sent a moment later than usual."""
     torch.manual_seed(0)
     model, begin_step = make_model(folder, kind, sizes, checkpointing, mixed)
