@@ -85,11 +85,12 @@ def copied_by_autocast(config: PreTrainedConfig, layout: Layout, training: Train
 def saved_by_layer(config: PreTrainedConfig, layout: Layout, training: Training) -> float:
     """Bytes of activations that a layer saves for its backward pass, per micro-batch.
 
-    Per token, in compute precision: the input of q, k and v (under autocast one copy for each) and the jittered tokens
-    (H each); the K copies sorted by expert and the K outputs to weigh (K H each); q, k, v and attention's output; gate
-    and up, act(gate) and its product with up (4 K F), as in transformers' `grouped_mm` on accelerators. In the precision of hidden states: the inputs of both norms (H each). In float32: the softmax's
-    sum per head, and E probabilities per draw of the router. The rest are masks, indices, noise keys and the norms'
-    statistics.
+    Per token, in compute precision: the input of q, k and v (under autocast one copy for each) and the jittered
+    tokens (H each); the K copies sorted by expert and the K outputs to weigh (K H each); q, k, v and attention's
+    output; gate and up, act(gate) and its product with up (4 K F), as in transformers' `grouped_mm` on
+    accelerators. In the precision of hidden states: the inputs of both norms (H each). In float32: the softmax's
+    sum per head, and E probabilities per draw of the router. The rest are masks, indices, noise keys and the
+    norms' statistics.
     """
     precision, top_k, experts = precision_of(layout, training), config.num_experts_per_tok, config.num_local_experts
     size, read_by_qkv = precision.compute, 3 if precision.autocast else 1
