@@ -1,21 +1,21 @@
-"""GRIN-MoE as a GGUF file in which stock llama.cpp computes the model, by weights that are rewritten for it.
+"""Export GRIN-MoE as a GGUF file, with weights rewritten so that stock llama.cpp computes the model.
 
-llama.cpp's `phimoe` graph (src/models/phimoe.cpp, phi3.cpp) has another function: RMSNorm with a bias where the model
-has LayerNorm, top-k weights normalised to a sum of 1 where the model has 1 each, and no sliding window.
+llama.cpp's `phimoe` graph (src/models/phimoe.cpp, phi3.cpp) computes another function: RMSNorm with a bias instead of
+LayerNorm, top-k weights that sum to 1 instead of weights of 1 each, and no sliding window.
 
-- *Centring.* The mean over the hidden dimension is taken out of everything that is added to the residual stream: of
-  every embedding, and of the output dimension of `o_proj` and of each expert's down projection. A LayerNorm takes that
-  mean out anyway; without it, LayerNorm and RMSNorm are one.
+- *Centring.* The mean over the hidden dimension is removed from everything that is added to the residual stream: from
+  every embedding, and from the output dimension of `o_proj` and of each expert's down projection. A LayerNorm removes
+  that mean anyway; without it, LayerNorm and RMSNorm are the same.
 - *Router.* Its weights are multiplied by 2^-k: the choice stays, and the softmax of all choices tends to the same
-  value, so that normalised weights are 1 / K each. The down projections are multiplied by K. The price of a k that is
-  too small are unequal weights, of one too large choices lost in float32's rounding of the softmax: at logits of
-  standard deviation 2, k = 12 keeps both errors near 1e-4. Half of k is put on the norm before the router, and taken
-  out of the experts' gate and up projections, for backends that compute the router's product in half precision, where
-  a router with all of 2^-12 would be subnormal.
+  value, so that normalised weights are 1 / K each. The down projections are multiplied by K. If k is too small, the
+  weights stay unequal; if it is too large, float32 rounding can change which experts win. At logits of standard
+  deviation 2, k = 12 keeps both errors near 1e-4. Half of k is put on the norm before the router and removed from the
+  experts' gate and up projections: backends that compute the router's product in half precision would make a router
+  with all of 2^-12 subnormal.
 
-What remains: near-ties, in which the keep set of MaskedSoftmax has more than one expert, are computed as with
-`router_jitter_noise` 0; and positions beyond the sliding window see keys that the model does not see, so that the
-file's context ends there.
+Two differences remain. Near-ties, where the keep set of MaskedSoftmax has more than one expert, are computed as with
+`router_jitter_noise` 0. Positions beyond the sliding window see keys that the model does not see, so the file's
+context ends there.
 
 Shapes: V vocab_size, H hidden_size, F intermediate_size, E num_local_experts, K num_experts_per_tok.
 """
@@ -24,6 +24,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,17 +46,10 @@ MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS, llama-hparams.h
 ROUTER_SHIFT, ROUTER_STD = 12, 2.0  # k for logits of this standard deviation
 CHUNK_ELEMENTS = 2**18  # folded and quantised at a time; in float64 they fit a processor's cache
 
-FILE_TYPES = {
-    "f32": LlamaFileType.ALL_F32,
-    "f16": LlamaFileType.MOSTLY_F16,
-    "bf16": LlamaFileType.MOSTLY_BF16,
-    "q8_0": LlamaFileType.MOSTLY_Q8_0,
-    "q5_1": LlamaFileType.MOSTLY_Q5_1,
-    "q5_0": LlamaFileType.MOSTLY_Q5_0,
-    "q4_1": LlamaFileType.MOSTLY_Q4_1,
-    "q4_0": LlamaFileType.MOSTLY_Q4_0,
-}
-"""What the matrices are stored as; routers, norms and biases are always F32."""
+# The types of the matrices; routers, norms and biases are always F32.
+ROUNDED_TYPES = ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+FILE_TYPES = {"f32": LlamaFileType.ALL_F32}
+FILE_TYPES |= {name: LlamaFileType[f"MOSTLY_{name.upper()}"] for name in ROUNDED_TYPES}
 
 # Released modules by the tensors they become; `{n}` is the layer, `{e}` the expert.
 MODULES = {
@@ -81,12 +75,12 @@ WITHOUT_BIAS = {
     MODEL_TENSOR.FFN_DOWN_EXP,
     MODEL_TENSOR.FFN_UP_EXP,
 }
-# The dimension of a weight (and of a bias: the first) along which the hidden states lie that it adds to.
+# The dimension of a weight, or the first of a bias, that runs along the hidden states it adds to.
 CENTRED = {MODEL_TENSOR.TOKEN_EMBD: 1, MODEL_TENSOR.ATTN_OUT: 0, MODEL_TENSOR.FFN_DOWN_EXP: 0}
 
 
 class Calibration(NamedTuple):
-    """What a model's routers do on a text."""
+    """Measurements of a model's routers on a text."""
 
     router_std: list[float]
     """Per layer: the standard deviation of a token's router logits about their mean."""
@@ -96,7 +90,7 @@ class Calibration(NamedTuple):
 
 @dataclass(frozen=True)
 class GgufReport:
-    """What a file is and is not."""
+    """What a file holds, and how it differs from the model."""
 
     file_type: str
     context_length: int
@@ -109,7 +103,7 @@ class GgufReport:
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """The report as text."""
+        """Return the report as text."""
         near_ties = (
             "not measured (--calibration FILE does)"
             if self.near_tie_rate is None
@@ -119,14 +113,14 @@ class GgufReport:
         return [
             f"type {self.file_type}; relative quantisation error: {errors or 'none'}",
             f"context: {self.context_length} tokens; beyond them the file is another model (no sliding window)",
-            f"near-ties, which are computed as with router_jitter_noise=0: {near_ties}",
+            f"near-ties, computed as with router_jitter_noise=0: {near_ties}",
             f"routers multiplied by 2^-k with k from {min(self.router_shifts)} to {max(self.router_shifts)}",
             *self.notes,
         ]
 
 
 class Place(NamedTuple):
-    """A tensor of the file, and the released tensors that it is made of: one, or one per expert."""
+    """A tensor of the file, and its released tensors: one, or one per expert."""
 
     kind: MODEL_TENSOR
     layer: int | None
@@ -139,7 +133,7 @@ class Place(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """Take the mean over the dimension `centred` out, and multiply: by a power of two where there is none to take."""
+    """Remove the mean over the dimension `centred`, if any, and multiply."""
 
     centred: int | None
     factor: float
@@ -150,7 +144,7 @@ class Target:
     """A tensor to be written.
 
     Args:
-        shape: as of the arrays: E first where it is one per expert, the row length last.
+        shape: in torch's order: E first if it has one matrix per expert, the row length last.
         sources: one, or one per expert.
     """
 
@@ -183,7 +177,7 @@ class Part:
         return self.target.nbytes // len(self.target.sources)
 
     def rows(self) -> Iterator[torch.Tensor]:
-        """The source, some rows at a time (of a bias: elements)."""
+        """Yield the source, some rows at a time; elements of a bias."""
         length, *row = self.source.shape
         size = math.prod(row)
         step = max(1, CHUNK_ELEMENTS // size)
@@ -192,10 +186,7 @@ class Part:
             yield self.source.part(start * size, shape, self.source.where).read()
 
     def folded(self) -> Iterator[np.ndarray]:
-        """Rows of what is to be stored: float32, folded in float64.
-
-        A power of two alone, with no mean to take out, needs no such room.
-        """
+        """Yield rows to store: float32, folded in float64 if there is a mean to remove."""
         centred, factor = self.target.fold
         if centred is None:
             yield from ((part.float() * factor).numpy() for part in self.rows())
@@ -209,7 +200,7 @@ class Part:
             yield ((values - mean) * factor).float().numpy()
 
     def data(self) -> Iterator[memoryview]:
-        """The bytes, chunk by chunk; each is read back, to be checked and for its error.
+        """Yield the bytes, chunk by chunk; each is read back, for its error.
 
         Raises:
             ConversionError: a value is not finite in the type that it is stored as.
@@ -232,7 +223,7 @@ class Part:
 
 
 def places(config: GrinMoeConfig) -> Iterator[Place]:
-    """All tensors of a file, in its order."""
+    """Yield all tensors of a file, in its order."""
     around = [kind for kind, module in MODULES.items() if "{n}" not in module]
     inside = [kind for kind, module in MODULES.items() if "{n}" in module]
     layers = [(kind, layer) for layer in range(config.num_hidden_layers) for kind in inside]
@@ -244,7 +235,7 @@ def places(config: GrinMoeConfig) -> Iterator[Place]:
 
 
 def check_representable(config: GrinMoeConfig) -> None:
-    """Raise ConversionError for the first field whose value llama.cpp's graph has no form for."""
+    """Raise ConversionError for the first field whose value llama.cpp's graph cannot represent."""
 
     def require(condition: bool, field: str, reason: str) -> None:
         if not condition:
@@ -272,14 +263,14 @@ def check_representable(config: GrinMoeConfig) -> None:
 
 
 def context_length(config: GrinMoeConfig) -> int:
-    """Positions whose full attention is the model's: a query sees itself and `sliding_window` keys before it."""
+    """Count the positions up to which full attention equals the window, which has a query's own key besides."""
     if config.sliding_window is None:
         return config.max_position_embeddings
     return min(config.max_position_embeddings, config.sliding_window + 1)
 
 
 def estimate_router_std(gate: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor) -> float:
-    """`Calibration.router_std` of one layer from its weights: `[E, H]`, `[H]`, `[H]`.
+    """Estimate `Calibration.router_std` of one layer from its weights: `[E, H]`, `[H]`, `[H]`.
 
     The router reads `u * norm_weight + norm_bias`, in which u, normalised, has unit variance per element; the elements
     are taken as uncorrelated.
@@ -291,14 +282,14 @@ def estimate_router_std(gate: torch.Tensor, norm_weight: torch.Tensor, norm_bias
 
 
 def choose_router_shift(router_std: float, config: GrinMoeConfig) -> int:
-    """k of one layer; 0 where llama.cpp's weights are the model's: a single one is 1, and GShard's are normalised."""
+    """Return k of one layer; 0 if llama.cpp's weights equal the model's: a single one is 1, GShard normalises."""
     if config.num_experts_per_tok == 1 or config.router_estimator == "gshard":
         return 0
     return ROUTER_SHIFT + (round(math.log2(router_std / ROUTER_STD)) if 0 < router_std < math.inf else 0)
 
 
 def choose_fold(place: Place, config: GrinMoeConfig, router_shifts: Sequence[int]) -> Fold:
-    """What a tensor needs for llama.cpp to compute the model; `router_shifts` are the layers' k."""
+    """Return how to rewrite a tensor; `router_shifts` are the layers' k."""
     centred = CENTRED.get(place.kind)
     if place.layer is None:
         return Fold(centred, 1.0)
@@ -315,19 +306,15 @@ def choose_fold(place: Place, config: GrinMoeConfig, router_shifts: Sequence[int
 
 
 def choose_type(place: Place, row_length: int, file_type: str) -> GGMLQuantizationType:
-    """F32 for routers, norms and biases; F16 for rows that are no whole number of blocks, as llama.cpp has it."""
+    """Return F32 for routers, norms and biases, and F16 for rows that blocks do not divide, as llama.cpp does."""
     if place.parameter == "bias" or place.kind in NORMS or place.kind == MODEL_TENSOR.FFN_GATE_INP:
         return GGMLQuantizationType.F32
     wanted = GGMLQuantizationType[file_type.upper()]
     return GGMLQuantizationType.F16 if row_length % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
 
 
-def zeros(length: int, name: str) -> StoredTensor:
-    return StoredTensor((length,), torch.float32, f"{name}, zeros", lambda: torch.zeros(length))
-
-
 def find_sources(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
-    """The released tensors that a file is made of: a tied head is the embedding, and missing biases are zeros.
+    """Return the tensors that a file is made of: a tied head is the embedding, and missing biases are zeros.
 
     Raises:
         ConversionError: a tensor is missing, or has no place in the file.
@@ -339,7 +326,8 @@ def find_sources(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     for name in wanted:
         weight = name.removesuffix("bias") + "weight"
         if name.endswith(".bias") and name not in sources and weight in sources:
-            sources[name] = zeros(sources[weight].shape[0], name)
+            length = sources[weight].shape[0]
+            sources[name] = StoredTensor((length,), torch.float32, f"{name}, zeros", partial(torch.zeros, length))
     for name in wanted:
         if name not in sources:
             raise ConversionError(f"{checkpoint.path} has no tensor {name}, which GGUF needs")
@@ -377,7 +365,7 @@ def add_metadata(writer: gguf.GGUFWriter, config: GrinMoeConfig, file_type: str)
 
 
 def relative_errors(parts: Sequence[Part]) -> dict[str, float]:
-    """By kind of tensor, the Frobenius norm of the errors over that of the values."""
+    """Return by kind of tensor: the Frobenius norm of the errors over the norm of the values."""
     sums: dict[str, np.ndarray] = {}
     for part in parts:
         kind = gguf.TENSOR_NAMES[part.target.place.kind].removeprefix("blk.{bid}.")
@@ -396,19 +384,19 @@ def export_gguf(
     """Write a checkpoint as one GGUF file for llama.cpp; a few chunks are in memory at a time.
 
     Args:
-        path: a temporary name, to be renamed. On failure it is left, with a journal beside it: the parts that are
-            noted there are not written again by a call with the same arguments.
+        path: a temporary name. On failure it is left with a journal beside it, from which a call with the same
+            arguments continues.
         file_type: a key of `FILE_TYPES`.
         calibration: from `calibrate`, for the routers' k and the report; by default k is chosen from the weights.
-        progress: called with the bytes of each piece that has been written, and with those of all tensors.
+        progress: called with the bytes that have been written since the last call, and with those in all.
 
     Raises:
-        ConversionError: llama.cpp has no form for the model or its tokenizer, a tensor is missing or left over, or
+        ConversionError: llama.cpp cannot represent the model or its tokenizer, a tensor is missing or left over, or
             values are not finite in the type that they are stored as.
     """
     config = checkpoint.config
     if file_type not in FILE_TYPES:
-        raise ConversionError(f"file_type={file_type!r} is unknown; use one of {list(FILE_TYPES)}")
+        raise ConversionError(f"dtype must be one of {', '.join(FILE_TYPES)} for GGUF; got {file_type!r}")
     check_representable(config)
     sources = find_sources(checkpoint)
     if calibration is None:
@@ -428,7 +416,7 @@ def export_gguf(
     wanted = GGMLQuantizationType[file_type.upper()]
     unfit = [target.place.name for target in targets if target.type not in (wanted, GGMLQuantizationType.F32)]
     if unfit:
-        notes.append(f"stored as F16, because rows are no multiple of {wanted.name}'s blocks: {', '.join(unfit)}")
+        notes.append(f"stored as F16, because rows are not a multiple of {wanted.name}'s blocks: {', '.join(unfit)}")
     write_tensors(path, header, parts, progress)
     return GgufReport(
         file_type=file_type,
@@ -443,7 +431,7 @@ def export_gguf(
 def write_header(
     path: Path, checkpoint: Checkpoint, targets: Sequence[Target], file_type: str, notes: list[str]
 ) -> None:
-    """Write all that comes before the tensors."""
+    """Write everything before the tensors."""
     config = checkpoint.config
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     try:
@@ -462,7 +450,7 @@ def write_header(
 
 
 def write_tensors(path: Path, header: bytes, parts: Sequence[Part], progress: Progress) -> None:
-    """Write header and parts; those that an interrupted run has noted in the journal beside `path` are there."""
+    """Write header and parts, except those that an interrupted run has noted in the journal beside `path`."""
     journal = path.with_name(f"{path.name}.journal")
     done = read_journal(journal) if path.exists() else []
     total = sum(part.nbytes for part in parts)
@@ -489,7 +477,7 @@ def write_tensors(path: Path, header: bytes, parts: Sequence[Part], progress: Pr
 
 
 def read_journal(path: Path) -> list[tuple[float, float]]:
-    """The sums of squares of each part that is complete; the last line may be cut off."""
+    """Return the sums of squares of each complete part; the last line may be cut off."""
     done: list[tuple[float, float]] = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):

@@ -1,10 +1,10 @@
-"""A `tokenizer.json` as the vocabulary of a GGUF file.
+"""Write a `tokenizer.json` as the vocabulary of a GGUF file.
 
-llama.cpp does not run a `tokenizer.json`: it has tokenizers of its own, which the file names and gives their data.
-Two of them do what the tokenizers of this model family do: Llama's SentencePiece BPE with byte fallback (the release),
-and byte-level BPE with GPT-2's way to split text (`GrinMoeTokenizer.train_from_iterator`). What differs: white space
-beyond ASCII stays text where an added token takes it in, and characters that are new in Unicode may be split otherwise
-by GPT-2's rule.
+llama.cpp does not run a `tokenizer.json`: it has its own tokenizers, for which the file has a name and data. Two of
+them equal the tokenizers of this model family: Llama's SentencePiece BPE with byte fallback (the release), and
+byte-level BPE that splits text as GPT-2 does (`GrinMoeTokenizer.train_from_iterator`). Two differences remain: white
+space beyond ASCII stays text where an added token includes it, and GPT-2's rule may split new Unicode characters
+differently.
 """
 
 import json
@@ -22,7 +22,7 @@ from modeling_grin.tokenization_grinmoe import CHAT_TEMPLATE, END_OF_TURN, RELEA
 
 from .tensors import ConversionError
 
-SPACE = "▁"  # what Llama's pieces have in place of a space
+SPACE = "▁"  # stands for a space in Llama's pieces
 LLAMA_STEPS = [
     {"type": "Prepend", "prepend": SPACE},
     {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
@@ -31,8 +31,8 @@ BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 GENERATION = re.compile(r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})")
 UNUSED_SCORE = -1e9
 
-# The file has no field for "takes in the white space behind it" (`rstrip`). llama.cpp sets it for all added tokens but
-# these where the model's name contains PHI3 (llama-vocab.cpp), and for none elsewhere.
+# The file has no field for "includes the white space behind it" (`rstrip`). llama.cpp sets it for all added tokens
+# except these if the model's name contains PHI3 (llama-vocab.cpp), and for none otherwise.
 PHI3 = "phi3"
 NEVER_RSTRIP = {"<unk>", "<s>", "<|endoftext|>"}
 
@@ -53,7 +53,7 @@ def is_byte_level(parts: dict[str, Any]) -> bool:
 
 
 def llama_scores(vocabulary: dict[str, int], merges: list[list[str]]) -> dict[int, float]:
-    """Scores with which merging the pair of the best result (SentencePiece, llama.cpp) is merging by rank.
+    """Return scores with which merging the pair with the best result (SentencePiece, llama.cpp) is merging by rank.
 
     Raises:
         ConversionError: the ranks are not an order of results: one result's ranks lie apart, or a pair whose result is
@@ -98,7 +98,7 @@ def token_types(tokenizer: GrinMoeTokenizer, tokens: list[str | None]) -> list[g
 
 
 def read_tokenizer(folder: Path) -> tuple[GrinMoeTokenizer, dict[str, Any]]:
-    """The tokenizer of a folder, and its `tokenizer.json` as `tokenizers` understands it."""
+    """Return the tokenizer of a folder, and its `tokenizer.json` as `tokenizers` understands it."""
     try:
         tokenizer = GrinMoeTokenizer.from_pretrained(folder)
     except Exception as error:  # `tokenizers` raises nothing more special
@@ -107,7 +107,7 @@ def read_tokenizer(folder: Path) -> tuple[GrinMoeTokenizer, dict[str, Any]]:
 
 
 def check_ids(path: Path, tokenizer: GrinMoeTokenizer, vocab_size: int) -> None:
-    """Raise ConversionError for a token without an embedding; says who brought it, the file or our class."""
+    """Raise ConversionError for a token without an embedding; say whether the file or our class added it."""
     in_file = Tokenizer.from_file(str(path)).get_vocab()
     token, token_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if token_id < vocab_size:
@@ -127,16 +127,16 @@ def check_ids(path: Path, tokenizer: GrinMoeTokenizer, vocab_size: int) -> None:
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tuple[str, list[str]]:
-    """Add the tokenizer that lies in `folder`, its special tokens and chat template to a file's metadata.
+    """Add the folder's tokenizer, its special tokens and its chat template to a file's metadata.
 
-    Ids that no token has, up to `vocab_size`, are filled with unused tokens. A folder without tokenizer.json gives a
+    Ids without a token, up to `vocab_size`, are filled with unused tokens. A folder without tokenizer.json gives a
     file without vocabulary, which llama.cpp evaluates on token ids.
 
     Returns:
-        What the model's name has to contain for llama.cpp to treat added tokens rightly, and notes for the report.
+        A text that the model's name must contain for llama.cpp to treat added tokens right, and notes for the report.
 
     Raises:
-        ConversionError: llama.cpp has no tokenizer that does the same, or the model has fewer embeddings than tokens.
+        ConversionError: llama.cpp has no equal tokenizer, or the model has fewer embeddings than tokens.
     """
     if not (folder / "tokenizer.json").is_file():
         writer.add_tokenizer_model("no_vocab")
@@ -196,15 +196,15 @@ def add_special_tokens(writer: gguf.GGUFWriter, tokenizer: GrinMoeTokenizer) -> 
 
 
 def without_marks(template: str) -> str:
-    """A chat template without `{% generation %}`, a tag that only transformers knows."""
+    """Remove `{% generation %}` from a chat template: only transformers knows this tag."""
     return GENERATION.sub(lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}", template)
 
 
 def fitting_name(added: Collection[Any]) -> tuple[str, list[str]]:
-    """See `add_vocabulary`; `added` are the `AddedToken`s."""
+    """Return what `add_vocabulary` returns, for the `AddedToken`s."""
 
     def misread(phi3: bool) -> list[str]:
-        """The tokens around which llama.cpp treats white space otherwise."""
+        """Return the tokens beside which llama.cpp treats white space differently."""
         return [
             str(token)
             for token in added
@@ -213,4 +213,4 @@ def fitting_name(added: Collection[Any]) -> tuple[str, list[str]]:
 
     name = min(("", PHI3), key=lambda name: len(misread(bool(name))))
     wrong = misread(bool(name))
-    return name, [f"llama.cpp treats white space beside these tokens otherwise: {', '.join(wrong)}"] if wrong else []
+    return name, [f"llama.cpp treats white space beside these tokens differently: {', '.join(wrong)}"] if wrong else []

@@ -1,4 +1,4 @@
-"""Configs of other libraries, from ours."""
+"""Translate our config into the config.json of transformers' Phimoe."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from modeling_grin import GrinMoeConfig
 
 from .tensors import ConversionError
 
-PHIMOE_ESTIMATORS = {"sparsemixer_v2", "sparsemixer_v2_paper"}  # those whose inference is Phimoe's routing
+PHIMOE_ESTIMATORS = {"sparsemixer_v2", "sparsemixer_v2_paper"}  # whose inference is Phimoe's routing
 
 # transformers' name, which says what `sliding_window` means, and the one that vLLM and SGLang know the model by.
 PHIMOE_ARCHITECTURES = ("PhimoeForCausalLM", "PhiMoEForCausalLM")
@@ -17,16 +17,17 @@ FIXED_JITTER = 0.01
 
 
 def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
-    """The config.json with which transformers' `PhimoeForCausalLM` computes what `config` says.
+    """Return the config.json with which transformers' `PhimoeForCausalLM` computes the same model.
 
-    RoPE is spelt as in the releases (`rope_theta`, `rope_scaling`), which transformers 4 reads, too. What acts in
-    training alone stays under our names: `GrinMoeConfig.from_dict` reads an equal config back, but for
-    `architectures`. Three differences remain: transformers' LongRoPE keeps its short factors beyond
-    `original_max_position_embeddings`; the attention factor of a LongRoPE without `short_mscale` and `long_mscale` is
-    written out as both of them; and a `pad_token_id` beyond the vocabulary, for which Phimoe cannot be built, is None.
+    RoPE is spelt as in the releases (`rope_theta`, `rope_scaling`), which transformers 4 also reads. Settings of
+    training keep our names: `GrinMoeConfig.from_dict` reads an equal config back, except for `architectures`.
+
+    Three differences remain. transformers' LongRoPE keeps its short factors beyond `original_max_position_embeddings`.
+    The attention factor of a LongRoPE without `short_mscale` and `long_mscale` is written as both. A `pad_token_id`
+    beyond the vocabulary becomes None, because Phimoe cannot be built with it.
 
     Raises:
-        ConversionError: what Phimoe does not have: another top-k than 2, another rule of inference, output scales,
+        ConversionError: Phimoe does not have it: another top-k than 2, another rule of inference, output scales,
             RoPE other than default and LongRoPE, quantised weights.
     """
     rope = dict(config.rope_parameters or {})
@@ -41,7 +42,7 @@ def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
         ("quantization_config", "plain weights", is_quantized),
     ):
         if is_other:
-            raise ConversionError(f"{field} cannot become phimoe, which has {phimoe_has}; convert to another form")
+            raise ConversionError(f"{field} cannot become phimoe, which has {phimoe_has}: convert to another form")
 
     values = config.to_dict()
     values.pop("auto_map", None)
@@ -64,8 +65,8 @@ def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
 
 
 def phimoe_notes(config: GrinMoeConfig) -> list[str]:
-    """Where the libraries that read a phimoe checkpoint compute something else (vLLM 0.32.0, run; SGLang's `phimoe.py`
-    of 2026, read; transformers 5)."""
+    """Say where readers of a phimoe checkpoint compute something else: vLLM 0.32.0 (run), SGLang's `phimoe.py` of 2026
+    (read), transformers 5."""
     notes = []
     if config.router_jitter_noise != FIXED_JITTER:
         notes.append(

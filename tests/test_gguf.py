@@ -241,7 +241,7 @@ def test_types(tmp_path: Path, file_type: str) -> None:
         sums[1] += np.square(values).sum()
     errors = {kind: (error / whole) ** 0.5 for kind, (error, whole) in squares.items()}
     assert report.quantization_error == pytest.approx(errors, rel=1e-4)
-    noted = "stored as F16, because rows are no multiple of" in "\n".join(report.lines())
+    noted = "stored as F16, because rows are not a multiple of" in "\n".join(report.lines())
     assert noted == (file_type[0] == "q")
 
 
@@ -320,7 +320,7 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path, overrides: d
 
 
 def test_unknown_type_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match=r"file_type='q6_k' is unknown; use one of \['f32'"):
+    with pytest.raises(ConversionError, match=r"dtype must be one of f32, .* for GGUF; got 'q6_k'"):
         export_gguf(make_checkpoint(tmp_path), tmp_path / "model", file_type="q6_k")
 
 
@@ -452,7 +452,7 @@ def test_added_tokens_that_llama_cpp_reads_otherwise_are_noted(tmp_path: Path) -
     tokens = [AddedToken(token) if isinstance(token, str) else token for token in tokens]
     GrinMoeTokenizer.train_from_iterator(["text"], 300, tokens).save_pretrained(tmp_path)
     report = export_gguf(small_checkpoint(tmp_path), tmp_path / "model")
-    assert report.notes == ["llama.cpp treats white space beside these tokens otherwise: <|end|>"]
+    assert report.notes == ["llama.cpp treats white space beside these tokens differently: <|end|>"]
     assert metadata(tmp_path / "model")["general.name"] == "GRIN-MoE"
 
 
