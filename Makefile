@@ -24,6 +24,7 @@ VERSION_TESTS := $(addprefix tests/,test_versions.py test_parity.py distributed/
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.ready-for-the-demo
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
@@ -34,17 +35,25 @@ help: ## List the targets
 
 setup: $(READY) ## Make .venv with the package (editable) and everything needed to work on it
 
-# torch first and by its pinned version: it decides what the rest resolves to. The stamp is written last,
-# so an interrupted installation is taken up again.
-$(READY): setup.py constraints.txt
-	@echo "Setting up $(VENV) with the tested versions: a minute, or more where packages have to be downloaded"
+# torch first and by its pinned version: it decides what the rest resolves to. The stamp is written last, so that an
+# interrupted installation is taken up again.
+define install # extra
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt setuptools torch
-	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[$(1)]"
 	@touch $@
+endef
 
-demo: $(READY) ## Train, save, reload and generate with a tiny GRIN on real text (DEMO_ARGS="...")
+$(READY): setup.py constraints.txt
+	@echo "Setting up $(VENV) with the tested versions: a minute, or more where packages have to be downloaded"
+	$(call install,dev)
+
+$(DEMO_READY): setup.py constraints.txt
+	@echo "Setting up $(VENV) for training with the tested versions: a minute, or more if packages are downloaded"
+	$(call install,train)
+
+demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY)) ## Train, save, reload and generate with a tiny GRIN on real text (DEMO_ARGS="...")
 	$(PY) recipes/demo.py $(DEMO_ARGS)
 
 # Files in alphabetical order: those with several processes, which take longest, come first and leave no gap at the end.
