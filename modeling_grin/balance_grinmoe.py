@@ -121,7 +121,7 @@ class BalanceWindow:
         self.is_distributed = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size(group) if self.is_distributed else 1
         self._whole_step = None if expert_counts is None else ExpertCounts(None, expert_counts)
-        self._latest: ExpertCounts | None = None
+        self.latest_counts: ExpertCounts | None = None
 
     def window_for_pass(self) -> "BalanceWindow":
         """Return this window, or a new one for a single forward pass where the step's size is unknown."""
@@ -137,8 +137,8 @@ class BalanceWindow:
         if self._whole_step is not None:
             return self._whole_step
         work = dist.all_reduce(counts, group=self.group, async_op=True) if self.is_distributed else None
-        self._latest = ExpertCounts(self._latest, counts, work)
-        return self._latest
+        self.latest_counts = ExpertCounts(self.latest_counts, counts, work)
+        return self.latest_counts
 
 
 class BalanceLoss:

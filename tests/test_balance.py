@@ -122,8 +122,11 @@ def test_acts_in_training_and_is_reported_apart(model):
     assert output.loss.item() == plain.loss.item(), "the returned loss is the cross-entropy alone"
     by_hand = balance_by_hand(model, batch)[0].item()
     assert output.aux_loss.item() == pytest.approx(by_hand, rel=1e-6) and not output.aux_loss.requires_grad
+    assert not output.router_logits[0].requires_grad, "a trainer's own balance loss would come on top"
     output.loss.backward()
     assert_gradients_close(gradients(model), expected)
+    model.config.router_aux_loss_coef = 0.0
+    assert model(**batch, output_router_logits=True).router_logits[0].requires_grad
     assert model.eval()(**batch, output_router_logits=True).aux_loss.item() == pytest.approx(by_hand, rel=1e-6)
 
 
