@@ -224,36 +224,33 @@ def similarity_figure(folder: Path, study: RoutingStudy, summary: dict[str, Any]
     return figures.draw_similarity(names, similarity, tree)
 
 
+def by_layer(*columns: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+    """Rows of tensors `[L]`: the layer and its values."""
+    return ((layer, *row) for layer, row in enumerate(zip(*(column.tolist() for column in columns), strict=True)))
+
+
+def by_expert(*tables: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+    """Rows of tensors `[L, E]`: the layer, the expert and its values."""
+    num_experts = tables[0].shape[1]
+    return ((*divmod(index, num_experts), *row) for index, *row in by_layer(*(table.flatten() for table in tables)))
+
+
 def write_count_tables(folder: Path, sets: Mapping[str, RoutingCounts]) -> None:
     """Write load.csv, layers.csv and pairs.csv: a row for each set and expert, layer, or pair."""
-
-    def loads() -> Iterator[Sequence[Any]]:
-        for name, counts in sets.items():
-            probs = counts.sums.probs / counts.num_tokens
-            tables = counts.pairs.diagonal(dim1=1, dim2=2), counts.load(), probs
-            for layer, rows in enumerate(zip(*(table.tolist() for table in tables), strict=True)):
-                for expert, row in enumerate(zip(*rows, strict=True)):
-                    yield name, layer, expert, *row
-
-    def layers() -> Iterator[Sequence[Any]]:
-        for name, counts in sets.items():
-            s = counts.sums
-            values = s.near_tie_rate(), s.router_entropy(), s.balance_loss(), s.load_max(), s.load_entropy()
-            for layer, row in enumerate(zip(*(column.tolist() for column in values), strict=True)):
-                yield name, layer, counts.num_tokens, *row
-
-    def pairs() -> Iterator[Sequence[Any]]:
-        for name, counts in sets.items():
-            expected = counts.expected_pairs().tolist()
-            for layer, matrix in enumerate(counts.pairs.tolist()):
-                for first in range(len(matrix)):
-                    for second in range(first + 1, len(matrix)):
-                        yield name, layer, first, second, matrix[first][second], expected[layer][first][second]
-
-    write_table(folder / "load.csv", ["set", "layer", "expert", "tokens", "load", "mean_prob"], loads())
+    loads, layers, pairs = [], [], []
+    for name, counts in sets.items():
+        s, choices = counts.sums, counts.pairs.diagonal(dim1=1, dim2=2)
+        loads += [(name, *row) for row in by_expert(choices, counts.load(), s.probs / counts.num_tokens)]
+        values = s.near_tie_rate(), s.router_entropy(), s.balance_loss(), s.load_max(), s.load_entropy()
+        layers += [(name, layer, counts.num_tokens, *row) for layer, *row in by_layer(*values)]
+        first, second = torch.ones_like(counts.pairs[0]).triu(1).nonzero(as_tuple=True)
+        both, expected = (table[:, first, second] for table in (counts.pairs, counts.expected_pairs()))
+        names = list(zip(first.tolist(), second.tolist(), strict=True))
+        pairs += [(name, layer, *names[number], *row) for layer, number, *row in by_expert(both, expected)]
+    write_table(folder / "load.csv", ["set", "layer", "expert", "tokens", "load", "mean_prob"], loads)
     columns = ["near_tie_rate", "router_entropy", "balance_loss", "load_max", "load_entropy"]
-    write_table(folder / "layers.csv", ["set", "layer", "tokens", *columns], layers())
-    write_table(folder / "pairs.csv", ["set", "layer", "expert_a", "expert_b", "tokens", "expected_tokens"], pairs())
+    write_table(folder / "layers.csv", ["set", "layer", "tokens", *columns], layers)
+    write_table(folder / "pairs.csv", ["set", "layer", "expert_a", "expert_b", "tokens", "expected_tokens"], pairs)
 
 
 def notable_pairs(counts: RoutingCounts) -> list[dict[str, float]]:
@@ -281,13 +278,8 @@ def write_specialization(folder: Path, special: Specialization) -> None:
     tables = (special.score, special.information, special.shuffled, special.deviations, special.p_value,
               special.false_discovery, *special.preference)  # fmt: skip
     names = ["score", "bits", "shuffled_bits", "z", "p_value", "false_discovery"]
-    rows = zip(*(table.flatten().tolist() for table in tables), strict=True)
-    num_experts = special.score.shape[1]
-    write_table(
-        folder / "specialization.csv",
-        ["layer", "expert", *names, *(f"preference:{name}" for name in special.names)],
-        ([*divmod(index, num_experts), *row] for index, row in enumerate(rows)),
-    )
+    columns = ["layer", "expert", *names, *(f"preference:{name}" for name in special.names)]
+    write_table(folder / "specialization.csv", columns, by_expert(*tables))
 
 
 def specialized_experts(special: Specialization) -> list[dict[str, Any]]:
@@ -320,17 +312,9 @@ def write_comparison_tables(
     layers, experts = [], []
     for name, c in everything.items():
         values = c.agreement(), c.overlap(), c.overlap_by_chance(), c.load_similarity()
-        columns = zip(*(value.tolist() for value in values), strict=True)
-        layers += [(name, layer, c.before.num_tokens, *row) for layer, row in enumerate(columns)]
-        before, after = c.before.load(), c.after.load()
-        for layer, rows in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
-            for expert, (load, other_load) in enumerate(zip(*rows, strict=True)):
-                experts.append((name, layer, expert, load, other_load, other_load - load))
-    write_table(
-        folder / "comparison.csv",
-        ["set", "layer", "tokens", "agreement", "overlap", "overlap_by_chance", "load_similarity"],
-        layers,
-    )
-    write_table(
-        folder / "load_difference.csv", ["set", "layer", "expert", "load_before", "load_after", "difference"], experts
-    )
+        layers += [(name, layer, c.before.num_tokens, *row) for layer, *row in by_layer(*values)]
+        experts += [(name, *row) for row in by_expert(c.before.load(), c.after.load(), c.load_difference())]
+    columns = ["agreement", "overlap", "overlap_by_chance", "load_similarity"]
+    write_table(folder / "comparison.csv", ["set", "layer", "tokens", *columns], layers)
+    columns = ["load_before", "load_after", "difference"]
+    write_table(folder / "load_difference.csv", ["set", "layer", "expert", *columns], experts)
