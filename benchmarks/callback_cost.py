@@ -9,7 +9,6 @@ changes little.
     python benchmarks/callback_cost.py --dtype bfloat16
 """
 
-import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -100,15 +99,13 @@ def measure(training: Training, rounds: int) -> list[list[str]]:
     }
     whole = cpu_seconds(steps, rounds, "steps")
     routing = training.routing_of_a_step()
-    training.log()  # closes the steps' window, and draws the first picture, which loads fonts
-    callback._next_picture = math.inf  # a picture is timed by itself
+    training.log()  # closes the steps' window
     parts: dict[str, Callable[[], None]] = {
         "forward": lambda: callback._observe(*routing),
         "log": training.log,
         "balance": lambda: balance_alone(model.config, *routing),
     }
     alone = cpu_seconds(parts, 20 * rounds, "parts")
-    alone |= cpu_seconds({"picture": lambda: callback._draw(callback._load)}, rounds, "pictures")
     plain = median(whole["plain"])
 
     def row(name: str, part: str, step: str | None = None) -> list[str]:
@@ -123,7 +120,6 @@ def measure(training: Training, rounds: int) -> list[list[str]]:
         ["plain step", "", "", f"{1e3 * plain:.0f} ms", "1.000"],
         row("callback, each step", "forward", "watched"),
         row("callback, each log", "log"),
-        row("callback, each picture", "picture"),
         row("balance loss, each step", "balance", "balance"),
     ]
 

@@ -59,7 +59,7 @@ def merge_adapter(adapter: Path, checkpoint: Checkpoint, dtype: torch.dtype | No
     try:
         from peft import PeftModel, get_peft_model_state_dict
 
-        from modeling_grin.training.lora import merge_lora
+        from modeling_grin.lora import merge_lora
     except ImportError as error:
         raise ConversionError("merging an adapter needs peft: pip install 'grin-moe[train]'") from error
 

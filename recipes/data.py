@@ -23,7 +23,7 @@ console = Console()
 
 
 class Function(NamedTuple):
-    """A documented function: its source in two parts, and what its docstring says."""
+    """A documented function: its source in two parts, and its docstring."""
 
     signature: str
     body: str  # without the docstring
@@ -31,7 +31,7 @@ class Function(NamedTuple):
 
 
 def read_modules() -> Iterator[str]:
-    """The source of the standard library's modules, its tests and installed packages left out."""
+    """Yield the source of the standard library's modules, without its tests and installed packages."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(folder.rglob("*.py")):
         if not {"test", "tests", "idle_test", "site-packages", "dist-packages"} & set(path.relative_to(folder).parts):
@@ -39,31 +39,33 @@ def read_modules() -> Iterator[str]:
 
 
 def find_functions(source: str) -> Iterator[Function]:
-    """The documented functions and methods of a module that do something besides."""
+    """Yield a module's documented functions and methods that have a body beside the docstring."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # lib2to3's and others' old escapes
+        warnings.simplefilter("ignore", SyntaxWarning)  # old escapes, in lib2to3 and others
         tree = ast.parse(source)
-    lines = source.split("\n")  # as ast counts them: form feeds end none
+    lines = source.split("\n")  # as ast counts lines: form feeds do not end one
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and (docstring := ast.get_docstring(node)) and len(node.body) > 1:
-            start, end = node.body[0].lineno - 1, node.body[0].end_lineno  # of the docstring
+            start, end = node.body[0].lineno - 1, node.body[0].end_lineno  # the docstring's lines
             signature = textwrap.dedent("\n".join(lines[node.lineno - 1 : start]))
             body = textwrap.indent(textwrap.dedent("\n".join(lines[end : node.end_lineno])), " " * 4)
             yield Function(signature, body, docstring)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object a line."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     console.print(f"{path}: {len(rows)} rows, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def main(
-    output_dir: Annotated[Path, typer.Argument(help="where the three files go")],
-    max_rows: Annotated[int, typer.Option(min=2, help="rows per file, at most")] = 2000,
-    max_characters: Annotated[int, typer.Option(min=1, help="longer functions and docstrings are left out")] = 800,
-    seed: Annotated[int, typer.Option(help="of the choice of rows")] = 0,
+    output_dir: Annotated[Path, typer.Argument(help="folder for the three files")],
+    max_rows: Annotated[int, typer.Option(min=2, help="largest number of rows per file")] = 2000,
+    max_characters: Annotated[
+        int, typer.Option(min=1, help="skip functions that are longer, docstring included")
+    ] = 800,
+    seed: Annotated[int, typer.Option(help="seed of the choice of rows")] = 0,
 ) -> None:
     """Write pretrain.jsonl, sft.jsonl and dpo.jsonl, made from Python's standard library.
 
@@ -96,7 +98,7 @@ def main(
     for function in functions:
         lines = function.body.split("\n")
         disorder = "\n".join(generator.sample(lines, len(lines)))
-        if disorder != function.body:  # as it is for a body of one line
+        if disorder != function.body:  # a body of one line stays as it is
             pairs.append((function, disorder))
     write_rows(
         output_dir / "dpo.jsonl",

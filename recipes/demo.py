@@ -13,7 +13,6 @@ from typing import Annotated
 
 import typer
 from datasets import Dataset
-from matplotlib.figure import Figure
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +25,7 @@ from transformers import (
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeTokenizer
 from modeling_grin.analysis import expert_load, plot_expert_load
+from modeling_grin.analysis.figures import draw_loss
 
 console = Console()
 
@@ -35,13 +35,13 @@ PROMPT = '    def __init__(self, name, value=None):\n        """'
 
 
 def read_standard_library() -> list[str]:
-    """The modules of Python's standard library, without its packages and tests: about 5 MB of real code."""
+    """Read the modules of Python's standard library, without its packages and tests: about 5 MB of real code."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     return [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.py"))]
 
 
 def pack(texts: list[str], tokenizer: GrinMoeTokenizer) -> Dataset:
-    """One long stream of tokens, texts separated by <|endoftext|>, cut into rows of SEQUENCE_LENGTH."""
+    """Cut one long stream of tokens, <|endoftext|> after each text, into rows of SEQUENCE_LENGTH."""
     stream = [
         token for ids in tokenizer(texts, verbose=False)["input_ids"] for token in [*ids, tokenizer.eos_token_id]
     ]
@@ -50,7 +50,7 @@ def pack(texts: list[str], tokenizer: GrinMoeTokenizer) -> Dataset:
 
 
 def tiny_config(tokenizer: GrinMoeTokenizer) -> GrinMoeConfig:
-    """GRIN-MoE in small: everything as released but the sizes, and a load-balance loss, since it starts from zero."""
+    """Return a small GRIN-MoE's configuration: the release's, with other sizes and a load-balance loss."""
     return GrinMoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -68,23 +68,10 @@ def tiny_config(tokenizer: GrinMoeTokenizer) -> GrinMoeConfig:
     )
 
 
-def plot_loss(log_history: list[dict], path: Path) -> None:
-    """Training and validation loss against the step."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o--")):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(title="Tiny GRIN-MoE on Python's standard library", xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 def main(
-    output_dir: Annotated[Path, typer.Option(help="where checkpoints and pictures go")] = Path("demo_output"),
+    output_dir: Annotated[Path, typer.Option(help="folder for checkpoints and pictures")] = Path("demo_output"),
     max_steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 900,
-    seed: Annotated[int, typer.Option(help="of weights, data order and routing")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of weights, data order and routing")] = 0,
 ) -> None:
     """Train, save, reload and ask a tiny GRIN-MoE.
 
@@ -138,7 +125,7 @@ def main(
     trainer.save_model(trained)
     model = AutoModelForCausalLM.from_pretrained(trained).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained)
-    plot_loss(trainer.state.log_history, output_dir / "loss.png")
+    draw_loss(trainer.state.log_history).savefig(output_dir / "loss.png", dpi=150)
     load = expert_load(model, validation.iter(batch_size=16))
     plot_expert_load(load, output_dir / "expert_load.png", "Expert load on validation text")
     inputs = tokenizer(PROMPT, return_tensors="pt")

@@ -12,20 +12,20 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from trl import DPOConfig
 
-from modeling_grin.training import RoutingCallback, checks
-from modeling_grin.training.layouts import take_launched_layout
-from modeling_grin.training.recipes import (
-    FineTuningArguments,
-    RecipeParser,
-    check_arguments,
-    check_merge,
-    clear_errors,
+from modeling_grin.publishing.card import write_cards
+from modeling_grin.publishing.record import record_run
+from modeling_grin.training import RoutingCallback, add_lora, data_checks
+from modeling_grin.training.arguments import FineTuningArguments, RecipeParser, check_arguments
+from modeling_grin.training.run import (
+    check_lora,
+    distributed_config_from_accelerate,
     end_training,
+    exit_on_error,
     load_config,
-    load_for_fine_tuning,
     load_model,
     load_tokenizer,
     load_train_and_eval,
+    print_adapters,
     save_merged,
     select_columns,
     train_and_save,
@@ -37,17 +37,17 @@ GREEDY_ROUTING = {"router_sampling": False, "input_jitter_noise": 0.0}
 
 
 def select(dataset: Dataset, name: str) -> Dataset:
-    """The columns to train on, of data called `name`; ValueError if one is missing, or holds something else."""
-    checks.check_dataset(dataset, ANSWERS, name)
-    implicit = "prompt" not in dataset.column_names and not checks.is_text(dataset, "chosen")
+    """Keep the columns to train on, and check their rows."""
+    data_checks.check_columns(dataset, ANSWERS, name)
+    implicit = "prompt" not in dataset.column_names and not data_checks.is_text(dataset, "chosen")
     columns = ANSWERS if implicit else ["prompt", *ANSWERS]
-    checks.check_dataset(dataset, columns, name)
-    checks.check_text_or_messages(dataset, columns, name)
+    data_checks.check_columns(dataset, columns, name)
+    data_checks.check_text_or_messages(dataset, columns, name)
     return select_columns(dataset, columns)
 
 
 def parse(argv: list[str] | None = None) -> tuple[FineTuningArguments, DPOConfig]:
-    """The arguments of the command line, and of the YAML file that `--config` names."""
+    """Read the command line, and the YAML file that `--config` names."""
     parser = RecipeParser([FineTuningArguments, DPOConfig], description=__doc__)
     arguments, training = parser.parse_args_and_config(argv)
     arguments.config_overrides = {**GREEDY_ROUTING, **arguments.config_overrides}
@@ -55,49 +55,64 @@ def parse(argv: list[str] | None = None) -> tuple[FineTuningArguments, DPOConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check, load, train, and leave the model (with LoRA: adapter, and merged model) in output_dir."""
-    with clear_errors():
+    """Check, load, train, and leave the model (with LoRA: adapter and merged model) in output_dir."""
+    with exit_on_error():
         arguments, training = parse(argv)
         check_arguments(arguments, training)
         set_seed(training.seed)
         tokenizer, config = load_tokenizer(arguments), load_config(arguments)
-        checks.check_tokenizer(tokenizer, config)
-        checks.check_preference_routing(config, dropout_is_disabled=training.disable_dropout)
-        checks.check_frozen_router(config, lora_router=arguments.lora_r > 0 and arguments.lora_router)
+        data_checks.check_tokenizer(tokenizer, config)
+        data_checks.check_preference_routing(config, dropout_is_disabled=training.disable_dropout)
         if training.max_length is not None:
-            checks.check_sequence_length(training.max_length, config, "max_length")
+            data_checks.check_sequence_length(training.max_length, config, "max_length")
         train, held_out = load_train_and_eval(arguments, training, select)
-        if take_launched_layout(training) is not None or arguments.pipeline_parallel_size > 1:
+
+        if distributed_config_from_accelerate(training) is not None or arguments.pipeline_parallel_size > 1:
             raise ValueError(
                 "DPO needs whole models in each process: launch with recipes/accelerate/ddp.yaml, with lora_r where "
                 "memory is short"
             )
-        model = load_for_fine_tuning(arguments, config)
-        # With LoRA the reference is the model as the adapter found it. TRL would load another with a default config.
-        separate = not arguments.lora_r and not training.precompute_ref_log_probs
+        check_lora(arguments, training, config)
+        model, reference = load_model(arguments, config), None
+        if arguments.lora_r:  # the reference is the model without the adapter
+            model = add_lora(
+                model,
+                attention=arguments.lora_attention,
+                router=arguments.lora_router,
+                experts=arguments.lora_experts,
+                r=arguments.lora_r,
+                lora_alpha=arguments.lora_alpha,
+            )
+            if training.process_index == 0:
+                print_adapters(model)
+        elif not training.precompute_ref_log_probs:
+            reference = load_model(arguments, config)  # TRL would load one with the checkpoint's own config
         trainer = GrinMoeDPOTrainer(
             model=model,
-            ref_model=load_model(arguments, config) if separate else None,
+            ref_model=reference,
             args=training,
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
         )
-        check_merge(arguments, trainer)
         for name, dataset in (("train_data", trainer.train_dataset), ("evaluation data", trainer.eval_dataset)):
             if dataset is not None:
-                checks.check_dataset(
+                data_checks.check_columns(
                     dataset, [], f"{name}, without the rows whose prompt alone fills max_length={training.max_length},"
                 )
                 if training.max_length is None:
                     for answer in ("chosen_ids", "rejected_ids"):
                         pairs = zip(dataset["prompt_ids"], dataset[answer], strict=True)
-                        checks.check_longest((len(a) + len(b) for a, b in pairs), config, name)
+                        data_checks.check_longest((len(a) + len(b) for a, b in pairs), config, name)
 
     trainer.add_callback(RoutingCallback(trainer))
-    train_and_save(trainer, arguments, "DPO")
+    record_run(trainer, arguments, "DPO")
+    train_and_save(trainer)
+    with exit_on_error():
+        write_cards(trainer)
     if arguments.lora_r and arguments.merge_adapter:
         save_merged(trainer)
+        write_cards(trainer)
     end_training(trainer)
 
 

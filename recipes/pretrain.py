@@ -7,7 +7,6 @@ block to the next. `--help` lists every argument: these, and transformers' Train
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -22,27 +21,26 @@ from transformers import (
 )
 
 from modeling_grin import GrinMoeConfig, GrinMoeTokenizer
-from modeling_grin.training import GrinMoeTrainer, RoutingCallback, checks
-from modeling_grin.training.layouts import take_launched_layout
-from modeling_grin.training.recipes import (
-    RecipeArguments,
-    RecipeParser,
-    check_arguments,
-    clear_errors,
+from modeling_grin.publishing.card import write_cards
+from modeling_grin.publishing.record import record_run
+from modeling_grin.training import GrinMoeTrainer, RoutingCallback, data_checks
+from modeling_grin.training.arguments import RecipeArguments, RecipeParser, check_arguments, checkpoint_to_resume
+from modeling_grin.training.run import (
+    distributed_config_from_accelerate,
     end_training,
+    exit_on_error,
     load_config,
     load_model,
     load_tokenizer,
     load_train_and_eval,
     make_model,
-    resume_from,
     train_and_save,
 )
 
 
 @dataclass
 class PretrainArguments(RecipeArguments):
-    """What pre-training adds: the text, its blocks, and a vocabulary of its own."""
+    """The text of pre-training, its blocks, and a vocabulary of its own."""
 
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
     block_size: int = field(default=4096, metadata={"help": "Tokens per row."})
@@ -62,13 +60,15 @@ class PretrainArguments(RecipeArguments):
 def get_tokenizer(
     arguments: PretrainArguments, training: TrainingArguments, texts: Dataset
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer the arguments name, or one learnt from `texts`: in output_dir/tokenizer, for a resumed run too,
-    which takes that of the checkpoint it is given."""
+    """Load the tokenizer that the arguments name, or learn one from `texts`.
+
+    A resumed run takes the learnt one from output_dir/tokenizer, or from the checkpoint that it is given.
+    """
     if arguments.tokenizer_vocab_size is None:
         return load_tokenizer(arguments)
     folder = Path(training.output_dir) / "tokenizer"
     with training.main_process_first(desc="tokenizer"):
-        resumed = resume_from(training)
+        resumed = checkpoint_to_resume(training)
         if training.should_save and resumed is not True:
             if resumed:
                 tokenizer = AutoTokenizer.from_pretrained(resumed)
@@ -82,22 +82,15 @@ def get_tokenizer(
 
 
 def get_config(arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> GrinMoeConfig:
-    """The checkpoint's configuration, or a new one for the tokenizer; `model_config` applied."""
+    """Load the checkpoint's configuration, or make one for the tokenizer, with `model_config` applied."""
     if arguments.model_name_or_path is not None:
         return load_config(arguments)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return GrinMoeConfig(**{"vocab_size": len(tokenizer), **special, **arguments.config_overrides})
 
 
-def select(dataset: Dataset, name: str, column: str) -> Dataset:
-    """The column of the text, of data called `name`; ValueError if it is not there, or holds something else."""
-    checks.check_dataset(dataset, [column], name)
-    checks.check_text(dataset, [column], name)
-    return dataset.select_columns(column)
-
-
 def pack(texts: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Dataset:
-    """Rows of `block_size` tokens. Of each thousand texts, the last tokens that do not fill a row are left out."""
+    """Cut texts into rows of `block_size` tokens. Of each thousand texts the last tokens, which fill no row, go."""
 
     def tokenize_and_cut(batch: dict) -> dict:
         encoded = tokenizer(batch[column], verbose=False)["input_ids"]
@@ -110,51 +103,58 @@ def pack(texts: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, block_
 
 
 def parse(argv: list[str] | None = None) -> tuple[PretrainArguments, TrainingArguments]:
-    """The arguments of the command line, and of the YAML file that `--config` names."""
+    """Read the command line, and the YAML file that `--config` names."""
     return RecipeParser([PretrainArguments, TrainingArguments], description=__doc__).parse_args_and_config(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Check, load, train, and leave the model in the released layout in output_dir."""
-    with clear_errors():
+    with exit_on_error():
         arguments, training = parse(argv)
         check_arguments(arguments, training)
         set_seed(training.seed)
-        train_texts, eval_texts = load_train_and_eval(
-            arguments, training, partial(select, column=arguments.text_column)
-        )
+
+        def select(dataset: Dataset, name: str) -> Dataset:
+            """Keep the column of the text."""
+            data_checks.check_columns(dataset, [arguments.text_column], name)
+            data_checks.check_text(dataset, [arguments.text_column], name)
+            return dataset.select_columns(arguments.text_column)
+
+        train_texts, eval_texts = load_train_and_eval(arguments, training, select)
         tokenizer = get_tokenizer(arguments, training, train_texts)
         config = get_config(arguments, tokenizer)
-        checks.check_tokenizer(tokenizer, config)
-        checks.check_sequence_length(arguments.block_size, config, "block_size")
-        packed = []
+        data_checks.check_tokenizer(tokenizer, config)
+        data_checks.check_sequence_length(arguments.block_size, config, "block_size")
+        packed: list[Dataset | None] = [None, None]
         with training.main_process_first(desc="packing"):
-            for texts, name in ((train_texts, "train_data"), (eval_texts, "evaluation data")):
+            for index, (name, texts) in enumerate({"train_data": train_texts, "evaluation data": eval_texts}.items()):
                 if texts is not None:
-                    packed.append(pack(texts, arguments.text_column, tokenizer, arguments.block_size))
-                    checks.check_dataset(
-                        packed[-1], [], f"{name}, cut into rows of block_size={arguments.block_size} tokens,"
-                    )
+                    packed[index] = pack(texts, arguments.text_column, tokenizer, arguments.block_size)
+                    name = f"{name}, cut into rows of block_size={arguments.block_size} tokens,"
+                    data_checks.check_columns(packed[index], [], name)
 
-        layout = take_launched_layout(training, arguments.pipeline_parallel_size)
+        layout = distributed_config_from_accelerate(training, arguments.pipeline_parallel_size)
         if arguments.model_name_or_path is not None:
             model = load_model(arguments, config, layout)
         else:
             model = make_model(arguments, config, training, layout)
             model.generation_config.eos_token_id = tokenizer.stop_token_ids
+        trainer = GrinMoeTrainer(
+            model=model,
+            args=training,
+            train_dataset=packed[0],
+            eval_dataset=packed[1],
+            processing_class=tokenizer,
+            data_collator=default_data_collator,
+            exact_balance=arguments.exact_balance,
+        )
 
-    trainer = GrinMoeTrainer(
-        model=model,
-        args=training,
-        train_dataset=packed[0],
-        eval_dataset=packed[1] if len(packed) > 1 else None,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-        exact_balance=arguments.exact_balance,
-    )
     if arguments.pipeline_parallel_size == 1:
         trainer.add_callback(RoutingCallback(trainer))
-    train_and_save(trainer, arguments, "pretraining")
+    record_run(trainer, arguments, "pretraining")
+    train_and_save(trainer)
+    with exit_on_error():
+        write_cards(trainer)
     end_training(trainer)
 
 

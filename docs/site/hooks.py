@@ -39,8 +39,10 @@ REFERENCE = {  # page: what it says, and the modules it shows
     ]),
     "training": ("Training", "The trainers, their checkpoints, the routing callback, LoRA and pipelines.", [
         "modeling_grin.training.trainer", "modeling_grin.training.trl_trainers", "modeling_grin.training.callback",
-        "modeling_grin.training.checkpoints", "modeling_grin.training.sharded", "modeling_grin.training.lora",
-        "modeling_grin.training.layouts", "modeling_grin.training.pipeline", "modeling_grin.training.recipes",
+        "modeling_grin.training.checkpoints", "modeling_grin.training.sharded", "modeling_grin.lora",
+        "modeling_grin.training.resuming", "modeling_grin.training.trl_rules", "modeling_grin.training.pipeline",
+        "modeling_grin.training.pipeline_trainer",
+        "modeling_grin.training.data_checks", "modeling_grin.training.arguments", "modeling_grin.training.run",
     ]),
     "analysis": ("Analysis", "Studies of routing and of router gradients.", [
         "modeling_grin.analysis.routing", "modeling_grin.analysis.specialization", "modeling_grin.data",

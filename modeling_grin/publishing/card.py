@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -30,6 +30,9 @@ from . import TO_FILL_IN
 from .forms import loss, number, parse_json, read_json
 from .markdown import cell, code, escape, render
 from .record import RUN_FILE
+
+if TYPE_CHECKING:  # needs what only training installs
+    from transformers import Trainer
 
 # Beside the package, in the checkout as in the wheel.
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
@@ -494,3 +497,11 @@ def write_card(
     if blanks := text.count(TO_FILL_IN):
         records.notes.append(f"{blanks} places are for a person to fill in: look for {TO_FILL_IN}")
     return Card(str(path), [f"figures/{figure}.png" for figure in figures], records.notes)
+
+
+def write_cards(trainer: "Trainer") -> None:
+    """Write the cards of a run's model and of its merged model, where there are none."""
+    folder = Path(trainer.args.output_dir)
+    for model, run in ((folder, None), (folder / "merged", folder)):
+        if trainer.is_world_process_zero() and model.is_dir() and not (model / "README.md").exists():
+            write_card(model, run=run)

@@ -20,7 +20,7 @@ from ..files import write_whole
 if TYPE_CHECKING:  # needs what only training installs
     from transformers import Trainer
 
-    from ..training.recipes import RecipeArguments
+    from ..training.arguments import RecipeArguments
 
 RUN_FILE = "run.json"
 

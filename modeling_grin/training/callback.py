@@ -1,7 +1,6 @@
-"""What the experts do while a model is trained. L layers, E experts, K top-k, T tokens of a forward pass, S steps."""
+"""Routing metrics in the training log. L layers, E experts, K top-k, S steps."""
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,15 @@ from typing import Any
 import torch
 from accelerate.utils import reduce
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
 
-from ..analysis.figures import draw_expert_load
 from ..analysis.routing import RoutingSums, routing_sums
 from ..files import replacing
 
-PICTURE_INTERVAL = 200  # times what a picture takes to draw, before the next: at most 0.5 % of a run's time
-MAX_PENDING_STEPS = 256  # kept on the device, before they are added up however far away the next log is
+MAX_PENDING_STEPS = 256  # kept on the device; then they are added up, even if the next log is far away
 
 
 def drop_lines_after(step: int, path: Path) -> None:
-    """Leave out of `layers.jsonl` the steps that are yet to be taken, and a line that was not written to its end."""
+    """Remove the steps after `step`, which will be taken again, and a torn line from `layers.jsonl`."""
     if not path.exists():
         return
     with replacing(path) as rest, path.open(encoding="utf-8") as lines, rest.open("w", encoding="utf-8") as file:
@@ -28,10 +24,10 @@ def drop_lines_after(step: int, path: Path) -> None:
 
 
 class RoutingCallback(TrainerCallback):
-    """Adds what the router does to the log line of Trainer and TRL's trainers; every `report_to` gets its scalars.
+    """Adds routing metrics to the log of Trainer and TRL's trainers; every `report_to` gets them.
 
     Each training log gets these scalars, counted over all steps since the log before, with all their micro-batches and
-    ranks, padding left out; means over the layers unless stated:
+    ranks, without padding; means over the layers unless stated:
 
     - `routing/load_max`: choices of the busiest expert, relative to a fair share: 1 balanced, at most E / K;
     - `routing/load_max_worst`: the same in the layer where it is largest;
@@ -43,11 +39,9 @@ class RoutingCallback(TrainerCallback):
     - `routing/balance_loss`: the load-balance loss of an optimizer step, mean over the steps: 1 balanced;
     - `routing/balance_loss_worst`: the same in the layer where it is largest.
 
-    Two files in `output_dir/routing` show every layer: `layers.jsonl` has a line for each log with the values by layer
-    and the load `[L, E]`, each row the experts' shares of a layer's choices (a resumed run drops the lines of later
-    steps, and appends); `expert_load.png` is the newest load as a heatmap. It is drawn at the first log, then as often
-    as drawing takes no more than half a percent of the time, and at the end. Of the reporters TensorBoard alone gets
-    this image; the others get the scalars only.
+    `output_dir/routing/layers.jsonl` has a line for each log with the values by layer and the load `[L, E]`, each row
+    the experts' shares of a layer's choices. A resumed run drops the lines of later steps, and appends. A model card
+    draws the load; so does `modeling_grin.analysis.figures.draw_expert_load`.
 
         trainer.add_callback(RoutingCallback(trainer))
     """
@@ -55,8 +49,8 @@ class RoutingCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, layers: Sequence[int] = ()):
         """
         Args:
-            trainer: whose log it is; callbacks are not told of each other, and this one has to come first.
-            layers: those whose values are scalars in the log, too: `routing/layer_3/load_max` and so on, 7 for each.
+            trainer: the trainer that logs; this callback must come before those that report.
+            layers: layers whose values are scalars in the log as well: `routing/layer_3/load_max` and so on, 7 each.
         """
         self._handler = trainer.callback_handler
         self.layers = list(layers)
@@ -72,9 +66,9 @@ class RoutingCallback(TrainerCallback):
         """Start to observe `model`.
 
         Raises:
-            ValueError: the model is no GRIN-MoE or has no such layer, or nothing is ever logged.
+            ValueError: the model is not a GRIN-MoE or has no such layer, or nothing is ever logged.
         """
-        decoder = model.get_decoder()  # also that of a PEFT model
+        decoder = model.get_decoder()  # of a PEFT model as well
         if not hasattr(decoder, "routing_observer"):
             raise ValueError(f"RoutingCallback needs a GRIN-MoE model; {type(decoder).__name__} cannot be observed")
         if args.logging_strategy == "no":
@@ -83,19 +77,16 @@ class RoutingCallback(TrainerCallback):
         if unknown := [layer for layer in self.layers if not 0 <= layer < config.num_hidden_layers]:
             last = config.num_hidden_layers - 1
             raise ValueError(f"RoutingCallback: layers {unknown} are not among the model's layers 0 to {last}")
-        # The order of callbacks is that of the log's journey, and the user's come after those that report it.
+        # Callbacks are called in order, and a user's come after those that report the log.
         self._handler.callbacks = [self, *(callback for callback in self._handler.callbacks if callback is not self)]
         self._decoder = decoder
         self._sums = torch.zeros(config.num_hidden_layers, 2 * config.num_local_experts + 4, device=model.device)
         self._start_window()
-        self._load: torch.Tensor | None = None
-        self._load_step = self._picture_step = 0
-        self._next_picture = time.perf_counter()
         self._folder = Path(args.output_dir) / "routing"
         if state.is_world_process_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
             drop_lines_after(state.global_step, self._folder / "layers.jsonl")
-        decoder.routing_observer = self._observe  # in place of one that a training left which raised
+        decoder.routing_observer = self._observe  # replaces the observer of a training that raised
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._sums.zero_()
@@ -123,7 +114,7 @@ class RoutingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if "loss" not in logs or not (self._pending or self._balance_losses):
-            return  # not a training log: evaluation, the summary at the end, a trainer's extra lines
+            return  # evaluation, the summary at the end, or a trainer's extra lines
         load, metrics = self._close_window()
         scalars = {f"routing/{name}": values.mean().item() for name, values in metrics.items()}
         scalars["routing/dead_experts"] = metrics["dead_experts"].sum().item()
@@ -132,23 +123,15 @@ class RoutingCallback(TrainerCallback):
         for layer in self.layers:
             scalars.update({f"routing/layer_{layer}/{name}": values[layer].item() for name, values in metrics.items()})
         logs.update(scalars)
-        state.log_history[-1].update(scalars)  # a copy of `logs`, made before its journey
+        state.log_history[-1].update(scalars)  # it holds a copy of `logs`
         if not state.is_world_process_zero:
             return
         by_layer = {name: values.tolist() for name, values in {**metrics, "load": load}.items()}
         with (self._folder / "layers.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **by_layer}) + "\n")
-        self._load, self._load_step = load, state.global_step
-        start = time.perf_counter()
-        if start >= self._next_picture:
-            self._draw(load)
-            end = time.perf_counter()
-            self._next_picture = end + PICTURE_INTERVAL * (end - start)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._decoder.routing_observer = None
-        if self._load is not None and self._picture_step < self._load_step:
-            self._draw(self._load)
 
     def _start_window(self) -> None:
         self._pending: list[torch.Tensor] = []
@@ -160,7 +143,7 @@ class RoutingCallback(TrainerCallback):
         steps = reduce(torch.stack(self._pending), "sum").cpu().double()  # [S, L, 2E + 4]
         self._pending.clear()
         self._total += steps.sum(dim=0)
-        # That of each step, because a step's balance is what the loss acts on.
+        # Step by step, as the loss acts.
         self._balance_losses.extend(RoutingSums.from_columns(steps).balance_loss())
 
     def _close_window(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -181,12 +164,3 @@ class RoutingCallback(TrainerCallback):
         }
         self._start_window()
         return sums.load(), metrics
-
-    def _draw(self, load: torch.Tensor) -> None:
-        figure = draw_expert_load(load, f"Expert load, step {self._load_step}")
-        with replacing(self._folder / "expert_load.png") as part:  # who looks meanwhile sees the last one whole
-            figure.savefig(part)
-        for callback in self._handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                callback.tb_writer.add_figure("train/routing/expert_load", figure, self._load_step)
-        self._picture_step = self._load_step

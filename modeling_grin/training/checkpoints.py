@@ -1,19 +1,29 @@
-"""Trainer's checkpoint folders: which are complete, and what the others lack.
+"""Trainer's checkpoint folders: which are complete, and which files fit the run that resumes from them.
 
-A run that is killed while it saves leaves a folder that looks like the newest checkpoint. Files are judged by their
+A run that is killed while it saves leaves a folder that looks like the newest checkpoint. Completeness is judged by
 headers and directories, which are written first (safetensors) or last (torch.save's zip archives): a file that was cut
-off anywhere is found, without reading its tensors.
+off anywhere is found without reading its tensors.
 """
 
+import inspect
 import json
 import os
+import random
 import re
+import reprlib
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
 from ..files import check_archive
 from ..loading_grinmoe import is_readable
@@ -22,8 +32,8 @@ from ..loading_grinmoe import is_readable
 # a checkpoint nor uploads to the Hub (`_*`).
 STAGING_FOLDER = "_incomplete"
 
-OPTIMIZER_FOLDER = "optimizer"  # where every rank writes its part
-FILE_LIST = "files.json"  # in there: the names of the files
+OPTIMIZER_FOLDER = "optimizer"  # every rank writes its part there
+FILE_LIST = "files.json"  # names those files
 
 WEIGHTS = (
     "model.safetensors",
@@ -33,16 +43,19 @@ WEIGHTS = (
     "pytorch_model_fsdp.bin",
     "pytorch_model_fsdp_*/.metadata",  # a sharded checkpoint's last file
 )
-# What Trainer saves beside the weights unless `save_only_model`.
+# Trainer saves these beside the weights unless `save_only_model`.
 TRAINING_STATE = {
     "optimizer.pt": ("optimizer.pt", "optimizer.bin", "optimizer_*/.metadata", f"{OPTIMIZER_FOLDER}/{FILE_LIST}"),
     "scheduler.pt": ("scheduler.pt",),
     "rng_state.pth": ("rng_state*.pth",),
 }
+DAMAGED = "is cut off or damaged"
+
+# ---- Complete or not ----
 
 
 def find_problems(checkpoint: str | os.PathLike) -> list[str]:
-    """What keeps a folder from being a complete Trainer checkpoint, a few words each; none: it is complete."""
+    """Return what keeps a folder from being a complete Trainer checkpoint, a few words each; empty if it is one."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         return ["there is no such folder"]
@@ -51,31 +64,37 @@ def find_problems(checkpoint: str | os.PathLike) -> list[str]:
     def has_any(patterns: tuple[str, ...]) -> bool:
         return any(True for pattern in patterns for _ in folder.glob(pattern))
 
+    def require_listed(listing: str, read_names: Callable[[Any], Any]) -> None:
+        """The files that a JSON file beside them lists."""
+        path = folder / listing
+        try:
+            names = sorted(set(read_names(json.loads(path.read_text(encoding="utf-8")))))
+            missing = [name for name in names if not (path.parent / name).is_file()]
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):  # no JSON, or no list of names
+            problems.append(f"{listing} {DAMAGED}")
+        else:
+            problems.extend(f"{(path.parent / name).relative_to(folder)} is missing" for name in missing)
+
     if not has_any(WEIGHTS):
         problems.append("model.safetensors (or its index, or an adapter's) is missing")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and is_readable(index):
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        problems += [f"{shard} is missing" for shard in sorted(shards) if not (folder / shard).is_file()]
-
-    optimizer = folder / OPTIMIZER_FOLDER
-    if (optimizer / FILE_LIST).is_file():
-        try:
-            parts = json.loads((optimizer / FILE_LIST).read_text(encoding="utf-8"))
-            problems += [f"{OPTIMIZER_FOLDER}/{part} is missing" for part in parts if not (optimizer / part).is_file()]
-        except (ValueError, RecursionError, TypeError):  # no JSON, or no list of names
-            problems.append(f"{OPTIMIZER_FOLDER}/{FILE_LIST} is cut off or damaged")
+    if (folder / "model.safetensors.index.json").is_file():
+        require_listed("model.safetensors.index.json", lambda index: index["weight_map"].values())
+    if (folder / OPTIMIZER_FOLDER / FILE_LIST).is_file():
+        require_listed(f"{OPTIMIZER_FOLDER}/{FILE_LIST}", iter)
 
     has_state = {name: has_any(patterns) for name, patterns in TRAINING_STATE.items()}
     if any(has_state.values()):  # else only the model was saved
         problems += [f"{name} is missing" for name, found in has_state.items() if not found]
     ranks = [int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"rng_state_(\d+)\.pth", path.name))]
-    if ranks:  # several processes, so two of them at least
+    if ranks:  # at least two processes
         absent = set(range(max(2, max(ranks) + 1))) - set(ranks)
         problems += [f"rng_state_{rank}.pth is missing" for rank in sorted(absent)]
 
-    damaged = [path for path in sorted(folder.rglob("*.safetensors*")) if not is_readable(path)]
-    problems += [f"{path.relative_to(folder)} is cut off or damaged" for path in damaged]
+    problems += [
+        f"{path.relative_to(folder)} {DAMAGED}"
+        for path in sorted(folder.rglob("*.safetensors"))
+        if not is_readable(path)
+    ]
     for path in (path for pattern in ("*.pt", "*.pth", "*.bin") for path in sorted(folder.glob(pattern))):
         try:
             check_archive(path)
@@ -88,17 +107,17 @@ def find_problems(checkpoint: str | os.PathLike) -> list[str]:
     except FileNotFoundError:
         problems.append(f"{state.name} is missing")
     except (ValueError, RecursionError, TypeError, AttributeError):
-        problems.append(f"{state.name} is cut off or damaged")
+        problems.append(f"{state.name} {DAMAGED}")
     return problems
 
 
 def has_only_the_model(checkpoint: str | os.PathLike) -> bool:
-    """Whether a complete checkpoint was saved with `save_only_model`."""
-    return not any(Path(checkpoint).glob("scheduler.pt"))
+    """Return whether a complete checkpoint was saved with `save_only_model`."""
+    return not Path(checkpoint, "scheduler.pt").exists()
 
 
 def find_non_finite(checkpoint: str | os.PathLike, part: int = 0, num_parts: int = 1) -> str | None:
-    """The first tensor with a NaN or infinity in a checkpoint's safetensors files, None where there is no such one.
+    """Return the name of a tensor with a NaN or infinity in a checkpoint's safetensors files of weights, or None.
 
     Args:
         part, num_parts: read every `num_parts`-th tensor only, from number `part` on.
@@ -106,7 +125,7 @@ def find_non_finite(checkpoint: str | os.PathLike, part: int = 0, num_parts: int
     number = 0
     for path in sorted(Path(checkpoint).glob("**/*model*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 number += 1
                 if number % num_parts == part and not has_finite_values(tensors.get_tensor(name)):
                     return name
@@ -114,7 +133,7 @@ def find_non_finite(checkpoint: str | os.PathLike, part: int = 0, num_parts: int
 
 
 def has_finite_values(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has neither a NaN nor an infinity."""
+    """Return whether a tensor has neither a NaN nor an infinity."""
     if tensor.is_floating_point() and tensor.dtype.itemsize == 1:  # torch has no isfinite for float8
         tensor = tensor.float()
     return bool(torch.isfinite(tensor).all())
@@ -124,14 +143,13 @@ def last_complete_checkpoint(
     output_dir: str | os.PathLike,
     find: Callable[[str | os.PathLike], list[str]] = find_problems,
 ) -> tuple[str | None, dict[str, list[str]]]:
-    """The complete checkpoint of the latest step in a run's folder, and what each incomplete one lacks.
+    """Find the complete checkpoint of the latest step in a run's folder, and what each incomplete one lacks.
 
     Args:
-        find: what keeps a checkpoint from being resumed from, asked from the latest on until one has no problem.
+        find: returns what keeps a checkpoint from being resumed; called from the latest on until one has no problem.
 
     Returns:
-        The path, None where there is none; and path -> `find_problems` of the checkpoints that are incomplete or were
-        never finished.
+        The path, or None; and path -> `find_problems` of the checkpoints that are incomplete or were never finished.
     """
     checkpoints = {
         int(match[1]): path
@@ -147,3 +165,103 @@ def last_complete_checkpoint(
     for path in sorted(Path(output_dir, STAGING_FOLDER).glob("checkpoint-*")):
         incomplete[str(path)] = ["saving it was interrupted"]
     return complete, incomplete
+
+
+# ---- Files that fit the run ----
+
+
+def load_saved(path: Path) -> Any:
+    """Read tensors and plain values that `torch.save` wrote, mapped into memory."""
+    try:
+        with safe_globals():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, ...
+        raise ValueError(f"{path} cannot be read as tensors and plain values ({type(error).__name__})") from error
+
+
+def check_optimizer_state(state: Any, optimizer: Optimizer, path: Path) -> None:
+    """Require a state of such an optimizer over the same parameters; `path` is its file.
+
+    torch compares the sizes of the groups alone, and its fused AdamW writes beyond moments that are too small.
+    """
+    try:
+        saved = [list(group["params"]) for group in state["param_groups"]]
+        kept = state["state"]
+        assert all(isinstance(values, dict) for values in kept.values())
+    except (AssertionError, AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path} is not an optimizer's state: take the file of a checkpoint of this run") from None
+    groups = [group["params"] for group in optimizer.param_groups]
+    if (sizes := [len(group) for group in saved]) != (own := [len(group) for group in groups]):
+        raise ValueError(
+            f"{path} has groups of {sizes} parameters and the optimizer groups of {own}: resume with the model, "
+            "adapter and optimizer that wrote it, or start from the weights alone"
+        )
+    expected = list_moments(optimizer, state["param_groups"][0])
+    for number, (index, parameter) in enumerate(zip(chain(*saved), chain(*groups), strict=True)):
+        values = kept.get(index, {})
+        if not values or expected is None:  # no gradient has reached this parameter yet
+            continue
+        if values.keys() != expected.keys():
+            raise ValueError(
+                f"{path} has {', '.join(sorted(map(str, values)))} of a parameter, {type(optimizer).__name__} keeps "
+                f"{', '.join(sorted(expected))}: resume with the optimizer that wrote it"
+            )
+        for name, value in values.items():
+            shape, needed = list(getattr(value, "shape", ())), list(parameter.shape) if expected[name] else []
+            if shape != needed:
+                raise ValueError(
+                    f"{path}: {name} of parameter {number} must have shape {needed}; got {shape}: resume with the "
+                    "model that wrote it, or start from the weights alone"
+                )
+
+
+def list_moments(optimizer: Optimizer, saved_group: dict[str, Any]) -> dict[str, bool] | None:
+    """Return what one of torch's optimizers keeps of a parameter: name -> whether it has the parameter's shape, or is
+    one number. None for other optimizers, and for those that keep other shapes."""
+    optimizer_class = type(optimizer)
+    if not optimizer_class.__module__.startswith("torch.optim"):
+        return None
+    known = set(inspect.signature(optimizer_class).parameters) - {"params", "foreach", "fused", "capturable"}
+    settings = {**optimizer.param_groups[0], **saved_group}
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    parameter.grad = torch.zeros_like(parameter)
+    probe = optimizer_class([parameter], **{name: settings[name] for name in known & settings.keys()})
+    probe.step()
+    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in probe.state[parameter].items()}
+    if not set(shapes.values()) <= {(), (2, 3)}:
+        return None
+    return {name: shape == (2, 3) for name, shape in shapes.items()}
+
+
+def check_scheduler_state(state: Any, scheduler: LRScheduler, path: Path, *, same_groups: bool = True) -> None:
+    """Require a state of such a scheduler, over as many parameter groups if `same_groups`; `path` is its file."""
+    own = scheduler.state_dict()
+    needed = {name for name in own if name == "_last_lr" or not name.startswith("_")}
+    if not isinstance(state, dict) or (missing := sorted(needed - state.keys())):
+        lacks = f"; it lacks {', '.join(missing)}" if isinstance(state, dict) else ""
+        raise ValueError(
+            f"{path} is not the state of a {type(scheduler).__name__}{lacks}: resume with the lr_scheduler_type that "
+            "wrote it"
+        )
+    for name in sorted(needed):
+        is_list = isinstance(own[name], list)
+        if is_list != isinstance(state[name], list) or (
+            is_list and same_groups and len(state[name]) != len(own[name])
+        ):
+            raise ValueError(
+                f"{path}: {name} must be {reprlib.repr(own[name])} or the like, one value for each parameter group; "
+                f"got {reprlib.repr(state[name])}"
+            )
+
+
+def check_generators(state: Any, path: Path) -> None:
+    """Require a state of the random generators; `path` is its file. Leaves this process's generators alone."""
+    try:
+        random.Random().setstate(state["python"])
+        np.random.RandomState().set_state(state["numpy"])
+        torch.Generator().set_state(state["cpu"])
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is not the state of random generators ({type(error).__name__}: {error}): remove it, and the run "
+            "resumes with other random numbers"
+        ) from error

@@ -1,27 +1,23 @@
-"""Pipeline parallelism: torch.distributed.pipelining under Trainer's own loop.
+"""Pipeline parallelism: a rank's part of the model, and the schedule of torch.distributed.pipelining that runs it.
 
-The micro-batches of Trainer's accumulation window are the pipeline's: the schedule runs forward and backward passes of
-all of them when Trainer hands over the last. Optimizer, clipping, learning rate, logs and callbacks stay Trainer's.
-A rank holds one chunk of consecutive layers, or several (interleaved schedules); whatever else the model has is empty
-there, so that names of parameters are those of the whole model.
+A rank holds one chunk of consecutive layers, or several (interleaved schedules). All other modules are empty there, so
+that parameters keep the names of the whole model.
 
 Ranks are numbered (data-parallel rank x pp_size + stage) x tp_size + tensor-parallel rank. The stages and tensor-
 parallel ranks of one data-parallel rank read the same rows: each builds masks, positions and routing noise itself, and
-hidden states are all that goes from stage to stage. For Trainer and accelerate they are what these call
-tensor-parallel ranks, which share a batch.
+only hidden states go from stage to stage. Trainer and accelerate take all of them for tensor-parallel ranks, which
+share a batch.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import recursively_apply
-from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +25,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
@@ -40,16 +36,11 @@ from ..modeling_grinmoe import GrinMoeForCausalLM
 from ..planning.schedules import SCHEDULES, Schedule
 from .sharded import load_weights
 
-# What batches hold for the loss alone, in Trainer and in trl.
+# Entries of batches that the loss alone reads, in Trainer and in trl.
 LOSS_INPUTS = {
     "labels", "shift_labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps",
     "label", "KL_input_ids", "KL_attention_mask", "KL_completion_mask", "ref_logps", "ref_KL_logps",
 }  # fmt: skip
-
-if TYPE_CHECKING:  # checked as a part of what it is mixed into
-    from transformers import Trainer as _Base
-else:
-    _Base = object
 
 
 DEFAULT_SCHEDULE = "1F1B"
@@ -58,10 +49,10 @@ LossFunction = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
 
 
 class Chunk(nn.Module):
-    """Consecutive layers of a model; the first chunk has the embedding, too, and the last one norm and head.
+    """Consecutive layers of a model, after the embedding in the first chunk, and before norm and head in the last.
 
-    The modules are the model's own. The decoder that runs them is a `GrinMoeModel` by itself, with its own balance
-    window: the forward passes of an optimizer step must be counted once for each layer.
+    The modules are the model's own. A `GrinMoeModel` of the chunk's own runs them, with its own balance window, so
+    that the forward passes of an optimizer step count once for each layer.
     """
 
     def __init__(self, model: GrinMoeForCausalLM, layers: range):
@@ -79,15 +70,15 @@ class Chunk(nn.Module):
         }
         self.lm_head = model.lm_head if self.is_last else nn.Identity()
         self.micro_batches: Iterator[dict[str, Any]] = iter(())
-        """Still to come in this step. Every schedule runs a chunk's forward passes in their order."""
+        """Still to come in this step; every schedule runs a chunk's forward passes in their order."""
         self.shape = torch.Size()
-        """Of what chunks hand on, `[rows, tokens, H]`: micro-batches that are smaller are filled up on the way."""
+        """The shape between chunks, `[rows, tokens, H]`; smaller micro-batches are filled up to it."""
         self.loss_function: LossFunction | None = None
         self.autocast: Callable[[], AbstractContextManager] = nullcontext
 
     def forward(self, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
-        """The next micro-batch through the layers: from what the chunk before hands on, `shape`, to what the next one
-        gets, `shape`, or to the loss, a scalar."""
+        """Run the next micro-batch: from the last chunk's output, `shape`, to the next one's input, `shape`, or to the
+        loss, a scalar."""
         micro_batch = next(self.micro_batches)
         inputs = {key: value for key, value in micro_batch.items() if key not in LOSS_INPUTS}
         ids = inputs.pop("input_ids")
@@ -108,9 +99,9 @@ class Chunk(nn.Module):
 
 
 class Stage(PipelineStage):
-    """torch's stage, but for the memory of what it receives: a micro-batch has it from then to its backward pass.
+    """torch's stage with receive buffers that live only until the micro-batch's backward pass.
 
-    torch holds a buffer for every micro-batch of a step in both directions, 17 GB for 128 of the released model's.
+    torch keeps a buffer for every micro-batch of a step in both directions, 17 GB for 128 of the released model's.
     """
 
     def _setup_forward_recv_info(self, *args, **kwargs):
@@ -148,9 +139,9 @@ class Pipeline:
     def __init__(self, model: GrinMoeForCausalLM, chunks: dict[int, Chunk], mesh: DeviceMesh, schedule: Schedule):
         """
         Args:
-            model: the rank's model, which the chunks are parts of.
-            chunks: this rank's, by their number in the pipeline.
-            mesh: with the axes `dp`, `pp` and `tp`.
+            model: the rank's model, whose parts the chunks are.
+            chunks: this rank's chunks, by their number in the pipeline.
+            mesh: has the axes `dp`, `pp` and `tp`.
         """
         self.model = model
         self.chunks = chunks
@@ -158,10 +149,10 @@ class Pipeline:
         self.schedule = schedule
         self.device = next(model.parameters()).device
         self.pp_size, self.tp_size = mesh["pp"].size(), mesh["tp"].size()
-        self._prepared: tuple[Any, Any] = (None, None)  # a schedule, and what it was made for
+        self._prepared: tuple[Any, Any] = (None, None)  # a schedule, and the arguments it was made for
 
     def begin_step(self, step: int | None, *, num_tokens: int | None = None, **settings: Any) -> None:
-        """`GrinMoePreTrainedModel.begin_step` for every chunk; `num_tokens` is over all ranks, stages included."""
+        """Call `GrinMoePreTrainedModel.begin_step` for every chunk; `num_tokens` counts all ranks, stages included."""
         if self.model.model.routing_observer is not None:
             raise ValueError("RoutingCallback needs every layer in one process: leave it out of a pipeline")
         if num_tokens is not None:
@@ -177,12 +168,12 @@ class Pipeline:
         *,
         training: bool,
     ) -> torch.Tensor:
-        """The sum of the micro-batches' losses, on all ranks of the pipeline; in training, with a backward pass.
+        """Run the micro-batches, backward as well if `training`; all ranks of the pipeline return the sum of losses.
 
         Args:
             micro_batches: model inputs and labels, on the device; sizes may differ.
-            loss_function: from logits and the micro-batch that they are of, to a scalar.
-            autocast: for each forward pass.
+            loss_function: takes logits and their micro-batch, and returns a scalar.
+            autocast: the context of each forward pass.
         """
         sizes = torch.tensor([batch["input_ids"].shape for batch in micro_batches])
         shape = torch.Size((*sizes.amax(dim=0).tolist(), self.model.config.hidden_size))
@@ -192,7 +183,7 @@ class Pipeline:
             chunk.micro_batches, chunk.shape = iter(micro_batches), shape
             chunk.loss_function, chunk.autocast = loss_function, autocast
         losses: list[torch.Tensor] = []
-        no_target = torch.zeros(len(micro_batches))  # but the schedule hands each micro-batch its part of one
+        no_target = torch.zeros(len(micro_batches))  # the schedule hands each micro-batch its part of one
         (schedule.step if training else schedule.eval)(target=no_target, losses=losses, return_outputs=False)
         loss = torch.zeros((), device=self.device)
         if losses:
@@ -201,11 +192,11 @@ class Pipeline:
         return loss
 
     def _prepare(self, num_micro_batches: int, shape: torch.Size, training: bool) -> Any:
-        """The schedule for so many micro-batches of a shape; the last one is kept."""
+        """Make the schedule for `num_micro_batches` of a shape, or return the last one if it fits."""
         made_for = num_micro_batches, shape, training
         if self._prepared[1] == made_for:
             return self._prepared[0]
-        # Shapes are stated, or else the first step would try the modules out, which count what they do.
+        # Without given shapes the first step would try out the modules, which count their forward passes.
         hidden_states = torch.empty(shape, dtype=self.model.dtype, device="meta", requires_grad=True)
         stages = [
             Stage(
@@ -231,7 +222,7 @@ class Pipeline:
         return schedule
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
-        """Clip the gradients to a norm over the whole model, which is returned."""
+        """Clip the gradients to a norm over the whole model; return the norm before."""
         by_mesh: dict[DeviceMesh | None, list[torch.Tensor]] = {}
         for parameter in self.model.parameters():
             if (grad := parameter.grad) is not None:
@@ -247,12 +238,12 @@ class Pipeline:
 
 
 def refuse_whole_forward(module: nn.Module, args: Any) -> None:
-    raise ValueError("this rank has a part of the model only: train and evaluate with GrinMoeTrainer or its SFT kin")
+    raise ValueError("this rank has a part of the model only: train and evaluate it with GrinMoe(SFT)Trainer")
 
 
 def keep_layers(model: GrinMoeForCausalLM, kept: Iterable[int]) -> None:
-    """Leave modules without parameters in the place of all layers but `kept`, and of the embedding or the norm and
-    head where the first or last layer is not kept."""
+    """Put empty modules in the place of all layers except `kept`, of the embedding unless the first layer is kept, and
+    of norm and head unless the last is."""
     num_layers, kept = model.config.num_hidden_layers, set(kept)
     dropped = [f"model.layers.{index}" for index in range(num_layers) if index not in kept]
     if 0 not in kept:
@@ -270,16 +261,16 @@ def check_pipeline(
     schedule: str = DEFAULT_SCHEDULE,
     chunks_per_rank: int | None = None,
 ) -> tuple[int, int]:
-    """The number of chunks of a pipeline, and of its data-parallel ranks; arguments and errors as `pipeline_model`."""
+    """Return the numbers of chunks and data-parallel ranks of a pipeline; arguments and errors as `pipeline_model`."""
     require_layouts()
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule={schedule!r} is none of {', '.join(SCHEDULES)}")
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
     kind = SCHEDULES[schedule]
     if chunks_per_rank is None:
         chunks_per_rank = kind.chunks_per_rank
     if chunks_per_rank < 1 or (chunks_per_rank > 1 and kind.chunks_per_rank == 1):
         raise ValueError(
-            f"chunks_per_rank={chunks_per_rank} is not for schedule={schedule!r}: 1, or more with Interleaved1F1B"
+            f"chunks_per_rank must be 1, or more with Interleaved1F1B; got {chunks_per_rank} for schedule={schedule!r}"
         )
     if config.tie_word_embeddings:
         raise ValueError("tie_word_embeddings=True: the first stage and the last cannot share a parameter")
@@ -287,8 +278,8 @@ def check_pipeline(
     num_processes = PartialState().num_processes
     if pp_size < 2 or num_processes % (pp_size * tp_size):
         raise ValueError(
-            f"{num_processes} processes are not data-parallel ranks of pp_size={pp_size} x tp_size={tp_size}: "
-            "launch a multiple of that many, with at least two stages"
+            f"the number of processes must be a multiple of pp_size={pp_size} x tp_size={tp_size}, with at least two "
+            f"stages; got {num_processes}"
         )
     return pp_size * chunks_per_rank, num_processes // (pp_size * tp_size)
 
@@ -303,29 +294,31 @@ def pipeline_model(
     chunks_per_rank: int | None = None,
     **settings: Any,
 ) -> GrinMoeForCausalLM:
-    """This rank's part of a model for pipeline-parallel training, loaded from a checkpoint in the released layout.
+    """Load this rank's part of a model for pipeline-parallel training from a checkpoint in the released layout.
 
-    Data parallelism, with FSDP2, takes the ranks that pp_size x tp_size leave. All ranks call it.
+    Data parallelism, with FSDP2, takes the ranks that pp_size x tp_size leave. All ranks must call it.
 
     Args:
-        folder: the checkpoint's; each rank reads its own part.
-        config: the model's, by default the checkpoint's.
-        schedule: of `SCHEDULES`.
-        chunks_per_rank: in how many places of the pipeline a rank is; one, or two with an interleaved schedule.
+        folder: the checkpoint's folder; each rank reads its own part.
+        config: the model's configuration, by default the checkpoint's.
+        schedule: a name in `SCHEDULES`.
+        chunks_per_rank: places of a rank in the pipeline; by default one, or two with an interleaved schedule.
         settings: `dtype`, `attn_implementation` and `experts_implementation`, as in `from_pretrained`.
 
     Raises:
         ValueError: sizes that do not fit the model or the number of ranks, an unknown schedule, tied embeddings.
     """
     if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is not a folder here: download the checkpoint, of which each rank reads its part")
+        raise ValueError(
+            f"{folder} is not a folder here: download the checkpoint; each rank reads its part of the files"
+        )
     config = GrinMoeConfig.from_pretrained(folder) if config is None else copy.deepcopy(config)
     num_chunks, dp_size = check_pipeline(config, pp_size, tp_size, schedule, chunks_per_rank)
     kind, state = SCHEDULES[schedule], PartialState()
     mesh = init_device_mesh(state.device.type, (dp_size, pp_size, tp_size), mesh_dim_names=("dp", "pp", "tp"))
 
     with torch.device("meta"):
-        model = GrinMoeForCausalLM._from_config(config, **settings)
+        model = AutoModelForCausalLM.from_config(config, **settings)
     tp_plan = model._resolve_parallel_plans(DistributedConfig(tp_size=tp_size))[0]
     layers = torch.arange(config.num_hidden_layers).tensor_split(num_chunks)
     numbers = range(mesh["pp"].get_local_rank(), num_chunks, pp_size)
@@ -348,126 +341,12 @@ def pipeline_model(
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
-    # What Trainer reads: it neither wraps nor moves the model, and gives the ranks of a pipeline the same rows.
+    # Trainer reads these: it neither wraps nor moves the model, and gives the ranks of a pipeline the same rows.
     model._is_distributed_loading_by_transformers = True
     model._tp_size = pp_size * tp_size
     model.config.distributed_config = DistributedConfig(tp_size=pp_size * tp_size, fsdp_size=dp_size)
     pipeline = Pipeline(model, chunks, mesh, kind)
-    object.__setattr__(model, "pipeline", pipeline)  # no module of the model: its parameters are there already
+    object.__setattr__(model, "pipeline", pipeline)  # not as a module: the model has its parameters already
     object.__setattr__(model, "begin_step", pipeline.begin_step)
     model.register_forward_pre_hook(refuse_whole_forward)
     return model
-
-
-class PipelineTrainerMixin(_Base):
-    """Trainer's hooks for a model of `pipeline_model`; nothing for any other."""
-
-    def __init__(self, *args, **kwargs):
-        self._micro_batches: list[dict[str, Any]] = []  # of the step, so far
-        super().__init__(*args, **kwargs)
-        if self._pipeline is not None:
-            self._check_pipeline()
-
-    @property
-    def _pipeline(self) -> Pipeline | None:
-        return getattr(self.model, "pipeline", None)
-
-    def _check_pipeline(self) -> None:
-        """Raise ValueError for what a pipeline cannot do."""
-        assert self._pipeline is not None
-        args, schedule, pp_size = self.args, self._pipeline.schedule, self._pipeline.pp_size
-        refused = {
-            "LoRA (a PeftModel)": isinstance(self.model, PeftModel),
-            "exact_balance=True": getattr(self, "exact_balance", False),
-            "average_tokens_across_devices=False": not args.average_tokens_across_devices,
-            "fp16=True": args.fp16,
-            "torch_compile=True": args.torch_compile,
-            "label_smoothing_factor": args.label_smoothing_factor > 0,
-            "compute_loss_func": self.compute_loss_func is not None,
-            "compute_metrics": self.compute_metrics is not None,
-            "loss_type other than 'nll'": getattr(args, "loss_type", "nll") != "nll",
-            "activation_offloading=True": getattr(args, "activation_offloading", False),
-        }
-        if names := [name for name, is_set in refused.items() if is_set]:
-            raise ValueError(f"a pipeline cannot do {', '.join(names)}: change it, or train without a pipeline")
-        if not schedule.admits(args.gradient_accumulation_steps, pp_size):
-            raise ValueError(
-                f"gradient_accumulation_steps={args.gradient_accumulation_steps} is the number of micro-batches, and "
-                f"{schedule.name} on {pp_size} stages cannot do so many: {pp_size} or a multiple of it will do"
-            )
-
-    def _pipeline_loss(self, num_items_in_batch: torch.Tensor) -> LossFunction:
-        """Trainer's (and trl's) loss of a causal language model, from the number of the step's labels."""
-        assert self._pipeline is not None
-        model, dp_size = self._pipeline.model, self._pipeline.mesh["dp"].size()
-        num_items = num_items_in_batch.clamp(min=1)  # as in trl, where a step may have no labels
-
-        def loss_function(logits: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-            loss = model.loss_function(
-                logits,
-                inputs["labels"],
-                model.config.vocab_size,
-                num_items_in_batch=num_items,
-                shift_labels=inputs.get("shift_labels"),
-            )
-            return loss * dp_size  # gradients are averaged
-
-        return loss_function
-
-    def get_batch_samples(self, *args, **kwargs):
-        self._micro_batches = []  # else those of a step that ran out of memory would be in the next one
-        return super().get_batch_samples(*args, **kwargs)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        pipeline = self._pipeline
-        if pipeline is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        self._micro_batches.append(self._prepare_inputs(inputs))
-        if len(self._micro_batches) < self.current_gradient_accumulation_steps:
-            return torch.zeros((), device=self.args.device)
-        micro_batches, self._micro_batches = self._micro_batches, []
-        model.train()
-        loss_function = self._pipeline_loss(num_items_in_batch)
-        return pipeline.run(micro_batches, loss_function, self.accelerator.autocast, training=True)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        pipeline = self._pipeline
-        if pipeline is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if "labels" not in inputs:
-            raise ValueError("a pipeline evaluates losses and keeps no logits: give rows with labels")
-        inputs = self._prepare_inputs(inputs)
-        loss_function = self._pipeline_loss(self._get_num_items_in_batch([inputs], self.args.device))
-        with torch.no_grad():
-            loss = pipeline.run([inputs], loss_function, self.accelerator.autocast, training=False)
-        return loss, None, None
-
-    def evaluation_loop(self, *args, **kwargs):
-        if self.get_tp_size() > 1:
-            self.gather_function = self._gather_rows  # Trainer takes accelerate's again for the next evaluation
-        return super().evaluation_loop(*args, **kwargs)
-
-    def _gather_rows(self, tensor: Any) -> Any:
-        """accelerate's `gather_for_metrics`, of values by row; that takes a row for several where ranks share it, and
-        counts the last batch of an evaluation for less than it is."""
-        state = self.accelerator.gradient_state
-
-        def gather(rows: torch.Tensor) -> torch.Tensor:
-            gathered = self.accelerator.gather(rows[None])[:: self.get_tp_size()].flatten(0, 1)
-            return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
-
-        return recursively_apply(gather, tensor)
-
-    def _clip_grad_norm(self, model):
-        if self._pipeline is None:
-            return super()._clip_grad_norm(model)
-        return self._pipeline.clip_grad_norm(self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        if self._pipeline is None:
-            return super()._get_grad_norm(model, grad_norm)
-        return self._pipeline.clip_grad_norm(float("inf")) if grad_norm is None else grad_norm
-
-    def _sync_replicated_trainable_parameters(self, model):
-        if self._pipeline is None:  # else nothing is replicated over all ranks
-            super()._sync_replicated_trainable_parameters(model)

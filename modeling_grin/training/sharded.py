@@ -1,8 +1,11 @@
 """Checkpoints of models that are spread over ranks: each rank reads and writes its own part, in the released layout.
 
 torch.distributed.checkpoint (DCP) does the work on safetensors; nothing is gathered, and no pickle is written or read.
-What is ours is the view of the fused experts under their released names: a checkpoint's tensors do not depend on the
-layout that wrote them, so that any layout (one process, FSDP2, tensor and pipeline parallel) can go on from it.
+Ours is the view of the fused experts under their released names: a checkpoint's tensors do not depend on the layout
+that wrote them, so that any layout (one process, FSDP2, tensor and pipeline parallel) can resume from it.
+
+transformers' own engine (`transformers.distributed.checkpoint`, 5.24) would not do: it writes fused experts, whose
+names other readers do not know, and optimizers as pickles; and it reads only its own files, not those of one process.
 
 Shapes: E num_local_experts, F intermediate_size, H hidden_size.
 """
@@ -42,12 +45,12 @@ MAX_PART_BYTES = 2**29  # of a file that a rank writes
 
 
 def split_experts(name: str, tensor: torch.Tensor, attribute: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The matrices of this rank's experts, as views, under the released names.
+    """Yield the matrices of this rank's experts, as views, under their released names.
 
     Args:
-        name: of the fused weight or of something of its shape, such as an optimizer's moment.
+        name: the name of a fused weight, or of a tensor of its shape, such as an optimizer's moment.
         tensor: `[E, rows, columns]`; a DTensor may be sharded over experts (FSDP) and within each (tensor parallel).
-        attribute: which fused weight, a key of `EXPERT_WEIGHTS`; in `name`, too.
+        attribute: the key of `EXPERT_WEIGHTS` that `name` contains.
     """
     before, _, after = name.rpartition(attribute)
     parts = EXPERT_WEIGHTS[attribute]
@@ -56,7 +59,7 @@ def split_experts(name: str, tensor: torch.Tensor, attribute: str) -> Iterator[t
         _, (first, *_) = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         local = tensor.to_local()
         assert tensor.device_mesh.mesh_dim_names is not None
-        # The axes of the mesh that do not hand out experts: each matrix is spread over those.
+        # Each matrix is spread over the axes of the mesh that do not hand out experts.
         axes = {
             axis: Shard(placement.dim % 3 - 1) if hasattr(placement, "dim") else Replicate()
             for axis, placement in zip(tensor.device_mesh.mesh_dim_names, tensor.placements, strict=True)
@@ -76,8 +79,10 @@ def split_experts(name: str, tensor: torch.Tensor, attribute: str) -> Iterator[t
 
 
 def released_views(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`tensors`, parameters or what an optimizer keeps of them, with the experts under their released names. Nothing
-    is copied: what is written to the views is written to the tensors."""
+    """Return `tensors`, parameters or an optimizer's moments, with the experts under their released names.
+
+    Nothing is copied: writing to the views writes to the tensors.
+    """
     views: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         attribute = next((key for key in EXPERT_WEIGHTS if f".experts.{key}" in name), None)
@@ -89,10 +94,10 @@ def released_views(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class PartsWriter(HuggingFaceStorageWriter):
-    """torch's writer, which holds the copy of a file in memory until it is written: so in files of limited size."""
+    """torch's writer, with files of limited size: it holds a copy of each file in memory until it is written."""
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        sizes: dict[str, int] = {}  # rank after rank, so that what one rank alone has lies in few files
+        sizes: dict[str, int] = {}  # rank after rank, so that one rank's own tensors lie in few files
         for item in (item for plan in plans for item in plan.items):
             assert item.tensor_data is not None, "there is nothing but tensors"
             size = item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
@@ -107,14 +112,14 @@ class PartsWriter(HuggingFaceStorageWriter):
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write this rank's parts of `tensors` to safetensors files in `folder`; what ranks have in common, once."""
+    """Write this rank's parts of `tensors` to safetensors files in `folder`; shared parts are written once."""
     writer = PartsWriter(str(folder), save_distributed=True)
     dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     wait_for_everyone()
 
 
 def check_stored(tensors: dict[str, torch.Tensor], reader: HuggingFaceStorageReader) -> None:
-    """Raise ValueError if the files lack one of `tensors` or a part of it, or have it in another shape."""
+    """Raise ValueError unless the files have every part of each of `tensors`, in its shape."""
     found = reader.read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
         if name not in found:
@@ -122,9 +127,9 @@ def check_stored(tensors: dict[str, torch.Tensor], reader: HuggingFaceStorageRea
         stored = found[name]
         assert isinstance(stored, TensorStorageMetadata)
         if stored.size != tensor.shape:
-            raise ValueError(f"{reader.path}: {name} has shape {list(stored.size)}, needed is {list(tensor.shape)}")
+            raise ValueError(f"{reader.path}: {name} must have shape {list(tensor.shape)}; got {list(stored.size)}")
         if sum(chunk.sizes.numel() for chunk in stored.chunks) != stored.size.numel():
-            raise ValueError(f"{reader.path} has not every part of {name} once: files are missing, or too many")
+            raise ValueError(f"{reader.path} must have every part of {name} once: files are missing, or too many")
 
 
 def load_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
@@ -139,14 +144,14 @@ def load_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have every rank hold its own part only: after an evaluation FSDP2 still has the last layers' whole weights."""
+    """Free the whole weights that FSDP2 still holds of the last layers after an evaluation."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """This rank's part of the parameters, under the released names."""
+    """Return this rank's part of the parameters, under their released names."""
     reshard(model)
     return released_views({name: parameter.detach() for name, parameter in model.named_parameters()})
 
@@ -161,7 +166,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def add_format(path: Path) -> None:
-    """Write a safetensors file once more with the metadata that transformers before 4.48.2, the release's, demands."""
+    """Rewrite a safetensors file with the metadata that transformers before 4.48.2 (the release's) demands."""
     rewritten = path.with_suffix(".rewritten")
     with path.open("rb") as source, rewritten.open("wb") as target:
         header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
@@ -172,11 +177,23 @@ def add_format(path: Path) -> None:
     rewritten.replace(path)
 
 
+def model_class_of(model: nn.Module) -> type[GrinMoePreTrainedModel]:
+    """Return the model's class without the one that FSDP2 puts before it."""
+    classes = (cls for cls in type(model).__mro__ if issubclass(cls, GrinMoePreTrainedModel))
+    return next(cls for cls in classes if not issubclass(cls, FSDPModule))
+
+
+def make_skeleton(model: GrinMoePreTrainedModel) -> GrinMoePreTrainedModel:
+    """Make the whole model without its values."""
+    with torch.device("meta"):
+        return model_class_of(model)(model.config)
+
+
 def save_weights(model: GrinMoePreTrainedModel, folder: str | Path) -> None:
     """Write a model whose parameters are spread over ranks in the released layout, with its config.
 
     Each rank writes its own part, and then puts some of the checkpoint's files together, a tensor at a time. All ranks
-    have to call it, and to share the folder.
+    must call it, and share the folder.
 
     Raises:
         ValueError: this rank does not see what the others have written.
@@ -184,18 +201,14 @@ def save_weights(model: GrinMoePreTrainedModel, folder: str | Path) -> None:
     folder = Path(folder)
     shards = folder / SHARDS_FOLDER
     config = copy.deepcopy(model.config)
-    config.__dict__.pop("distributed_config", None)  # of this run
-    # FSDP2 puts a class of its own before the model's.
-    classes = (cls for cls in type(model).__mro__ if issubclass(cls, GrinMoePreTrainedModel))
-    model_class = next(cls for cls in classes if not issubclass(cls, FSDPModule))
-    config.architectures = [model_class.__name__]
-    with torch.device("meta"):
-        whole = weights_of(model_class(config))
-    if is_main_process():  # of an earlier save: readers take a single file first, and torch whatever shards there are
+    config.__dict__.pop("distributed_config", None)  # belongs to this run
+    config.architectures = [model_class_of(model).__name__]
+    whole = weights_of(make_skeleton(model))
+    if is_main_process():  # an earlier save's: readers take a single file first, and torch whatever shards there are
         shutil.rmtree(shards, ignore_errors=True)
         for path in folder.glob("model*.safetensors*"):
             path.unlink()
-        config.save_pretrained(folder)  # now that no weights are there which it is not of
+        config.save_pretrained(folder)  # now that no weights of another config are there
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
     wait_for_everyone()
@@ -213,23 +226,23 @@ def save_weights(model: GrinMoePreTrainedModel, folder: str | Path) -> None:
 
 
 def moments_of(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """This rank's part of what the optimizer keeps of each parameter, `state.{parameter}.{name}`, by released names.
+    """Return this rank's part of the optimizer's moments, `state.{parameter}.{name}`, by released names.
 
     Raises:
-        ValueError: the optimizer keeps something that is no tensor.
+        ValueError: the optimizer keeps something that is not a tensor.
     """
     reshard(model)
     state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     moments: dict[str, Any] = {name: value for name, value in state.items() if name.startswith("state.")}
     if others := [name for name, value in moments.items() if not isinstance(value, torch.Tensor)]:
         raise ValueError(
-            f"{type(optimizer).__name__} keeps {others[0]}, which is no tensor: use AdamW, or save_only_model"
+            f"{type(optimizer).__name__} keeps {others[0]}, which is not a tensor: use AdamW, or save_only_model"
         )
     return released_views(moments)
 
 
 def save_optimizer(model: nn.Module, optimizer: Optimizer, folder: str | Path) -> None:
-    """Write the optimizer's moments, each rank its own part. Learning rates are the scheduler's to keep."""
+    """Write the optimizer's moments, each rank its own part. The scheduler keeps the learning rates."""
     folder = Path(folder)
     save_tensors(moments_of(model, optimizer), folder)
     if is_main_process():
@@ -239,10 +252,10 @@ def save_optimizer(model: nn.Module, optimizer: Optimizer, folder: str | Path) -
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: str | Path) -> None:
-    """Read what `save_optimizer` wrote, in whatever layout.
+    """Read the files of `save_optimizer`, whatever layout wrote them.
 
     Raises:
-        ValueError: as `load_tensors`; of another optimizer, for one.
+        ValueError: as `load_tensors`, for another optimizer's files among others.
     """
     load_tensors(moments_of(model, optimizer), Path(folder))
 

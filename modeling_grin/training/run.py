@@ -1,0 +1,322 @@
+"""The recipes' work around training: load data, tokenizer and model; save the model, and merge its adapter."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
+from datasets import Dataset
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.distributed import DistributedConfig
+from transformers.utils import strtobool
+
+from ..compat_grinmoe import require_layouts
+from ..configuration_grinmoe import GrinMoeConfig
+from ..data import load_data
+from ..files import write_whole
+from ..loading_grinmoe import check_parallel_sizes
+from ..lora import GROUPS, NO_GROUP, group_of, merge_lora
+from ..modeling_grinmoe import GrinMoeForCausalLM
+from .arguments import FineTuningArguments, RecipeArguments, checkpoint_to_resume
+from .checkpoints import last_complete_checkpoint
+from .pipeline import check_pipeline, pipeline_model
+
+CHAT_SETTINGS = ("tools", "chat_template_kwargs")  # TRL reads these columns beside conversations
+
+# ---- Errors ----
+
+
+@contextmanager
+def prefix_errors(argument: str, name: str) -> Iterator[None]:
+    """Put the argument and its value, the model or tokenizer `name`, before errors of loading it, in one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        place = "" if Path(name).exists() else "no such folder here, and as a model of the Hub: "
+        raise ValueError(f"{argument}={name}: {place}{' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """End the run with one sentence on an error about data, files or arguments, before training and after it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        get_error_handler().record_exception(error)  # a launcher reports it as the rank's
+        raise SystemExit(f"error: {error}") from error
+
+
+# ---- Data ----
+
+
+def load_train_and_eval(
+    arguments: RecipeArguments, training: TrainingArguments, select: Callable[[Dataset, str], Dataset]
+) -> tuple[Dataset, Dataset | None]:
+    """Load the training rows, and those to evaluate on if the arguments name some.
+
+    Args:
+        select: checks the rows of a dataset, which errors call by the second argument, and returns the columns to use.
+    """
+    train = load_data(arguments.train_data, split=arguments.train_split, config=arguments.dataset_config)
+    train = select(train, f"train_data={arguments.train_data}")
+    if arguments.eval_fraction:
+        parts = train.train_test_split(test_size=arguments.eval_fraction, seed=training.seed)
+        return parts["train"], parts["test"]
+    if not (arguments.eval_data or arguments.eval_split):
+        return train, None
+    name = arguments.eval_data or arguments.train_data
+    held_out = load_data(name, split=arguments.eval_split or "test", config=arguments.dataset_config)
+    return train, select(held_out, f"eval_data={name}")
+
+
+def select_columns(dataset: Dataset, columns: Sequence[str]) -> Dataset:
+    """Keep `columns` and the chat settings; TRL could take others for another format of the rows."""
+    return dataset.select_columns([*columns, *(name for name in CHAT_SETTINGS if name in dataset.column_names)])
+
+
+# ---- Tokenizer and model ----
+
+
+def load_tokenizer(arguments: RecipeArguments) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the arguments name, or the model's."""
+    argument = "tokenizer_name_or_path" if arguments.tokenizer_name_or_path else "model_name_or_path"
+    name = getattr(arguments, argument)
+    if name is None:
+        raise ValueError("model_name_or_path must be the folder or the Hub name of a checkpoint; got none")
+    with prefix_errors(argument, name):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def load_config(arguments: RecipeArguments) -> GrinMoeConfig:
+    """Load the checkpoint's configuration, with `model_config` applied; quick, for checks before the weights."""
+    name = str(arguments.model_name_or_path)
+    with prefix_errors("model_name_or_path", name):
+        return GrinMoeConfig.from_pretrained(name, **arguments.config_overrides)
+
+
+def distributed_config_from_accelerate(
+    training: TrainingArguments, pipeline_parallel_size: int = 1
+) -> DistributedConfig | None:
+    """Return FSDP2 and tensor parallelism as the config file of `accelerate launch` sets them; None for neither.
+
+    transformers then spreads the model while it loads: each rank reads its own part, FSDP2 and tensor parallelism go
+    together, and CPUs will do. The settings are taken out of the environment, or accelerate would shard the model a
+    second time. In bfloat16 training FSDP2 gathers bfloat16 copies of its float32 weights, and reduces gradients in
+    float32.
+
+    Args:
+        pipeline_parallel_size: more than 1: the layout's tensor-parallel size is a stage's, and the number of
+            processes decides its other sizes.
+
+    Raises:
+        ValueError: FSDP of version 1 or with its own activation checkpointing, context or sequence parallelism,
+            settings that pipelines do not have, or sizes that do not multiply to the number of processes.
+    """
+    use_fsdp, use_sizes = (
+        strtobool(os.environ.pop(name, "false"))
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG")
+    )
+    if not (use_fsdp or use_sizes):
+        return None
+    require_layouts()
+    sizes = ParallelismConfig() if use_sizes else ParallelismConfig(dp_shard_size=training.world_size)
+    if sizes.cp_size * sizes.sp_size > 1:
+        raise ValueError("context and sequence parallelism are not supported: use parallelism_config_tp_size")
+    if pipeline_parallel_size == 1 and sizes.total_size != training.world_size:
+        raise ValueError(
+            f"parallelism_config must multiply to the {training.world_size} processes of the launch; got "
+            f"dp_replicate_size={sizes.dp_replicate_size} x dp_shard_size={sizes.dp_shard_size} x "
+            f"tp_size={sizes.tp_size}: set --num_processes or --parallelism_config_dp_shard_size"
+        )
+    offload = False
+    if use_fsdp:
+        plugin = FullyShardedDataParallelPlugin()
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version must be 2 in the launch's config file; got {plugin.fsdp_version}")
+        if plugin.activation_checkpointing:
+            raise ValueError("fsdp_activation_checkpointing is not read: set activation_checkpointing of the recipe")
+        offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    if pipeline_parallel_size > 1 and (offload or sizes.dp_replicate_size > 1):
+        raise ValueError(
+            "a pipeline has neither fsdp_offload_params nor dp_replicate_size: use accelerate/pipeline.yaml"
+        )
+    return DistributedConfig(
+        fsdp_size=sizes.dp_shard_size,
+        dp_replicate_size=sizes.dp_replicate_size,
+        tp_size=sizes.tp_size,
+        fsdp_cpu_offload=offload,
+        fsdp_mixed_precision=training.mixed_precision == "bf16",
+    )
+
+
+def model_settings(arguments: RecipeArguments) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that say how a model computes."""
+    names = ("dtype", "attn_implementation", "experts_implementation")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def check_layout(arguments: RecipeArguments, config: GrinMoeConfig, layout: DistributedConfig | None) -> None:
+    """Raise ValueError if the model cannot be spread over the launched processes as it is asked for."""
+    tp_size, fsdp_size = (1, 1) if layout is None else (layout.tp_size, layout.fsdp_size)
+    if arguments.pipeline_parallel_size > 1:
+        check_pipeline(config, arguments.pipeline_parallel_size, tp_size, arguments.pipeline_schedule)
+    else:
+        check_parallel_sizes(config, tp_size=tp_size, fsdp_size=fsdp_size)
+
+
+def load_model(
+    arguments: RecipeArguments,
+    config: GrinMoeConfig,
+    layout: DistributedConfig | None = None,
+    name: str | None = None,
+) -> GrinMoeForCausalLM:
+    """Load the checkpoint's model with the given configuration, or this rank's part of it.
+
+    Args:
+        layout: `distributed_config_from_accelerate`'s. In a pipeline its tensor-parallel ranks are each stage's, and
+            all ranks beyond the stages are data-parallel.
+        name: another checkpoint than the arguments'.
+    """
+    check_layout(arguments, config, layout)
+    name = name or str(arguments.model_name_or_path)
+    settings = model_settings(arguments)
+    if isinstance(arguments, FineTuningArguments) and arguments.load_in_4bit:
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=arguments.dtype,
+        )
+    with prefix_errors("model_name_or_path", name):
+        if arguments.pipeline_parallel_size == 1:
+            return GrinMoeForCausalLM.from_pretrained(name, config=config, distributed_config=layout, **settings)
+        return pipeline_model(
+            name if Path(name).is_dir() else snapshot_download(name),
+            config,
+            pp_size=arguments.pipeline_parallel_size,
+            tp_size=1 if layout is None else layout.tp_size,
+            schedule=arguments.pipeline_schedule,
+            **settings,
+        )
+
+
+def make_model(
+    arguments: RecipeArguments, config: GrinMoeConfig, training: TrainingArguments, layout: DistributedConfig | None
+) -> GrinMoeForCausalLM:
+    """Make a model with random weights, or this rank's part of it.
+
+    Where ranks have parts, the main process makes the model, in the CPU's memory, and writes it to output_dir/initial,
+    so that it is the same in every layout. A resumed run reads the checkpoint instead.
+    """
+    if layout is None and arguments.pipeline_parallel_size == 1:
+        return AutoModelForCausalLM.from_config(config, **model_settings(arguments))
+    check_layout(arguments, config, layout)
+    resumed = checkpoint_to_resume(training)
+    if resumed:
+        checkpoint = last_complete_checkpoint(training.output_dir)[0] if resumed is True else resumed
+        return load_model(arguments, config, layout, str(checkpoint))
+    folder = Path(training.output_dir) / "initial"
+    with training.main_process_first(desc="new model"):
+        if training.should_save:
+            incomplete = folder.with_name(f"{folder.name}.incomplete")
+            for path in (incomplete, folder):
+                shutil.rmtree(path, ignore_errors=True)
+            AutoModelForCausalLM.from_config(config, **model_settings(arguments)).save_pretrained(incomplete)
+            incomplete.rename(folder)
+    return load_model(arguments, config, layout, str(folder))
+
+
+def check_lora(
+    arguments: FineTuningArguments,
+    training: TrainingArguments,
+    config: GrinMoeConfig,
+    layout: DistributedConfig | None = None,
+) -> None:
+    """Raise ValueError if LoRA, or the merge of its adapter, cannot be done in this launch."""
+    if not arguments.lora_r:
+        return
+    if layout is not None or arguments.pipeline_parallel_size > 1:
+        raise ValueError(
+            "LoRA needs the whole model in each process: launch with recipes/accelerate/ddp.yaml, with load_in_4bit "
+            "where memory is short"
+        )
+    if arguments.merge_adapter and training.fsdp:
+        raise ValueError("merge_adapter needs whole weights in each process: set it to false, and merge afterwards")
+    if arguments.merge_adapter and getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"merge_adapter cannot merge into the quantised weights of {arguments.model_name_or_path}: set it to "
+            "false, and merge into the checkpoint they were made of"
+        )
+
+
+def print_adapters(model: PeftModel) -> None:
+    """Print what has adapters and how many numbers are trained, for attention, router and experts."""
+    matched = model.base_model.targeted_module_names + model.base_model.targeted_parameter_names
+    table = Table("LoRA", "on", "matched", "trained")
+    for group in (*GROUPS.values(), NO_GROUP):
+        names = [name for name in matched if group_of(name) == group]
+        trained = sum(parameter.numel() for name, parameter in model.named_parameters()
+                      if parameter.requires_grad and group_of(name) == group)  # fmt: skip
+        kinds = sorted({name.rpartition(".")[2] for name in names})
+        table.add_row(group, ", ".join(kinds) or "-", str(len(names)), f"{trained:,}")
+    trained, total = model.get_nb_trainable_parameters()
+    Console().print(table, f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
+
+
+# ---- Training and its end ----
+
+
+def train_and_save(trainer: Trainer) -> None:
+    """Train or resume, evaluate, and leave model, tokenizer, state and metrics in output_dir."""
+    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
+    trainer.save_metrics("train", result.metrics)
+    if trainer.eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    card = Path(trainer.args.output_dir, "README.md")
+    existing = card.read_bytes() if card.exists() else None
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():  # peft's save writes a card, or into one
+        card.unlink(missing_ok=True)
+        if existing is not None:
+            write_whole(card, existing)
+
+
+def end_training(trainer: Trainer) -> None:
+    """Let all ranks leave the process group before they exit.
+
+    DDP's wrapper goes first. If it were the last to hold the group, freeing it would end gloo's threads while Python's
+    lock is held, for which one of them may be waiting: such a run never ends.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
+
+
+def save_merged(trainer: Trainer) -> None:
+    """Write the model with its adapter merged, and the tokenizer, to output_dir/merged.
+
+    A merge that is refused ends the run with a sentence that says why.
+    """
+    folder = Path(trainer.args.output_dir) / "merged"
+    with exit_on_error():
+        merged = merge_lora(trainer.accelerator.unwrap_model(trainer.model))
+    if trainer.args.should_save:
+        merged.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
