@@ -35,25 +35,16 @@ def make_model(seed: int = 3, **overrides) -> GrinMoeForCausalLM:
 
 
 class Rows(Dataset):
-    """Rows of different lengths, padded left or right, each with other labels masked.
+    """Rows of random tokens, of different lengths, padded left or right, each with other labels masked."""
 
-    `alike`: one token over and over. Attention averages equal values, so every token of every row is routed alike,
-    and any micro-batches have the same routing fractions. `various`: random tokens.
-    """
-
-    def __init__(self, kind: str, num_rows: int = ROWS):
+    def __init__(self, num_rows: int = ROWS):
         generator = torch.Generator().manual_seed(11)
         self.rows = []
         for row in range(num_rows):
             size = int(torch.randint(4, LENGTH + 1, (), generator=generator))
             ids = torch.randint(5, 131, (size,), generator=generator)
-            if kind.startswith("alike"):
-                ids[:] = 17
             masked = torch.rand(size, generator=generator) < 0.4
             masked[size // 2] = False  # one label at least
-            if kind == "alike_equal_labels":
-                masked[:] = True
-                masked[-2:] = False
             labels = ids.masked_fill(masked, -100)
             pad = (LENGTH - size, 0) if row % 2 else (0, LENGTH - size)
             self.rows.append(
@@ -72,7 +63,7 @@ class Rows(Dataset):
 
 
 def make_trainer(
-    output_dir, model, data="various", accumulation=1, micro_batch=8, trainer_class=GrinMoeTrainer, callbacks=None,
+    output_dir, model, accumulation=1, micro_batch=8, trainer_class=GrinMoeTrainer, callbacks=None,
     exact_balance=None, distributed_checkpoint=None, eval_dataset=None, **arguments,
 ):  # fmt: skip
     """A trainer of `STEPS` steps of plain gradient descent on rows in order, unless `arguments` say otherwise."""
@@ -84,7 +75,7 @@ def make_trainer(
             output_dir=output_dir, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation,
             report_to="none", disable_tqdm=True, use_cpu=True, **{**defaults, **arguments},
         ),
-        train_dataset=Rows(data),
+        train_dataset=Rows(),
         eval_dataset=eval_dataset,
         callbacks=callbacks,
         **({} if exact_balance is None else {"exact_balance": exact_balance}),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from conversion import ConversionError, convert, open_checkpoint
 from conversion.adapters import find_base, merge_adapter
 from modeling_grin import GrinMoeForCausalLM, patterns_grinmoe
-from modeling_grin.training.lora import add_lora
+from modeling_grin.lora import add_lora
 
 LAYERS, EXPERTS, HIDDEN, FFN, RANK, ALPHA = 2, 3, 32, 24, 2, 5
 CONFIG = released_config(torch_dtype="float32", num_local_experts=EXPERTS, router_jitter_noise=0.1)

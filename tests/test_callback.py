@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
 from datasets import Dataset
+from distributed.launch import launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerCallback
@@ -180,7 +179,7 @@ def test_evaluation_and_the_summary_have_no_routing_keys(run):
     assert trainer.model.get_decoder().routing_observer is None
 
 
-def test_tensorboard_holds_every_scalar_and_the_pictures(run):
+def test_tensorboard_holds_every_scalar(run):
     trainer, _, folder = run
     events = EventAccumulator(str(folder / "events"))
     events.Reload()
@@ -189,11 +188,6 @@ def test_tensorboard_holds_every_scalar_and_the_pictures(run):
         points = events.Scalars(f"train/{key}")
         assert [point.step for point in points] == [2, 4, 6]
         assert [point.value for point in points] == pytest.approx([entry[key] for entry in entries], rel=1e-6)
-    pictures = events.Images("train/routing/expert_load")
-    assert [picture.step for picture in pictures] == [2, 6], "at the first log and the end; between, not for its cost"
-    assert all(picture.encoded_image_string.startswith(b"\x89PNG") for picture in pictures)
-    assert pictures[0].encoded_image_string != pictures[1].encoded_image_string
-    assert (folder / "out" / "routing" / "expert_load.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_file_holds_every_layer(run):
@@ -209,7 +203,7 @@ def test_file_holds_every_layer(run):
 
 
 def test_console_shows_it_and_depth_adds_no_keys(tmp_path, capsys):
-    for depth in (1, 5):
+    for depth in (1, 3):
         model = make_model(tmp_path / f"model{depth}", num_hidden_layers=depth)
         arguments = make_arguments(tmp_path / "out", max_steps=1, logging_steps=1)
         trainer = Trainer(model, arguments, train_dataset=make_rows(6))
@@ -337,15 +331,13 @@ def test_share_of_other_draws(tmp_path):
     assert entry["non_argmax_rate"] == pytest.approx(probability / 2, abs=tolerance)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_is_counted_once(tmp_path, use_reentrant):
+def test_checkpointing_is_counted_once(tmp_path):
     calls, entries = [], []
-    for kwargs in ({}, {"activation_checkpointing": True}):
+    for use_reentrant in (None, False, True):
         set_seed(0)
         model = make_model(tmp_path / "model")
-        if kwargs:
-            kwargs["activation_checkpointing_kwargs"] = {"use_reentrant": use_reentrant}
-        arguments = make_arguments(tmp_path / "out", **kwargs)
+        kwargs = {"activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+        arguments = make_arguments(tmp_path / "out", activation_checkpointing=use_reentrant is not None, **kwargs)
         trainer = Trainer(model, arguments, train_dataset=make_rows(36))
         callback = RoutingCallback(trainer)
         observe = callback._observe
@@ -353,8 +345,8 @@ def test_checkpointing_is_counted_once(tmp_path, use_reentrant):
         trainer.add_callback(callback)
         trainer.train()
         entries.append(logged(trainer))
-    assert len(calls) == 2 * 18
-    assert entries[0] == entries[1]
+    assert len(calls) == 3 * 18
+    assert entries[0] == entries[1] == entries[2]
 
 
 def test_observation_breaks_no_graph(tmp_path):
@@ -460,12 +452,7 @@ def test_trl(method, tmp_path, trained_tokenizer):
 
 def test_two_processes_count_together(tmp_path):
     """Both ranks log the same, the loops' results over the routing of both; one of them writes files."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, tmp_path]
-    done = subprocess.run(
-        [str(part) for part in command], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    launch(__file__, 2, tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0]["logged"] == ranks[1]["logged"]
     assert ranks[0]["steps"] != ranks[1]["steps"]
@@ -475,8 +462,9 @@ def test_two_processes_count_together(tmp_path):
     assert len((tmp_path / "out" / "routing" / "layers.jsonl").read_text().splitlines()) == 2
 
 
-def train_in_two_processes(folder: Path) -> None:
-    rank = os.environ["RANK"]
+def main(folder: str) -> None:
+    """One of two processes."""
+    folder, rank = Path(folder), os.environ["RANK"]
     set_seed(0)
     model = make_model(folder / f"model{rank}")
     witness = Witness(model)
@@ -485,7 +473,3 @@ def train_in_two_processes(folder: Path) -> None:
     trainer.add_callback(RoutingCallback(trainer))
     trainer.train()
     (folder / f"rank{rank}.json").write_text(json.dumps({"logged": logged(trainer), "steps": witness.steps}))
-
-
-if __name__ == "__main__":
-    train_in_two_processes(Path(sys.argv[1]))

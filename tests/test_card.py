@@ -34,7 +34,7 @@ from modeling_grin.publishing.card import may_write_card, table, write_card
 from modeling_grin.publishing.markdown import render
 from modeling_grin.publishing.record import record_run
 from modeling_grin.training import RoutingCallback, add_lora
-from modeling_grin.training.recipes import FineTuningArguments
+from modeling_grin.training.arguments import FineTuningArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 RELEASED_CARD = ROOT / "model_cards" / "GRIN-MoE.md"
@@ -83,7 +83,7 @@ def trained(trained_tokenizer, special_ids, tmp_path_factory):
     model = make_model(**special_ids, router_jitter_noise=0.3, input_jitter_noise=0.01)
     trainer = make_trainer(
         folder, model, micro_batch=2, accumulation=3, max_steps=6, logging_steps=2, eval_strategy="steps",
-        eval_steps=3, eval_dataset=Rows("various", 5), learning_rate=0.05, weight_decay=0.0125, hub_token=TOKEN,
+        eval_steps=3, eval_dataset=Rows(5), learning_rate=0.05, weight_decay=0.0125, hub_token=TOKEN,
         push_to_hub=False, hub_model_id="me/private",
     )  # fmt: skip
     trainer.add_callback(RoutingCallback(trainer))

@@ -21,22 +21,19 @@ EVALUATE = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_si
 # What a case sets; the fields that it is for are its own, and those of `fields`.
 CASES = {
     "defaults": {},
-    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
-    "label smoothing": {"label_smoothing_factor": 0.1},
-    "label smoothing, accumulated": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2, **EVALUATE},
-    "sequential": {"train_sampling_strategy": "sequential"},
-    "by length": {"train_sampling_strategy": "group_by_length", "length_column_name": "length"},
-    "seeds": {"seed": 3, "data_seed": 5},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_grad_norm": 0.1},
+    "label smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2, **EVALUATE},
+    "sequential": {"train_sampling_strategy": "sequential", "include_num_input_tokens_seen": "all",
+                   "remove_unused_columns": False},
+    "by length": {"train_sampling_strategy": "group_by_length", "length_column_name": "length", "max_grad_norm": 0.0},
+    "seeds": {"seed": 3, "data_seed": 5, "full_determinism": True},
     "epochs": {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 6, "dataloader_drop_last": True},
     "last batch": {"max_steps": 4, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
-    "clipped": {"max_grad_norm": 0.1},
-    "not clipped": {"max_grad_norm": 0.0},
     "AdamW": {"optim": "adamw_torch", "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-4},
-    "fused AdamW": {"optim": "adamw_torch_fused", "adam_epsilon": 1e-4},
+    "fused AdamW": {"optim": "adamw_torch_fused", "adam_epsilon": 1e-4, "lr_scheduler_type": "linear"},
     "Adafactor": {"optim": "adafactor"},
-    "RMSprop": {"optim": "rmsprop", "optim_args": "eps=1e-3"},
-    "cosine": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.01}, "warmup_steps": 1},
-    "linear": {"lr_scheduler_type": "linear", "learning_rate": 0.3},
+    "RMSprop": {"optim": "rmsprop", "optim_args": "eps=1e-3", "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr": 0.01}, "warmup_steps": 1},
     "plateau": {"lr_scheduler_type": "reduce_lr_on_plateau", **EVALUATE},
     "bfloat16": {"bf16": True},
     "bfloat16 evaluation": {"bf16_full_eval": True, **EVALUATE},
@@ -44,17 +41,13 @@ CASES = {
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "NEFTune": {"neftune_noise_alpha": 5.0, "max_steps": 1},  # Phimoe's routing advances the noise's generator
     "tokens": {"include_num_input_tokens_seen": "non_padding"},
-    "all tokens": {"include_num_input_tokens_seen": "all"},
     "smaller batches": {"auto_find_batch_size": True},
     "workers": {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 1},
     "evaluation": {"eval_on_start": True, "eval_accumulation_steps": 2, "include_for_metrics": ["inputs", "loss"],
                    "eval_delay": 1, **EVALUATE},
     "loss only": {"prediction_loss_only": True, **EVALUATE},
-    "metrics by batch": {"batch_eval_metrics": True, **EVALUATE},
+    "metrics by batch": {"batch_eval_metrics": True, "label_names": ["labels"], "use_cache": True, **EVALUATE},
     "batches apart": {"eval_do_concat_batches": False, "eval_use_gather_object": True, **EVALUATE},
-    "labels named": {"label_names": ["labels"], "use_cache": True, **EVALUATE},
-    "kept columns": {"remove_unused_columns": False},
-    "deterministic": {"full_determinism": True},
     "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager", "torch_compile_mode": None},
 }  # fmt: skip
 SLOW = {"compiled", "workers", "smaller batches"}
@@ -105,7 +98,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows():
     """Padded rows with a column that the model does not take, in an order that is not that of their lengths."""
-    columns = {key: [row[key].tolist() for row in runs.Rows("various").rows] for key in runs.Rows("various")[0]}
+    columns = {key: [row[key].tolist() for row in runs.Rows().rows] for key in runs.Rows()[0]}
     columns["length"] = [sum(mask) for mask in columns["attention_mask"]]
     return Dataset.from_dict(columns)
 

@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 from checkpoints import released_config, released_tensors, write_checkpoint
+from processes import get_context
 
 import conversion
 from conversion import ConversionError, convert, writing
@@ -74,13 +73,7 @@ def run(source: Path, destination: Path, kill_at: tuple[str, int]) -> None:
 
 @pytest.fixture(scope="module")
 def context():
-    """Processes that have imported everything, forked from a clean one."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([Path(__file__).stem])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
-        forkserver.ensure_running()
-    return context
+    return get_context()
 
 
 # What is there after the kill -> the moments: an audit event and its number, before which the process dies, or bytes.

@@ -22,7 +22,7 @@ class Storyteller(GrinMoeForCausalLM):
 
 
 def batch():
-    rows = Rows("various").rows[:8]
+    rows = Rows().rows[:8]
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
@@ -61,7 +61,7 @@ def losses(tmp_path, model, trainer_class=Trainer, **arguments):
     """The loss of a step of two micro-batches, and of an evaluation on one batch, with nothing learnt in between."""
     trainer = make_trainer(
         tmp_path, model, trainer_class=trainer_class, accumulation=2, micro_batch=4, max_steps=1, learning_rate=0.0,
-        label_smoothing_factor=EPSILON, logging_steps=1, eval_dataset=Rows("various", 8), **arguments,
+        label_smoothing_factor=EPSILON, logging_steps=1, eval_dataset=Rows(8), **arguments,
     )  # fmt: skip
     trainer.train()
     (training,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from modeling_grin import GrinMoeForCausalLM
-from modeling_grin.training.lora import MERGE_TOLERANCE, add_lora, merge_lora
+from modeling_grin.lora import add_lora, merge_lora
 
 LAYERS, EXPERTS, HIDDEN, FFN, RANK = 2, 6, 32, 24, 3
 # Trained numbers: rank x (inputs + outputs) of q and o, k and v (half as many heads); of gate_up_proj and down_proj.
@@ -103,7 +103,7 @@ def merged_by_hand(checkpoint, adapter):
         ("linear", {"attention": False}, {"experts": LAYERS * EXPERTS * RANK * 3 * (HIDDEN + FFN)}),
     ],
 )
-def test_only_what_was_asked_for_is_trained_and_printed(checkpoint, capsys, layout, groups, expected):
+def test_only_what_was_asked_for_is_trained(checkpoint, layout, groups, expected):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, experts_implementation=layout)
     trained = dict.fromkeys(expected, 0)
     for name, parameter in add_lora(model, r=RANK, **groups).named_parameters():
@@ -111,18 +111,6 @@ def test_only_what_was_asked_for_is_trained_and_printed(checkpoint, capsys, layo
             (part,) = (part for part in expected if part in name)
             trained[part] += parameter.numel()
     assert trained == expected
-    printed = capsys.readouterr().out
-    assert all(f"{numel:,}" in printed for numel in expected.values())
-    assert f"{sum(expected.values()):,} of" in printed
-    names = "w1, w2, w3" if layout == "linear" else "down_proj, gate_up_proj"
-    assert (names in printed) == ("experts" in expected)
-
-
-def test_only_the_first_rank_prints_and_warns(checkpoint, capsys, monkeypatch, recwarn):
-    monkeypatch.setenv("RANK", "1")
-    add_lora(AutoModelForCausalLM.from_pretrained(checkpoint, dtype="bfloat16"))
-    assert capsys.readouterr().out == ""
-    assert not [warning for warning in recwarn if "fused experts" in str(warning.message)]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +131,12 @@ def test_fused_experts_that_round_their_adapters_are_warned_of(
     found = [str(warning.message) for warning in recwarn if "fused experts" in str(warning.message)]
     assert len(found) == warns
     assert all(f"torch.{dtype}" in text and "float32" in text and '"linear"' in text for text in found)
+
+
+def test_only_the_first_rank_warns(checkpoint, monkeypatch, recwarn):
+    monkeypatch.setenv("RANK", "1")
+    add_lora(AutoModelForCausalLM.from_pretrained(checkpoint, dtype="bfloat16"))
+    assert not [warning for warning in recwarn if "fused experts" in str(warning.message)]
 
 
 def test_a_new_task_keeps_its_head_trainable(checkpoint, tmp_path):
@@ -199,10 +193,9 @@ def test_adapters_act_as_the_sum_of_weights_and_products(checkpoint, tmp_path, e
         torch.testing.assert_close(logits(model), base, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("experts_implementation", ["eager", "grouped_mm"])
-def test_gradients_of_the_expert_adapters(checkpoint, tmp_path, experts_implementation):
+def test_gradients_of_the_expert_adapters(checkpoint, tmp_path):
     """dA = (alpha / r) B' dW and dB = (alpha / r) dW A', with dW from full training of a merged copy."""
-    settings = {"experts_implementation": experts_implementation, "input_jitter_noise": 0.0, "router_sampling": False}
+    settings = {"input_jitter_noise": 0.0, "router_sampling": False}
     model = adapted_model(checkpoint, **settings).train()
     model(input_ids=IDS, labels=IDS).loss.backward()
     model.save_pretrained(tmp_path / "adapter")
@@ -273,11 +266,8 @@ def train(model, output_dir, *, resume_from=None, **arguments):
 @pytest.mark.parametrize(
     ("experts_implementation", "checkpointing"),
     [
-        ("grouped_mm", None),
         ("grouped_mm", {"use_reentrant": False}),
-        ("grouped_mm", {"use_reentrant": True}),
-        ("eager", {"use_reentrant": False}),
-        ("linear", {"use_reentrant": False}),
+        ("linear", {"use_reentrant": True}),
     ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(checkpoint, tmp_path, experts_implementation, checkpointing):
@@ -319,7 +309,7 @@ def test_adapters_of_the_other_kind_of_experts_are_refused(checkpoint, tmp_path,
     AutoModelForCausalLM.from_pretrained(tmp_path, **kinds[0 if linear else 1])
 
 
-@pytest.mark.parametrize("experts_implementation", ["eager", "grouped_mm", "linear"])
+@pytest.mark.parametrize("experts_implementation", ["grouped_mm", "linear"])
 def test_checkpointing_leaves_the_adapters_gradients_as_they_are(checkpoint, experts_implementation):
     gradients = []
     for kwargs in (None, {"use_reentrant": False}, {"use_reentrant": True}):
@@ -339,16 +329,12 @@ def test_checkpointing_leaves_the_adapters_gradients_as_they_are(checkpoint, exp
 # ---- Merging ----
 
 
-@pytest.mark.parametrize(
-    ("experts_implementation", "input_ids"), [("eager", None), ("grouped_mm", IDS), ("linear", None)]
-)
-def test_a_merged_model_is_the_adapted_one_in_the_released_layout(
-    checkpoint, tmp_path, experts_implementation, input_ids
-):
+@pytest.mark.parametrize("experts_implementation", ["grouped_mm", "linear"])
+def test_a_merged_model_is_the_adapted_one_in_the_released_layout(checkpoint, tmp_path, experts_implementation):
     model = adapted_model(checkpoint, experts_implementation=experts_implementation)
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
-    merged = merge_lora(model.train(), input_ids)
+    merged = merge_lora(model.train())
     assert type(merged) is GrinMoeForCausalLM
     assert merged.training
     assert not any("lora" in name for name, _ in merged.named_modules())
@@ -376,9 +362,8 @@ def test_a_merged_model_is_the_adapted_one_in_the_released_layout(
     ],
     ids=["lost", "experts swapped", "sign", "nan"],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_wrong_merge_is_refused_and_undone(checkpoint, monkeypatch, broken, dtype):
-    model = adapted_model(checkpoint, scale=0.1, dtype=dtype).train()
+def test_a_wrong_merge_is_refused_and_undone(checkpoint, monkeypatch, broken):
+    model = adapted_model(checkpoint, scale=0.1, dtype="bfloat16").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = logits(model.eval())
     model.train()
@@ -404,31 +389,18 @@ def test_one_lost_layer_is_refused(checkpoint, monkeypatch):
         merge_lora(model)
 
 
-@pytest.mark.parametrize("lost", [range(EXPERTS), [4]], ids=["all experts", "one expert"])
-@pytest.mark.parametrize("dominant", ["attention", "head"])
-def test_lost_experts_are_refused_whatever_dominates_the_logits(checkpoint, monkeypatch, dominant, lost):
-    """In bfloat16, with a probe of one token, which most experts never see."""
-    torch.manual_seed(0)
-    base = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3, dtype="bfloat16")
-    model = add_lora(base, r=RANK)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.3 if dominant == "attention" and "self_attn" in name else 0.03)
-        elif parameter.requires_grad and "score" in name:
-            parameter.data.normal_(std=1.0 if dominant == "head" else 0.02)
+def test_one_lost_expert_is_refused(checkpoint, monkeypatch):
+    model = adapted_model(checkpoint, scale=0.03, dtype="bfloat16")
     right = ParamWrapper.get_delta_weight
 
     def lose(*args):
         delta = right(*args).clone()
-        delta[list(lost)] = 0
+        delta[4] = 0
         return delta
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ParamWrapper, "get_delta_weight", lose)
-        first = rf"model.layers.0.block_sparse_moe.experts.down_proj\[{lost[0]}\]"
-        with pytest.raises(ValueError, match=rf"the merge is refused: {first} is not W \+ BA"):
-            merge_lora(model, IDS[:1, :1])
-    merge_lora(model, IDS[:1, :1])
+    monkeypatch.setattr(ParamWrapper, "get_delta_weight", lose)
+    with pytest.raises(ValueError, match=r"refused: model.layers.0.block_sparse_moe.experts.down_proj\[4\] is not W"):
+        merge_lora(model)
 
 
 def test_one_lost_linear_is_refused_by_its_name(checkpoint, monkeypatch):
@@ -448,9 +420,8 @@ def test_one_lost_linear_is_refused_by_its_name(checkpoint, monkeypatch):
     ],
     ids=["rslora", "patterns"],
 )
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_every_layer_is_checked_at_its_own_scale(checkpoint, monkeypatch, settings, dtype):
-    model = adapted_model(checkpoint, dtype=dtype, lora=settings)
+def test_every_layer_is_checked_at_its_own_scale(checkpoint, monkeypatch, settings):
+    model = adapted_model(checkpoint, dtype="bfloat16", lora=settings)
     scales = {module.scaling["default"] for module in model.modules() if isinstance(module, (Linear, ParamWrapper))}
     assert scales - {5 / RANK}
     right = ParamWrapper.get_delta_weight
@@ -473,29 +444,20 @@ def test_the_sum_of_all_active_adapters_is_merged(checkpoint, monkeypatch):
     merge_lora(model)
 
 
-def test_adapters_that_are_no_plain_product_are_proven_on_logits(checkpoint, monkeypatch):
+def test_adapters_that_are_no_plain_product_are_proven_on_a_basis(checkpoint, monkeypatch):
     model = adapted_model(checkpoint, lora={"experts": False, "use_dora": True})
     right = Linear.get_delta_weight
     with monkeypatch.context() as patch:
         patch.setattr(Linear, "get_delta_weight", lambda *args: 0 * right(*args))
-        with pytest.raises(ValueError, match=r"the merge is refused: merged and adapter-on logits differ by \d\.\d"):
+        with pytest.raises(ValueError, match=r"the merge is refused: model.layers.0.self_attn.q_proj loses \d"):
             merge_lora(model)
-    merge_lora(model)
+    expected = logits(model)
+    torch.testing.assert_close(logits(merge_lora(model)), expected, rtol=1e-4, atol=1e-5)
 
     embedding = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), embedding).eval()
     expected = logits(model)
     torch.testing.assert_close(logits(merge_lora(model)), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_router_merge_is_proven_although_the_routing_is_replayed(checkpoint, monkeypatch):
-    model = adapted_model(checkpoint, lora={"attention": False, "experts": False})
-    right = Linear.get_delta_weight
-    monkeypatch.setattr(Linear, "get_delta_weight", lambda *args: 2 * right(*args))
-    with pytest.raises(ValueError, match="the merge is refused"):
-        merge_lora(model)
-    monkeypatch.undo()
-    merge_lora(model)
 
 
 def test_a_merge_into_4_bit_weights_is_refused_and_undone(tmp_path):
@@ -507,7 +469,7 @@ def test_a_merge_into_4_bit_weights_is_refused_and_undone(tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert any(tensor.dtype == torch.uint8 for tensor in before.values())
     expected = logits(model)
-    with pytest.raises(ValueError, match=r"the merge is refused: .* without quantization"):
+    with pytest.raises(ValueError, match=r"the merge is refused: model.* is quantised.* without quantization"):
         merge_lora(model)
     after = model.state_dict()
     assert after.keys() == before.keys()
@@ -517,21 +479,11 @@ def test_a_merge_into_4_bit_weights_is_refused_and_undone(tmp_path):
 
 def test_bfloat16_weights_that_cannot_hold_the_adapters_are_refused(checkpoint):
     """Adapters below the resolution of bfloat16 would vanish."""
-    lost = r"rounding model.layers.0.self_attn.q_proj.weight to torch.bfloat16 loses .* merged. .* in float32"
+    lost = r"model.layers.0.self_attn.q_proj.weight loses .* of the adapters' change.* merged. .* in float32"
     with pytest.raises(ValueError, match=lost):
         merge_lora(adapted_model(checkpoint, scale=1e-4, dtype="bfloat16"))
     for scale in (1e-4, 1e-8):  # the second below the resolution of float32, where nothing is lost that matters
         merge_lora(adapted_model(checkpoint, scale=scale, dtype="float32"))
-
-
-def test_near_ties_of_the_routing_do_not_decide_a_merge(tmp_path):
-    """In eight layers of bfloat16 rounding sends many tokens to other experts: logits far apart, and a right merge."""
-    config = released_config(num_hidden_layers=8)
-    model = adapted_model(write_checkpoint(tmp_path, config, released_tensors(config)), dtype="bfloat16")
-    ids = torch.randint(0, 131, (4, 128), generator=torch.Generator().manual_seed(0))
-    expected = logits(model, ids)
-    error = (logits(merge_lora(model), ids) - expected).norm() / expected.norm()
-    assert error > MERGE_TOLERANCE[torch.bfloat16]
 
 
 def test_adapters_that_do_nothing_yet_are_merged(checkpoint):

@@ -241,7 +241,7 @@ def prompted(method, coefficient):
 
 
 def rows_of_a_step(task):
-    dataset = runs.Rows("various")
+    dataset = runs.Rows()
     for row in dataset.rows:
         row |= {"task_ids": torch.tensor(0)} if task else {}
     return dataset

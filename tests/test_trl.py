@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging
 from trl.trainer.base_trainer import _TELEMETRY_TRAINERS
 
-from modeling_grin.training.trainer import COUNTED, ONE_PASS, GrinMoeTrainerMixin
+from modeling_grin import GrinMoeConfig
+from modeling_grin.training import GrinMoeTrainerMixin
+from modeling_grin.training.trl_rules import COUNTED, ONE_PASS, check_trl_trainer
 
 ROWS = 8
 WORDS = ["def", "return", "import", "class", "self", "value", "index", "range", "list", "yield"]
@@ -119,7 +121,7 @@ def make_trainer(name, folder, tokenizer, output_dir, model_type="grinmoe", with
 
 
 def train(trainer):
-    """What the trainer logs but times, and the parameters after training, by Phimoe's names."""
+    """What the trainer logs except times, and the parameters after training, by Phimoe's names."""
     set_seed(7)
     trainer.train()
     timed = ("train_", "step_time", "total_flos")
@@ -137,10 +139,22 @@ def train(trainer):
 def test_stock_ours_and_the_mixin_train_alike(folder, trained_tokenizer, tmp_path, name):
     """Two steps on two micro-batches each: every logged number and every weight; 0 where passes are compared.
 
-    Phimoe's routing advances torch's generator, so that rollouts of its are others.
+    Phimoe's routing advances torch's generator, so that rollouts of its are others. The mixin counts the tokens that
+    are passed with a gradient.
     """
     forms = [("phimoe", False)] * (name not in ONLINE) + [("grinmoe", False), ("grinmoe", True)]
-    runs = [train(make_trainer(name, folder, trained_tokenizer, tmp_path, *form)) for form in forms]
+    trainers = [make_trainer(name, folder, trained_tokenizer, tmp_path, *form) for form in forms]
+    passed = []
+
+    def count(module, args, kwargs):
+        if torch.is_grad_enabled():
+            passed.append(int((kwargs["attention_mask"] if "attention_mask" in kwargs else args[1]).sum()))
+
+    if name not in ONLINE:
+        trainers[-1].model.model.register_forward_pre_hook(count, with_kwargs=True)
+    runs = [train(trainer) for trainer in trainers]
+    assert len(passed) == (0 if name in ONLINE else 4)
+    assert trainers[-1]._announced["num_tokens"] == (None if name in ONLINE else sum(passed[2:]))
     (expected_logs, expected), *others = runs
     assert len(expected_logs) == 3 and "loss" in expected_logs[1]
     for logs, parameters in others:
@@ -166,7 +180,7 @@ def test_ratios_are_one_where_nothing_is_learnt(folder, trained_tokenizer, tmp_p
     assert any(log["grad_norm"] > 0 for log in logs[:4])
 
 
-@pytest.mark.parametrize("name", COMPARING)
+@pytest.mark.parametrize("name", ["DPO", "GRPO"])
 def test_passes_that_route_differently_are_refused(folder, trained_tokenizer, tmp_path, name):
     """Before any data is prepared."""
     released = {"router_sampling": True, "input_jitter_noise": 0.01}
@@ -177,34 +191,33 @@ def test_passes_that_route_differently_are_refused(folder, trained_tokenizer, tm
         make_trainer(name, folder, trained_tokenizer, tmp_path, config=released)
 
 
+class Model:
+    """All that the rules read of a model."""
+
+    def __init__(self, **config):
+        self.config = GrinMoeConfig(**{"router_sampling": False, "input_jitter_noise": 0.0, **config})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rules_of_every_trainer(name):
+    check_trl_trainer(f"{name}Trainer", Model(), None, False)
+    for config, refused, message in (
+        ({"router_sampling": True}, name in COMPARING, "router_sampling=True is at odds"),
+        ({"router_aux_loss_coef": 0.1}, name in ONLINE, rf"coef=0.1 .* {name}Trainer .*: set router_aux_loss_coef=0"),
+    ):
+        if refused:
+            with pytest.raises(ValueError, match=message):
+                check_trl_trainer(f"{name}Trainer", Model(**config), None, False)
+        else:
+            check_trl_trainer(f"{name}Trainer", Model(**config), None, False)
+
+
 def test_estimators_without_noise_are_not_refused(folder, trained_tokenizer, tmp_path):
     """trl loads the reference from the model's folder: what was set while loading the model is not in there."""
     logs, _ = train(make_trainer("DPO", folder, trained_tokenizer, tmp_path, "gshard", max_steps=1))
     assert logs[0]["rewards/margins"] == 0
     with pytest.raises(ValueError, match=r"reference model has router_estimator=sparsemixer_v2 and the .*=gshard"):
         make_trainer("DPO", folder, trained_tokenizer, tmp_path, config={"router_estimator": "gshard"})
-
-
-@pytest.mark.parametrize("name", ONLINE)
-def test_a_balance_loss_over_tokens_yet_to_be_made_is_refused(folder, trained_tokenizer, tmp_path, name):
-    with pytest.raises(ValueError, match=rf"router_aux_loss_coef=0.1 .* {name}Trainer .*: set router_aux_loss_coef=0"):
-        make_trainer(name, folder, trained_tokenizer, tmp_path, config={"router_aux_loss_coef": 0.1})
-
-
-@pytest.mark.parametrize("name", sorted(set(CASES) - set(ONLINE)))
-def test_tokens_are_those_that_are_passed_with_a_gradient(folder, trained_tokenizer, tmp_path, name):
-    trainer = make_trainer(
-        name, folder, trained_tokenizer, tmp_path, max_steps=1, config={"router_aux_loss_coef": 0.1}
-    )
-    passed = []
-
-    def count(module, args, kwargs):
-        if torch.is_grad_enabled():
-            passed.append(int((kwargs["attention_mask"] if "attention_mask" in kwargs else args[1]).sum()))
-
-    trainer.model.model.register_forward_pre_hook(count, with_kwargs=True)
-    train(trainer)
-    assert len(passed) == 2 and trainer._announced["num_tokens"] == sum(passed)
 
 
 def test_plain_trl_is_told_once(folder, trained_tokenizer, tmp_path, caplog):

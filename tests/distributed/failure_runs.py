@@ -1,15 +1,13 @@
-"""Runs that end badly: `failure_runs.py FOLDER KIND` under torchrun, or `save_and_go_on` in forked ranks."""
+"""Runs that end badly: `main` on torchrun's ranks, or `save_and_go_on` in ranks that can be killed together."""
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import runs
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
@@ -55,10 +53,5 @@ class Fail(TrainerCallback):
             raise ArithmeticError("the weights have left the room")
 
 
-@record
 def main(folder: str, kind: str) -> None:
     make_trainer(Path(folder), Path(folder, kind), callbacks=[Fail(kind, Path(folder, f"{kind}-at"))]).train()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -77,7 +77,7 @@ def train(
     settings = {"max_steps": STEPS, "logging_steps": 1, "accumulation": 4, "micro_batch": 2, "eval_strategy": "steps",
                 "eval_steps": STEPS, "per_device_eval_batch_size": EVALUATION_BATCH}  # fmt: skip
     trainer = runs.make_trainer(
-        folder / f"{name}-run", model, eval_dataset=runs.Rows("various", EVALUATION_ROWS), **{**settings, **arguments}
+        folder / f"{name}-run", model, eval_dataset=runs.Rows(EVALUATION_ROWS), **{**settings, **arguments}
     )
     forwards = count_forwards(next(layer for layer in model.model.layers if any(layer.children())))
     with CountSends() as sends:

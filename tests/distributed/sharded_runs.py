@@ -172,7 +172,7 @@ def train_best(folder: Path, name: str, **case) -> dict[str, Any]:
     """Train with `load_best_model_at_end`: the losses of its `evaluations`, and `evaluation` of what is left."""
     set_seed(5)
     trainer = make_trainer(
-        folder, name, eval_dataset=runs.Rows("various", 4), eval_strategy="steps", eval_steps=1, save_strategy="best",
+        folder, name, eval_dataset=runs.Rows(4), eval_strategy="steps", eval_steps=1, save_strategy="best",
         metric_for_best_model="eval_loss", load_best_model_at_end=True, per_device_eval_batch_size=4, **case,
     )  # fmt: skip
     trainer.train()
@@ -194,7 +194,7 @@ def infer(folder: Path, name: str, checkpoint: str, layout: dict[str, int] | Non
     `classified`, and `placements`, each parameter's `describe`."""
     settings = {} if tp_plan is None else {"tp_plan": tp_plan}
     model = load(folder, checkpoint, layout, **settings).eval()
-    ids = torch.stack([runs.Rows("various")[0]["input_ids"].clamp(min=5), torch.arange(5, 5 + runs.LENGTH)])
+    ids = torch.stack([runs.Rows()[0]["input_ids"].clamp(min=5), torch.arange(5, 5 + runs.LENGTH)])
     classifier = load(folder, checkpoint, layout, GrinMoeForSequenceClassification, num_labels=3, **settings)
     classifier.eval()
     return {

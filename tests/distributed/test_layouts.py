@@ -24,18 +24,13 @@ def cases():
     """(processes, name, arguments of `runs.train_case`), few: on two cores a run of 4 processes takes a second."""
     for processes, accumulation, micro_batch in LAYOUTS:
         layout = f"{processes}-{accumulation}-{micro_batch}"
-        yield processes, f"alike-{layout}", settings(accumulation, micro_batch, True, data="alike")
         yield processes, f"various-{layout}-True", settings(accumulation, micro_batch, True)
         yield processes, f"exact-{layout}", settings(accumulation, micro_batch, True, exact_balance=True, config=NOISE)
         if processes > 1:
             yield processes, f"various-{layout}-False", settings(accumulation, micro_batch, False)
-            equal = settings(accumulation, micro_batch, False, data="alike_equal_labels")
-            yield processes, f"equal-{layout}", equal
     for processes in (1, 2, 4):
         yield processes, f"noise-{processes}", settings(1, 8 // processes, True, config=NOISE)
-    yield 1, "equal", settings(1, 8, True, data="alike_equal_labels")
-    for data in ("alike", "various"):
-        yield 1, f"{data}-no_balance", settings(1, 8, True, data=data, config={"router_aux_loss_coef": 0.0})
+    yield 1, "various-no_balance", settings(1, 8, True, config={"router_aux_loss_coef": 0.0})
     if TRANSFORMERS >= (5, 18):  # before, Trainer reads the optimizer of several ranks for a device "cpu:0"
         yield 2, "resume", {"resumed_at": 3, "accumulation": 2, "micro_batch": 1}
 
@@ -70,11 +65,11 @@ def difference(actual, expected):
     )
 
 
-def reference(data, processes, accumulation, micro_batch, average):
+def reference(processes, accumulation, micro_batch, average):
     """The parameters after training, in float64, by the definition of each loss: cross-entropy and, per layer,
     `alpha E / N sum_t sum_i f_i p_ti` with f of the micro-batches so far, over all ranks. Deterministic routing."""
     model = runs.make_model(router_aux_loss_coef=0.0, experts_implementation="eager").double().train()
-    rows = runs.Rows(data)
+    rows = runs.Rows()
     logits_of = []  # of the routers, per layer
     for layer in model.model.layers:
         layer.block_sparse_moe.gate.register_forward_hook(lambda module, args, output: logits_of.append(output))
@@ -121,27 +116,13 @@ def label(layout):
     return "-".join(map(str, layout))
 
 
-def test_micro_batches_with_equal_routing_give_the_same_update(trained):
-    """Token counts and label counts differ, routing fractions do not: exact, with the running f too."""
-    base = trained["alike-1-1-8"][0]
-    assert difference(trained["alike-no_balance"][0], base) > 0.1  # the coefficient is large enough to matter
-    for layout in LAYOUTS:
-        assert difference(trained[f"alike-{label(layout)}"][0], base) < TOLERANCE, layout
-
-
-def test_without_averaged_tokens_equal_labels_of_the_ranks_give_the_same_update(trained):
-    for layout in LAYOUTS:
-        if layout[0] > 1:
-            assert difference(trained[f"equal-{label(layout)}"][0], trained["equal"][0]) < TOLERANCE, layout
-
-
 @pytest.mark.parametrize(
     ("layout", "average"), [(layout, average) for layout in LAYOUTS for average in (True, False)[: layout[0]]]
 )
 def test_any_data_follow_the_definition(trained, layout, average):
     """Against float64 loops: f of all ranks and of the micro-batches so far; without accumulation, the global one."""
     actual = trained[f"various-{label(layout)}-{average}"]
-    expected = reference("various", *layout, average)
+    expected = reference(*layout, average)
     assert difference(actual[0], expected) < 3 * TOLERANCE  # float32 and float64
     for rank, other in enumerate(actual):
         assert all(torch.equal(other[name], actual[0][name]) for name in other), f"rank {rank}"

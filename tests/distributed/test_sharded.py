@@ -25,7 +25,7 @@ FSDP2_TP = {**FSDP2, **TP}
 HSDP = {**FSDP2, "dp_replicate_size": 2}
 NOISE = {"router_jitter_noise": 0.1, "input_jitter_noise": 0.1}
 NO_NOISE = dict.fromkeys(NOISE, 0.0)
-ESTIMATORS = ("sparsemixer_v2_paper", "sparsemixer_v2_star", "dense")  # those that compute each slot by itself
+ESTIMATORS = ("sparsemixer_v2_star", "dense")  # they compute each slot by itself, as sparsemixer_v2_paper does
 ACCUMULATION = sharded_runs.TRAINING["accumulation"]
 SAVED = f"checkpoint-{sharded_runs.SAVED_AT}"
 
@@ -69,9 +69,6 @@ def cases(num_ranks, second=False):
         for before, after in (("fsdp2", TP), ("tp", FSDP2), ("ddp", TP)):
             resumed = {"resume_from": f"{before}-run/{SAVED}", "checkpoint": "other"}
             yield f"{'tp' if after is TP else 'fsdp2'}-from-{before}", {"layout": after, **resumed}
-        yield "fsdp2-whole", {"layout": FSDP2, **EXACT}
-        resumed = {"resume_from": "fsdp2-whole-run/checkpoint-3", "checkpoint": "other"}
-        yield "fsdp2-resumed", {"layout": FSDP2, **EXACT, **resumed}
         yield "fsdp2-best", {"layout": FSDP2, **BEST}
         bfloat16 = {"config": {"dtype": "bfloat16"}, "max_steps": 1}
         yield "fsdp2-bfloat16", {"layout": FSDP2, "saved": True, **bfloat16}
@@ -286,10 +283,9 @@ def test_loading_refuses_sizes_that_do_not_divide(result):
 # ---- Checkpoints ----
 
 
-@pytest.mark.parametrize(("layout", "num_ranks"), [("fsdp2", 2), ("fsdp2_tp", 4)])
-def test_the_same_layout_resumes_bit_for_bit(result, layout, num_ranks):
-    for rank in range(num_ranks):
-        whole, resumed = result(f"{layout}-whole", rank), result(f"{layout}-resumed", rank)
+def test_the_same_layout_resumes_bit_for_bit(result):
+    for rank in range(4):
+        whole, resumed = result("fsdp2_tp-whole", rank), result("fsdp2_tp-resumed", rank)
         assert [entry["loss"] for entry in resumed["logs"]] == [entry["loss"] for entry in whole["logs"]]
         assert difference(resumed["parameters"], whole["parameters"]) == 0
 
@@ -370,7 +366,7 @@ def test_a_missing_or_damaged_part_of_the_optimizer_is_found(copied, rank):
 @pytest.mark.parametrize("bad", ["lacks", "shape"])
 def test_weights_that_do_not_fit_are_refused(copied, bad):
     model = runs.make_model(**({"vocab_size": 130} if bad == "shape" else {"num_hidden_layers": 3}))
-    message = r"shape \[131, 32\], needed is \[130, 32\]" if bad == "shape" else r"lacks model\.layers\.2\."
+    message = r"must have shape \[130, 32\]; got \[131, 32\]" if bad == "shape" else r"lacks model\.layers\.2\."
     with pytest.raises(ValueError, match=message):
         sharded.load_weights(model, copied)
 
