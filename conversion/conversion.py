@@ -238,10 +238,7 @@ def change_experts(checkpoint: Checkpoint, request: Request, report: Report) -> 
         raise ConversionError(
             f"of {present} experts the {wanted} most used on a text are kept: give --calibration FILE, and no --top-k"
         )
-    from modeling_grin.analysis import expert_load
-
-    rows = calibration_rows(checkpoint, request.calibration)
-    load = expert_load(verify.load_model(checkpoint), [{"input_ids": row[None]} for row in rows])
+    load = verify.measure_load(verify.load_model(checkpoint), calibration_rows(checkpoint, request.calibration))
     kept = load.topk(min(wanted, present), dim=1).values.sum(dim=1)
     report.notes.append(f"the experts that are kept had {kept.min():.1%} to {kept.max():.1%} of a layer's load")
     return prune(checkpoint, load, wanted)

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PhimoeForCausalLM, PhimoeForSequenceClassification, PhimoeModel, PreTrainedModel
 from transformers.utils import logging
 
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel, route
 from modeling_grin.modeling_grinmoe import GrinMoePreTrainedModel
 
 from .checkpoint import Checkpoint
@@ -46,6 +46,20 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Grin
         tensors |= {name: tensors[source] for name, source in model.all_tied_weights_keys.items()}
     model.load_state_dict(tensors)
     return model.eval()
+
+
+@torch.inference_mode()
+def measure_load(model: GrinMoePreTrainedModel, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return each expert's share of its layer's choices on rows of token ids, `[layers, experts]`."""
+    config = model.config
+    counts = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.float64)
+    for row in rows:
+        output = model.get_decoder()(row[None], output_router_logits=True, use_cache=False)
+        for layer, logits in enumerate(output.router_logits):
+            choices = route(logits, config.num_experts_per_tok, config.router_jitter_noise,
+                            estimator=config.router_estimator, training=False).experts  # fmt: skip
+            counts[layer] += torch.bincount(choices.flatten(), minlength=config.num_local_experts)
+    return counts / counts.sum(dim=1, keepdim=True)
 
 
 @contextmanager
