@@ -106,7 +106,10 @@ def without_bars() -> Iterator[None]:
 @torch.no_grad()
 def compute(model: PreTrainedModel, input_ids: torch.Tensor) -> Layers:
     """Return the outputs of a model's parts for `input_ids`."""
-    model.set_experts_implementation("eager")  # grouped kernels have no float64
+    # Grouped kernels have no float64; eager experts have no dropout, which acts in training alone.
+    dropout, model.config.expert_dropout = getattr(model.config, "expert_dropout", 0.0), 0.0
+    model.set_experts_implementation("eager")
+    model.config.expert_dropout = dropout
     model = model.to(DTYPE).eval()
     with recorded(model) as seen:
         output = model(input_ids=input_ids, use_cache=False)

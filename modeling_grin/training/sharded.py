@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 
 from ..layout_grinmoe import EXPERT_WEIGHTS
 from ..modeling_grinmoe import GrinMoePreTrainedModel
+from ..safetensors_header import encode_header
 from .checkpoints import FILE_LIST
 
 MAX_SHARD_SIZE = "5GB"
@@ -170,9 +171,7 @@ def add_format(path: Path) -> None:
     rewritten = path.with_suffix(".rewritten")
     with path.open("rb") as source, rewritten.open("wb") as target:
         header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
-        text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
-        target.write(len(text).to_bytes(8, "little") + text)
+        target.write(encode_header(header))
         shutil.copyfileobj(source, target, 2**20)
     rewritten.replace(path)
 
