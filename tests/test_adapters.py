@@ -101,7 +101,7 @@ def test_a_merge_that_loses_the_adapter_is_refused(base, tmp_path):
     weights = load_file(tmp_path / "adapter_model.safetensors")
     weights = {name: 1e-4 * tensor if "lora_B" in name else tensor for name, tensor in weights.items()}
     save_file(weights, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ConversionError, match=rf"{tmp_path}: the merge is refused: rounding .* loses"):
+    with pytest.raises(ConversionError, match=rf"{tmp_path}: the merge is refused: .* loses"):
         merge_adapter(tmp_path, open_checkpoint(base), torch.bfloat16)
     merge_adapter(tmp_path, open_checkpoint(base), None)
 
