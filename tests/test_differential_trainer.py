@@ -28,7 +28,7 @@ CASES = {
     "by length": {"train_sampling_strategy": "group_by_length", "length_column_name": "length", "max_grad_norm": 0.0},
     "seeds": {"seed": 3, "data_seed": 5, "full_determinism": True},
     "epochs": {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 6, "dataloader_drop_last": True},
-    "last batch": {"max_steps": 4, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
+    "last batch": {"max_steps": 4, "learning_rate": 0.03, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
     "AdamW": {"optim": "adamw_torch", "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-4},
     "fused AdamW": {"optim": "adamw_torch_fused", "adam_epsilon": 1e-4, "lr_scheduler_type": "linear"},
     "Adafactor": {"optim": "adafactor"},
