@@ -341,11 +341,6 @@ class Card:
     notes: list[str]  # what it lacks, and what a person has to add
 
 
-def may_write_card(folder: Path) -> bool:
-    """Whether `folder` has no card yet: an existing one may hold somebody's work."""
-    return not (folder / "README.md").exists()
-
-
 def find_base(records: Records, base_model: str | None) -> dict[str, Any] | None:
     """The model before training, as in `run.json`; None for a new model, or if no file tells."""
     if base_model is not None:
@@ -429,7 +424,7 @@ def write_card(
     """
     folder = Path(folder)
     path = folder / "README.md"
-    if not force and not may_write_card(folder):
+    if path.exists() and not force:  # it may hold somebody's work
         raise ValueError(f"{path} exists: move it away, or overwrite it with --force")
     if run is not None and not Path(run).is_dir():
         raise ValueError(f"run must be the folder of a training run; got {run}")
