@@ -16,7 +16,7 @@ SMALL = "--hidden-size 64 --intermediate-size 16 --experts 4 --layers 1"
 STEP = f"{SMALL} --vocab-size 96 --tokens 64"
 CASES = {  # arguments, and rows of the table
     "accumulation": ("--experts 4 --repeats 1", 9),
-    "callback_cost": (f"{SMALL} --tokens 64 --rounds 2 --dtype float32", 5),
+    "callback_cost": (f"{SMALL} --tokens 64 --rounds 2 --dtype float32", 4),
     "compiled_step": (f"{STEP} --dtype float32 --repeats 2", 1),
     "conversion": ("--layers 1 --gguf-layers 1 --vocab-size 300 --hidden-size 512 --repeats 1", None),
     "decoding": ("--layers 1 --vocab-size 300 --hidden-size 512 --prompt-length 8 --repeats 2", 3),
