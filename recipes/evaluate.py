@@ -18,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import lm_eval.tasks
 import yaml
 from accelerate import PartialState
 from huggingface_hub import EvalResult
@@ -26,6 +25,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from lm_eval import simple_evaluate
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoConfig
@@ -94,6 +94,18 @@ def identify(model_args: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([model_args, state]).encode()).hexdigest()[:16]
 
 
+def load_tasks(group: str, folders: list[str]) -> TaskManager:
+    """Index the harness's tasks; only those of `folders` if the group needs no others, since the index takes long."""
+    own = TaskManager(include_path=folders, include_defaults=False)
+
+    def is_own(entry: str | dict[str, Any]) -> bool:
+        name = entry if isinstance(entry, str) else entry.get("task") or entry["group"]
+        config = own.task_index[name].cfg if name in own.task_index else None
+        return config is not None and ("group" not in config or all(map(is_own, config["task"])))
+
+    return own if is_own(group) else TaskManager(include_path=folders)
+
+
 def run(config: EvaluatorConfig, group: dict[str, Any]) -> dict[str, Any] | None:
     """Return the harness's results; None on every rank but the first."""
     if config.device == "cpu":
@@ -105,7 +117,7 @@ def run(config: EvaluatorConfig, group: dict[str, Any]) -> dict[str, Any] | None
         results = simple_evaluate(
             model=lm,
             tasks=[group["group"]],
-            task_manager=lm_eval.tasks.TaskManager(include_path=[config.include_path, folder]),
+            task_manager=load_tasks(group["group"], [config.include_path, folder]),
             use_cache=str(Path(config.output_path, f"cache_{identify(config.model_args)}")),
             **{name: getattr(config, name) for name in RUN_OPTIONS},
             **dict(zip(SEEDS, config.seed, strict=True)),

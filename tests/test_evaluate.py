@@ -46,7 +46,7 @@ FOLDERS = ("mmlu/default", "hellaswag", "anli", "gsm8k", "medqa", "agieval", "tr
            "minerva_math", "benchmarks")  # fmt: skip
 
 
-def quick_manager(include_path, metadata=None):
+def quick_manager(include_path, metadata=None, include_defaults=False):
     """The harness's TaskManager over the tasks of `include_path` alone: reading all 15,000 files takes 10 seconds."""
     return TaskManager(include_path=include_path, include_defaults=False, metadata=metadata)
 
