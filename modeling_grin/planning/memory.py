@@ -104,11 +104,9 @@ def saved_by_layer(config: PreTrainedConfig, layout: Layout, training: Training)
 
 
 def saved_by_checkpoint(config: PreTrainedConfig, layout: Layout, training: Training) -> float:
-    """Bytes that a recomputed layer keeps: its input, its noise keys and its choice of experts; and, for the
-    load-balance loss, which is not recomputed, its router's probabilities in float32."""
+    """Bytes that a recomputed layer keeps: its input, its noise keys and its choice of experts."""
     residual = precision_of(layout, training).residual
-    probs = config.num_local_experts * FLOAT32 * (config.router_aux_loss_coef > 0)
-    return training.tokens * (config.hidden_size * residual + INT64 + INT64 * config.num_experts_per_tok + probs)
+    return training.tokens * (config.hidden_size * residual + INT64 + INT64 * config.num_experts_per_tok)
 
 
 def activations(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
