@@ -65,6 +65,7 @@ class TrainingPass:
             self.balance.count(self.selected_experts)
         if self.observer is not None:
             self.observer(tuple(self.router_logits), tuple(self.selected_experts), self.counted)
+        self.router_logits, self.selected_experts = [], []  # layers keep the pass until their backward pass
 
 
 class LayerPass:
