@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from checkpoints import released_config, released_tensors, write_checkpoint
 from near_ties import MARGIN, watch_choices
+from transformers import logging
 
 from modeling_grin.tokenization_grinmoe import GrinMoeTokenizer
 
@@ -39,6 +40,12 @@ def tiny_release(trained_tokenizer, tmp_path_factory) -> Path:
     folder = write_checkpoint(tmp_path_factory.mktemp("release"), config, released_tensors(config), num_shards=2)
     trained_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def transformers_warns():
+    """As it does by default, whatever an earlier test in the process has set: commands and examples quieten it."""
+    logging.set_verbosity_warning()
 
 
 @pytest.fixture

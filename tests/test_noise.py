@@ -173,7 +173,7 @@ def test_embeddings_without_ids_on_another_device_than_the_cpu():
         model = GrinMoeForCausalLM(config).to(torch.bfloat16).train()
         embeddings, mask = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((2, 8, 16), (2, 1, 8, 8)))
     keys = []
-    model.model.layers[0].block_sparse_moe.register_forward_pre_hook(lambda module, args: keys.append(args[1]))
+    model.model.layers[0].block_sparse_moe.register_forward_pre_hook(lambda module, args: keys.append(args[1].keys))
     model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
     assert keys[0].device.type == "meta" and keys[0].shape == (16,)
 

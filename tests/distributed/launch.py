@@ -51,10 +51,10 @@ def main(config: str, recipe: str, *args: str) -> None:
         importlib.import_module("on_cpu").as_on_gpus()
     destroy = dist.destroy_process_group
 
-    def destroy_without_ddp() -> None:
+    def destroy_without_ddp(*group) -> None:
         """DDP's wrapper, freed after the process group, sometimes hangs."""
         assert not any(isinstance(item, DistributedDataParallel) for item in gc.get_objects())
-        destroy()
+        destroy(*group)
         print("the group is left", flush=True)
 
     dist.destroy_process_group = destroy_without_ddp

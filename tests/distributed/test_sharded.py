@@ -1,6 +1,7 @@
 """FSDP2, tensor parallelism and both: the same training as in one process, and checkpoints for any layout."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -376,7 +377,8 @@ def test_checkpoints_that_sharded_runs_cannot_resume_are_refused(result, rank):
     messages = result("fsdp2-refused", rank)
     assert "has no optimizer" in messages["no_optimizer"] and "distributed_checkpoint=True" in messages["no_optimizer"]
     assert "lacks state." in messages["other_optimizer"]
-    assert "experts.0.w1.weight" in messages["other_shape"]
+    # Each rank checks the experts that it holds.
+    assert re.search(r"experts\.\d\.w1\.weight must have shape", messages["other_shape"])
 
 
 def test_parts_are_written_in_files_of_limited_size(tmp_path, monkeypatch):
