@@ -50,43 +50,44 @@ class TrainingPass:
             observer: called by `finish`.
         """
         self.counted, self.keys, self.balance, self.observer = counted, keys, balance, observer
-        self.router_logits: list[torch.Tensor] = []
-        self.selected_experts: list[torch.Tensor] = []
-        self.is_finished = False
+        self.layers: list[LayerPass] = []
 
     def for_layer(self, layer: int) -> "LayerPass":
-        """The pass as layer number `layer` of the whole model sees it."""
-        return LayerPass(self, None if self.keys is None else fold_in(self.keys, layer))
+        """The pass as the next layer sees it; `layer` is its number in the whole model."""
+        self.layers.append(LayerPass(self, None if self.keys is None else fold_in(self.keys, layer)))
+        return self.layers[-1]
 
     def finish(self) -> None:
         """Count the experts of all layers for the balance loss, and show the routing to the observer."""
-        self.is_finished = True  # activation checkpointing runs layers again
+        selected_experts = tuple(layer.selected_experts for layer in self.layers)
         if self.balance is not None:
-            self.balance.count(self.selected_experts)
+            self.balance.count(selected_experts)
         if self.observer is not None:
-            self.observer(tuple(self.router_logits), tuple(self.selected_experts), self.counted)
-        self.router_logits, self.selected_experts = [], []  # layers keep the pass until their backward pass
+            self.observer(tuple(layer.router_logits for layer in self.layers), selected_experts, self.counted)
+        for layer in self.layers:  # the backward pass needs them, and not their routing
+            layer.router_logits = layer.selected_experts = None
 
 
 class LayerPass:
-    """`TrainingPass` of one layer. Compiled layers share their code, so no layer may read its own number."""
+    """`TrainingPass` of one layer. Compiled layers share their code, so no compiled code may read its number."""
 
     def __init__(self, training_pass: TrainingPass, keys: torch.Tensor | None):
         self.training_pass, self.keys = training_pass, keys
+        self.number = len(training_pass.layers)
         self.has_balance = training_pass.balance is not None
         self.is_recorded = self.has_balance or training_pass.observer is not None
+        self.router_logits: Any = None
+        self.selected_experts: Any = None
 
-    @torch.compiler.disable
     def record(self, output: torch.Tensor, router_logits: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Record the layer's routing, logits `[T, E]` and experts `[T, K]`; return `output` with the balance loss."""
-        shared = self.training_pass
-        if not shared.is_finished:
-            self.number = len(shared.selected_experts)  # among the layers of this pass
-            shared.selected_experts.append(experts)
-            shared.router_logits.append(router_logits.detach())
-        if shared.balance is not None:
-            output = shared.balance.attach(output, router_logits, self.number)
-        return output
+        self.router_logits, self.selected_experts = router_logits.detach(), experts
+        return self.attach_balance(output, router_logits) if self.has_balance else output
+
+    @torch.compiler.disable
+    def attach_balance(self, output: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        """`BalanceLoss.attach` of this layer."""
+        return self.training_pass.balance.attach(output, router_logits, self.number)  # type: ignore[union-attr]
 
 
 class OptimizerStepMixin(PreTrainedModel):
