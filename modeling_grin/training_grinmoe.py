@@ -66,6 +66,7 @@ class TrainingPass:
             self.observer(tuple(layer.router_logits for layer in self.layers), selected_experts, self.counted)
         for layer in self.layers:  # the backward pass needs them, and not their routing
             layer.router_logits = layer.selected_experts = None
+        self.layers = []  # no cycle of references: memory is freed with the backward pass
 
 
 class LayerPass:
