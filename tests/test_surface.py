@@ -15,6 +15,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
@@ -116,6 +117,11 @@ class ValueModel(GrinMoePreTrainedModel):
         self.scale = nn.Parameter(torch.ones(1))
         self.model = GrinMoeModel(config)
         self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self:  # transformers loads into empty memory, and a new parameter would stay that
+            init.ones_(self.scale)
 
 
 class Probe(GrinMoeModel):
