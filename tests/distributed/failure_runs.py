@@ -2,12 +2,14 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import runs
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
@@ -55,3 +57,7 @@ class Fail(TrainerCallback):
 
 def main(folder: str, kind: str) -> None:
     make_trainer(Path(folder), Path(folder, kind), callbacks=[Fail(kind, Path(folder, f"{kind}-at"))]).train()
+
+
+if __name__ == "__main__":
+    record(main)(*sys.argv[1:])
