@@ -1,4 +1,4 @@
-"""What every form of a checkpoint is read as: a config and the released tensors."""
+"""A checkpoint in memory, whatever its form on disk: a config and the released tensors."""
 
 import functools
 from collections.abc import Mapping

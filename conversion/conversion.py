@@ -57,7 +57,7 @@ CARRIED = (
 
 @dataclass
 class Request:
-    """What to convert, into what, and how.
+    """A request to convert a checkpoint: source, destination and options.
 
     Args:
         source: a folder; its form is detected.
@@ -151,7 +151,7 @@ class Request:
 
 @dataclass
 class Report:
-    """What a conversion did.
+    """The result of a conversion.
 
     Args:
         parameters, nbytes: of the weights that were written.

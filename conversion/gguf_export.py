@@ -90,7 +90,7 @@ class Calibration(NamedTuple):
 
 @dataclass(frozen=True)
 class GgufReport:
-    """What a file holds, and how it differs from the model."""
+    """The contents of a GGUF file, and its differences from the model."""
 
     file_type: str
     context_length: int

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say about themselves: JSON, configs, indexes. Anybody may have written them.
+"""Read the JSON files, configs and indexes of a checkpoint. Anybody may have written them.
 
 Every function checks what it reads and raises `ConversionError` for anything else. Nothing is unpickled or fetched, no
 name leads out of its folder, and time and memory are bounded by the size of the file.
@@ -110,7 +110,7 @@ def read_index(path: Path) -> dict[str, Path]:
 
 
 def find_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a folder, unread: those its index names, or those of its only safetensors file.
+    """Return the tensors of a folder without reading them, from its index or its only safetensors file.
 
     Raises:
         ConversionError: a file is damaged; the index and the files disagree about a tensor; it is not clear which

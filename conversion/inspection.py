@@ -116,7 +116,7 @@ def verify_tensors(tensors: Iterable[StoredTensor], found: Inspection, advance: 
 
 
 def compare(one: Checkpoint, other: Checkpoint, found: Inspection, advance: Callable[[int], None]) -> None:
-    """Note the released tensors whose bits differ from those of another checkpoint."""
+    """Record in `found` the released tensors that differ between two checkpoints, bit by bit."""
     found.difference = {}
     for name in sorted(one.tensors.keys() | other.tensors.keys()):
         a, b = one.tensors.get(name), other.tensors.get(name)

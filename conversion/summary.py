@@ -41,7 +41,7 @@ OTHER_OBJECTS = {"auto_map", "rope_parameters", "id2label", "label2id"}
 
 @dataclass
 class Inspection:
-    """What is known about a checkpoint.
+    """Facts about a checkpoint.
 
     Args:
         config: the fields that decide what it computes; of a GGUF file its metadata, of an adapter peft's config.

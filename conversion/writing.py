@@ -80,8 +80,7 @@ def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Pa
 
     Raises:
         ConversionError: another process is making the destination, or has made it; an interrupted conversion has
-            left its files, or `resume` finds those of another plan; the destination has appeared meanwhile; the disk
-            is full.
+            left its files, or `resume` finds files of another plan; the disk is full.
     """
     with locked(destination) as folder:
         was_interrupted = (folder / PLAN).exists()

@@ -23,7 +23,7 @@ def find_recipes() -> dict[str, Path]:
 
 
 def describe(path: Path) -> str:
-    """What a recipe does: the first sentence of a script's docstring, or the `# What:` line of a config."""
+    """Describe a recipe by the first sentence of a script's docstring, or the `# What:` line of a config."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]

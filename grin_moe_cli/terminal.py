@@ -1,4 +1,4 @@
-"""What the commands print on, their progress bars, and the one way by which text from files gets there: `escape`."""
+"""The commands' console and progress bars, and `escape`, which every text from a file passes before it is printed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

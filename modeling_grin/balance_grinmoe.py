@@ -100,7 +100,7 @@ class ExpertCounts:
 
 
 class BalanceWindow:
-    """What the forward passes of an optimizer step share: the step's size, and the experts' counts so far.
+    """State that the forward passes of an optimizer step share: the step's size, and the experts' counts so far.
 
     Each backward pass uses the counts accumulated up to its own forward pass, so pipelines and single processes agree.
     Later micro-batches are missing from them, unless all counts were known beforehand; `docs/training.md` bounds the

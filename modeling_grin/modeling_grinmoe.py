@@ -168,7 +168,7 @@ class GrinMoeDecoderLayer(GradientCheckpointingLayer):
 
 
 class GrinMoePreTrainedModel(GrinMoeLoadingMixin, AtomicSavingMixin, OptimizerStepMixin, PreTrainedModel):
-    """What all GRIN-MoE models share."""
+    """Base class of all GRIN-MoE models."""
 
     config_class = GrinMoeConfig
     base_model_prefix = "model"

@@ -57,7 +57,7 @@ def random_keys(num_tokens: int, device: torch.device, generator: torch.Generato
 def token_keys(
     key: torch.Tensor, input_ids: torch.Tensor, counted: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """What identifies a token in a step: the ids of its sequence up to itself, however batched, packed or padded.
+    """Identify each token in a step by the ids of its sequence up to itself, however batched, packed or padded.
 
     Sequences with the same ids draw the same numbers in one step, and so do their common beginnings.
 

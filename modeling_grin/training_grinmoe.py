@@ -25,7 +25,7 @@ RoutingObserver = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], 
 
 
 class OptimizerStep(NamedTuple):
-    """What a forward pass in training must know about its optimizer step."""
+    """The optimizer step that a forward pass in training belongs to."""
 
     key: torch.Tensor
     """Decides the step's routing noise, int64 scalar."""
@@ -33,7 +33,7 @@ class OptimizerStep(NamedTuple):
 
 
 class TrainingPass:
-    """What a forward pass in training shares with its layers."""
+    """State that a forward pass in training shares with its layers."""
 
     def __init__(
         self,

@@ -96,7 +96,7 @@ class RecipeArguments:
 
 @dataclass
 class FineTuningArguments(RecipeArguments):
-    """What fine-tuning trains."""
+    """Arguments that choose the weights to fine-tune."""
 
     freeze_router: bool | None = field(
         default=None, metadata={"help": "Leave the routers' weights as they are; by default as in the model's config."}

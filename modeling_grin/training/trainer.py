@@ -1,4 +1,4 @@
-"""What training GRIN-MoE needs of `transformers.Trainer`: steps that the model knows of, and whole checkpoints.
+"""Extend `transformers.Trainer` for GRIN-MoE: steps that the model knows of, and whole checkpoints.
 
 A mixin over Trainer's hooks, so that it fits trl's trainers (`trl_trainers.py`). The model does the rest: routing
 noise and load-balance loss are functions of the optimizer step (`GrinMoePreTrainedModel.begin_step`).

@@ -1,4 +1,4 @@
-"""What each of trl's trainers needs of a GRIN-MoE. It goes by their names: importing trl takes seconds."""
+"""Rules for GRIN-MoE in each of trl's trainers, by their names: importing trl takes seconds."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
