@@ -103,14 +103,23 @@ def find_expert_adapters(decoder: nn.Module) -> bool | None:
     """True if the experts have adapters, otherwise None; warn once if other matrices have adapters.
 
     Fused experts are parameters, which peft's `target_modules` never match.
+
+    Raises:
+        ValueError: experts have Poly's adapters, which mix by rows of the batch; experts see tokens `[tokens, H]`.
     """
     matrices = nn.Linear | MixtralExperts  # peft adapts norms and embeddings as well
-    names = [
-        name
+    names = {
+        name: module
         for name, module in decoder.named_modules()
         if hasattr(module, "get_base_layer") and isinstance(module.get_base_layer(), matrices)
-    ]
-    if any(".experts" in name for name in names):
+    }
+    of_experts = [name for name in names if ".experts" in name]
+    if any(".poly." in type(names[name]).__module__ for name in of_experts):
+        raise ValueError(
+            f"`target_modules` of Poly must match no expert; got {of_experts[0]}: Poly mixes its adapters by rows of "
+            "the batch, and an expert sees tokens of many rows; name attention's projections, or use LoRA"
+        )
+    if of_experts:
         return True
     if names:
         logger.warning_once(

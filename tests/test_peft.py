@@ -44,8 +44,7 @@ SETTINGS = {
     "FOURIERFT": {"n_frequency": 64},
 }  # fmt: skip
 NEED_A_TASK = ("MULTITASK_PROMPT_TUNING", "POLY")
-# Not on matrices but on norms, on embeddings, beside the layers; and Poly, which mixes its adapters by rows of the
-# batch, where an expert sees tokens.
+# Not on matrices but on norms, on embeddings, beside the layers; and Poly, which is refused there.
 NOT_ON_EXPERTS = ("LN_TUNING", "TRAINABLE_TOKENS", "SHADOW", "XLORA", "POLY")
 
 
@@ -106,6 +105,12 @@ def use(kind, method, folder):
         else:
             result["merges"] = torch.allclose(logits(merged), trained, rtol=1e-3, atol=1e-3)
     return result
+
+
+def test_poly_is_refused_on_experts():
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.POLY](task_type="CAUSAL_LM", target_modules=["w1"])
+    with pytest.raises(ValueError, match=r"`target_modules` of Poly must match no expert; got .*experts\.0\.w1"):
+        get_peft_model(build("linear"), config).train()
 
 
 @pytest.mark.filterwarnings("ignore")
