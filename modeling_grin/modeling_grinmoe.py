@@ -8,7 +8,7 @@ from .compat_grinmoe import CACHE, cache_name, either_cache  # first: it checks 
 
 # isort: split
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -230,7 +230,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         token_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         has_loss: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> MoeModelOutputWithPast:
         """Run the layers.
 
@@ -325,7 +325,7 @@ class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         output_selected_experts: bool = False,
         skip_logits: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> GrinMoeCausalLMOutput:
         """Logits and losses; `GrinMoeModel.forward` describes the other arguments.
 
@@ -398,7 +398,7 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> MoeCausalLMOutputWithPast:
         """Classes or numbers of whole sequences; `GrinMoeModel.forward` describes the other arguments.
 
