@@ -32,7 +32,7 @@ CHECKPOINT_FILES = ("*", "additional_chat_templates/*", "pytorch_model_fsdp_*/*"
 
 
 def is_within(path: Path, folder: Path) -> bool:
-    """Whether a file of `folder`, links resolved, lies in it, or among the blobs of the Hub's cache that it is of."""
+    """Whether a file of `folder`, links resolved, lies in `folder` or among the blobs of its Hub cache."""
     root = folder.resolve()
     # Not resolved: where `blobs` is itself a link, that is followed out of the cache.
     roots = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]

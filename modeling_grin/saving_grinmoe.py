@@ -44,10 +44,23 @@ class AtomicSavingMixin(PreTrainedModel):
             **kwargs,
         }
         folder, suffix = Path(save_directory), f".{variant}" if variant else ""
-        is_writer = self.should_save_on_this_rank(is_main_process) and not kwargs.get("distributed_checkpoint")
-        if is_writer and not folder.is_file():
-            if push_to_hub:
-                settings.setdefault("repo_id", os.fspath(save_directory).split(os.path.sep)[-1])
+        is_writer = self.should_save_on_this_rank(is_main_process) and not folder.is_file()
+        layout = getattr(self.config, "distributed_config", None)
+        if push_to_hub:
+            settings.setdefault("repo_id", os.fspath(save_directory).split(os.path.sep)[-1])
+        if kwargs.get("distributed_checkpoint"):  # all ranks write, and readers take whatever shards they find
+            made = folder / UNFINISHED
+            if is_writer:
+                shutil.rmtree(made, ignore_errors=True)
+            self.barrier_after_gathered_checkpoint_save(layout)
+            super().save_pretrained(made, **settings)
+            if is_writer:
+                unreadable = folder / "incomplete.safetensors"  # an empty one, at which readers fail
+                unreadable.touch()
+                replace_files(made, folder, ["config.json"], shard=re.compile(r"(?!incomplete).*\.safetensors"))
+                unreadable.unlink()
+                made.rmdir()
+        elif is_writer:
             is_adapter = getattr(self, "_hf_peft_config_loaded", False)
             weights = "adapter_model.safetensors" if is_adapter else f"model{suffix}.safetensors"
             index = None if is_adapter else f"model.safetensors.index{suffix}.json"
@@ -55,7 +68,7 @@ class AtomicSavingMixin(PreTrainedModel):
                 super().save_pretrained(made, **settings)
         else:
             super().save_pretrained(save_directory, **settings)
-        self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+        self.barrier_after_gathered_checkpoint_save(layout)
 
 
 @contextmanager
@@ -101,6 +114,8 @@ def replace_files(made: Path, folder: Path, last: list[str], shard: re.Pattern) 
         if shard.fullmatch(path.name):
             path.unlink()
     for name in names:
+        if (made / name).is_dir():  # what a distributed save has pushed
+            shutil.rmtree(folder / name, ignore_errors=True)
         (made / name).replace(folder / name)
 
 

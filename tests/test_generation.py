@@ -189,7 +189,8 @@ MODELS = {cls.__name__: cls for cls in (GrinMoeModel, GrinMoeForCausalLM, GrinMo
 
 
 def small(model_class, attention=None):
-    config = released_config(torch_dtype="float32", sliding_window=WINDOW, num_hidden_layers=1)
+    sizes = FLEX_SIZES if attention == "flex_attention" else {}
+    config = released_config(torch_dtype="float32", sliding_window=WINDOW, num_hidden_layers=1, **sizes)
     torch.manual_seed(0)
     return MODELS[model_class](GrinMoeConfig.from_dict(config, attn_implementation=attention)).eval()
 

@@ -204,7 +204,10 @@ def test_config_and_code_are_those_of_save_pretrained(hub, pushed, clean, tmp_pa
 
 
 def test_loads_from_the_hub(hub, pushed, clean, tmp_path):
-    """In another process, by remote code and by the package: the logits bit by bit, the ids, and the text."""
+    """In another process, by remote code and by the package: the ids, the text, and the logits.
+
+    The package's logits are equal bit by bit; remote code adds its experts in transformers' order.
+    """
     variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     variables |= environment(hub, tmp_path) | {"CUDA_VISIBLE_DEVICES": ""}
     requests = len(hub.requests)
@@ -221,7 +224,8 @@ def test_loads_from_the_hub(hub, pushed, clean, tmp_path):
     for way, (module, *found) in ways:
         assert ("transformers_modules" if way == "remote" else "modeling_grin.modeling_grinmoe") in module
         assert found == expected
-        assert torch.equal(torch.load(tmp_path / f"{way}.pt"), logits)
+        tolerance = 1e-5 if way == "remote" else 0.0
+        torch.testing.assert_close(torch.load(tmp_path / f"{way}.pt"), logits, rtol=0, atol=tolerance)
     fetched = {path.split("/")[-1] for method, path in hub.requests[requests:] if method == "GET"}
     assert {*weights(clean), "modeling_grinmoe.py"} <= fetched, "and not from a folder"
 

@@ -4,7 +4,9 @@ All ranks raise alike, so that the process group goes on to the next case.
 """
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import runs
 import torch.distributed as dist
@@ -36,6 +38,34 @@ def error_of(trainer) -> str:
     return "none"
 
 
+def replace_one():
+    """`Path.replace` that works once."""
+    replace, left = Path.replace, iter([True])
+
+    def replace_or_fail(path: Path, target: Path) -> None:
+        if not next(left, False):
+            raise OSError
+        replace(path, target)
+
+    return replace_or_fail
+
+
+def save_distributed(folder: Path) -> None:
+    """Save shards of two ranks over those of more ranks; then again, and rank 0 fails among the moves."""
+    model = GrinMoeForCausalLM.from_pretrained(
+        folder / "start", distributed_config=DistributedConfig(fsdp_size=2), dtype="float32"
+    )
+    for name in ("saved", "failed"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "shard-00003-model-00001-of-00001.safetensors").touch()
+        failing = mock.patch("pathlib.Path.replace", autospec=True, side_effect=replace_one())
+        with failing if name == "failed" else nullcontext():
+            try:
+                model.save_pretrained(folder / name, distributed_checkpoint=True)
+            except OSError:
+                model.barrier_after_gathered_checkpoint_save(model.config.distributed_config)
+
+
 def main(folder: str) -> None:
     folder = Path(folder)
     TrainingArguments(output_dir=folder, use_cpu=True)  # starts the process group
@@ -58,5 +88,7 @@ def main(folder: str) -> None:
     model = pipeline_model(folder / "start", pp_size=2)
     trainer = runs.make_trainer(folder / "pipeline", model, accumulation=2, micro_batch=2, **saving)
     errors["pipeline"] = error_of(trainer)
+    save_distributed(folder)
+    save_distributed(folder)
     (folder / f"{rank}.json").write_text(json.dumps(errors))
     dist.destroy_process_group()

@@ -5,8 +5,11 @@ import json
 import agreement_runs
 import pytest
 import runs
+import torch
 from launch import launch
+from torch.distributed.checkpoint.api import CheckpointException
 
+from modeling_grin import GrinMoeForCausalLM
 from modeling_grin.training.checkpoints import find_non_finite, last_complete_checkpoint
 
 
@@ -39,3 +42,14 @@ def test_a_nan_on_one_rank_stops_all_of_them(folder, layout):
     checkpoint, incomplete = last_complete_checkpoint(folder / layout)
     assert checkpoint == str(folder / layout / "checkpoint-1") and not incomplete
     assert find_non_finite(checkpoint) is None
+
+
+def test_a_distributed_save_replaces_an_older_one_whole(folder):
+    """transformers reads whatever shards there are: those of an earlier save on more ranks, or a part of the new."""
+    loaded = GrinMoeForCausalLM.from_pretrained(folder / "saved").state_dict()
+    for name, tensor in GrinMoeForCausalLM.from_pretrained(folder / "start").state_dict().items():
+        assert torch.equal(loaded[name], tensor)
+    assert not (folder / "saved" / ".incomplete").exists()
+    assert len(list((folder / "failed").glob("shard-*"))) == 1
+    with pytest.raises(CheckpointException, match="header too small"):
+        GrinMoeForCausalLM.from_pretrained(folder / "failed", config=folder / "start")

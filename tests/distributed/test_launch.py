@@ -19,7 +19,7 @@ COMMON = ["--max_steps", str(STEPS), "--save_steps", str(STEPS), "--adam_epsilon
           "--disable_tqdm", "true", "--learning_rate", "1e-2"]  # fmt: skip
 COEFFICIENT = 1.0  # of the load-balance loss: large, so that its part of the update can be told from rounding
 # Of bfloat16's rounding, relative. Measured: at most 7e-5 and 0.017.
-LOSS_TOLERANCE, UPDATE_TOLERANCE = 1e-3, 0.1
+LOSS_TOLERANCE, UPDATE_TOLERANCE = 1.5e-3, 0.1  # bfloat16; 1.1e-3 on a CPU with AVX2 alone
 
 # hsdp's micro-batches have 4 rows over all ranks, and so have those of the run that it is compared with.
 HSDP_BATCHES = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2")
