@@ -1,20 +1,57 @@
 """`generate` for GRIN-MoE: the released stop tokens and window, and LongRoPE's change of factors."""
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
 
 from .checks_grinmoe import refuse_empty
 from .compat_grinmoe import CACHE, either_cache
+from .configuration_grinmoe import VisibleWindowConfig
 from .masks_grinmoe import create_mask
 
 END_OF_TEXT_ID, END_OF_TURN_ID = 32000, 32007  # <|endoftext|> and <|end|> of the released tokenizer
 
 
+RECORD: ContextVar[Callable[[ModelOutput, int], None]] = ContextVar("RECORD", default=lambda *step: None)
+"""What a running `generate` does with a step, whose last tokens may be `rejected`; threads have their own."""
+
+
 class GrinMoeGenerationMixin(GenerationMixin):
     """transformers' generation, with what differs for GRIN-MoE."""
+
+    def generate(self, *args, **kwargs):
+        """As in transformers, and with `return_dict_in_generate=True` the routing of each step on request.
+
+        `output_router_logits=True` returns `router_logits`, `output_selected_experts=True` `selected_experts`: as with
+        `hidden_states`, a tuple of steps, the first one over the whole prompt, of tuples of layers `[T, E]`, `[T, K]`.
+        """
+        wanted = [name for name in ("router_logits", "selected_experts") if kwargs.get(f"output_{name}")]
+        steps: list[dict[str, tuple[torch.Tensor, ...]]] = []
+
+        def record(outputs: ModelOutput, rejected: int) -> None:
+            # Copies, because a compiled step is overwritten by the next one.
+            kept = {name: tuple(layer[: len(layer) - rejected].clone() for layer in outputs[name]) for name in wanted}
+            steps.append(kept)
+
+        token = RECORD.set(record)
+        try:
+            output = super().generate(*args, **kwargs)
+        finally:
+            RECORD.reset(token)
+        if isinstance(output, ModelOutput):
+            for name in wanted:
+                output[name] = tuple(step[name] for step in steps)
+        return output
+
+    def _update_model_kwargs_for_generation(self, outputs, *args, num_new_tokens=1, **kwargs):
+        """As in transformers, which calls it after each step, `num_new_tokens` of whose logits have been accepted."""
+        RECORD.get()(outputs, outputs.logits.shape[1] - num_new_tokens)
+        return super()._update_model_kwargs_for_generation(outputs, *args, num_new_tokens=num_new_tokens, **kwargs)
 
     def _prepare_model_inputs(self, *args, **kwargs):
         """As in transformers, which reads the last column of empty inputs before any forward pass."""
@@ -85,13 +122,19 @@ class GrinMoeGenerationMixin(GenerationMixin):
         )
 
     def init_continuous_batching(self, *args, **kwargs):
-        """As in transformers, whose paged cache reads `config.sliding_window` itself and would see one key too few."""
-        if self.config.sliding_window is not None:
-            raise ValueError(
-                "continuous batching does not know the released meaning of sliding_window; use `generate`, or set "
-                "config.sliding_window=None if no sequence is longer than the window"
-            )
-        return super().init_continuous_batching(*args, **kwargs)
+        """As in transformers, whose paged cache and masks take their window from `config.get_text_config()`."""
+        manager = super().init_continuous_batching(*args, **kwargs)
+        config, create = self.config, manager._create_batch_processor
+
+        def create_with_released_window():
+            config.get_text_config = lambda: VisibleWindowConfig(config)
+            try:
+                return create()
+            finally:
+                del config.get_text_config
+
+        manager._create_batch_processor = create_with_released_window
+        return manager
 
     def _prepare_static_cache(self, *args, **kwargs) -> Cache:
         """As in transformers, which offloads no sliding layers by default, and fails if every layer is one."""

@@ -473,20 +473,12 @@ def test_text_generation_pipeline_on_chat_messages(trained_tokenizer):
         assert text
 
 
-def test_continuous_batching_is_refused_where_it_would_see_one_key_too_few():
-    """transformers' paged cache takes `config.sliding_window` as it stands."""
-    config = released_config(torch_dtype="float32", sliding_window=3, eos_token_id=130)
-    with tempfile.TemporaryDirectory() as folder:
-        model = GrinMoeForCausalLM.from_pretrained(write_checkpoint(Path(folder), config, released_tensors(config)))
-    with pytest.raises(ValueError, match="continuous batching does not know the released meaning of sliding_window"):
-        model.eval().generate_batch([[5, 6, 7]], generation_config=GenerationConfig(max_new_tokens=3))
-
-
+@pytest.mark.parametrize("window", [WINDOW, None])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_continuous_batching_equals_generate(attention):
-    """Requests of several lengths, more than one forward pass at a time holds."""
-    model = build(attention, sliding_window=None)
-    requests = [random_ids(1, length)[0].tolist() for length in (3, 9, 5)]
+def test_continuous_batching_equals_generate(attention, window):
+    """Requests of several lengths, more than a forward pass holds, within the released window and beyond."""
+    model = build(attention, sliding_window=window)
+    requests = [random_ids(1, length)[0].tolist() for length in (3, 9, 5, 20)]
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
     blocks = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16, max_memory_percent=0.01)
     generation_config = GenerationConfig(**settings)
