@@ -1,9 +1,9 @@
 """Training shards and pickled weights, read without running anything that they ask for.
 
 `torch.load(weights_only=True)` runs no code, but a short file can keep it busy for ever: by tuples nested in keys, by
-compressed entries. So `Unpickler`, which is bounded, goes through a pickle first. torch.distributed.checkpoint (DCP)
-loads its index, `.metadata`, with Python's own unpickler, and leaves memory as it is where parts of a tensor are
-missing. So the index is read here.
+compressed entries. torch.distributed.checkpoint (DCP) loads its index, `.metadata`, with Python's own unpickler, and
+leaves memory as it is where parts of a tensor are missing. So `unpickle` goes through every pickle first, and here the
+index is read.
 """
 
 import functools
@@ -12,13 +12,11 @@ import json
 import math
 import operator
 import pickle
+import pickletools
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,13 +35,21 @@ PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model_fsdp.
 
 # Parts of the names under which trainers save the state of an optimizer. No module of the model is called so.
 OPTIMIZER_KEYS = {"optim", "optimizer", "optimizers", "state", "param_groups"}
-TORCH_ADVICE = ("Weights only load failed", "(1)", "(2)")  # what torch.load says before the reason
 
 MAX_INDEX_BYTES = 2**28  # of DCP: some 100 bytes for each part of a tensor that a rank has
 MAX_PICKLE_BYTES = 20_000_000  # in torch.save's archive: some 100 bytes for each tensor
-MAX_ITEMS = 64  # of a tuple, or of what a class is called with
+MAX_DIMENSIONS = 64
 MAX_CHUNKS = 2**12  # of a tensor, one for each rank: they are compared with one another
 CACHED_TENSORS = 2  # a layer's fused matrices, whose parts are asked for one by one
+
+# The opcodes that torch and DCP write, except `GETS` and `PUTS`.
+REUSABLE = {"BINUNICODE", "SHORT_BINUNICODE", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ"}
+PUTS, GETS = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
+OPCODES = REUSABLE | {
+    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1",
+    "BINFLOAT", "SHORT_BINBYTES", "BINBYTES", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST",
+    "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS", "BUILD", "BINPERSID",
+}  # fmt: skip
 
 
 class Record:
@@ -54,82 +60,69 @@ class Record:
     def __init__(self, *args: Any) -> None:
         pass
 
-
-PythonUnpickler: Any = pickle._Unpickler  # typeshed does not know its methods
-# Opcodes that hash, or allocate, as much as a file asks for. torch never writes them.
-REFUSED = (
-    *(pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.NEXT_BUFFER),
-    *(pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX),
-    pickle.PERSID,
-)
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
 
 
-class Unpickler(PythonUnpickler):
-    """Make records without code, in time and memory that are bounded by the length of the pickle.
+class Items(Record, dict):
+    """Stands for an OrderedDict."""
 
-    It is Python's unpickler in Python: the one in C allocates whatever a number in the file asks for. Keys are never
-    tuples: 60 of them, each of the one before twice, take 120 bytes, and 2^60 steps to hash. Whatever is copied has at
-    most `MAX_ITEMS`, because it could be copied as often as the file is long.
-    """
 
-    dispatch = {code: load for code, load in PythonUnpickler.dispatch.items() if code not in b"".join(REFUSED)}
+class Size(Record, tuple):
+    """Stands for a torch.Size."""
+
+    def __new__(cls, numbers: tuple[int, ...]) -> "Size":
+        if len(numbers) > MAX_DIMENSIONS:
+            raise ValueError(f"a shape of {len(numbers)} dimensions")
+        return super().__new__(cls, map(operator.index, numbers))
+
+
+@functools.cache
+def record_class(name: str) -> type[Record]:
+    return type(name, (Record,), {})
+
+
+class Unpickler(pickle.Unpickler):
+    """Makes records without code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch", "Size") or isinstance(vars(torch).get(name), torch.dtype):
+            return Items
+        if (module, name) == ("torch", "Size"):
+            return Size
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
         if module.partition(".")[0] not in ("torch", "pathlib"):
             raise ConversionError(f"asks for {module}.{name}, which torch never writes; do not trust it")
-        return type(name, (Record,), {})
+        return record_class(name)
 
     def persistent_load(self, pid: Any) -> Any:
         return Record()
 
-    def check(self, condition: bool, what: str) -> None:
-        if not condition:
-            raise TypeError(what)
 
-    def load_tuple(self) -> None:
-        items = self.pop_mark()
-        self.check(len(items) <= MAX_ITEMS, f"a tuple of {len(items)}")
-        self.append(tuple(items))
+def unpickle(data: bytes) -> Any:
+    """Make records of a pickle, in time and memory that are bounded by its length; raise, of any type, for others.
 
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_items([key, value])
-
-    def load_setitems(self) -> None:
-        self.set_items(self.pop_mark())
-
-    def set_items(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        self.check(isinstance(target, dict), "items outside a dictionary")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            self.check(isinstance(key, (str, int, Record)), f"a {type(key).__name__} as a key")
-            target[key] = value
-
-    def load_reduce(self) -> None:
-        args, function = self.stack.pop(), self.stack[-1]
-        self.check(isinstance(args, tuple) and isinstance(function, type), "a call of something else than a class")
-        self.check(function is not OrderedDict or not args, "a dictionary made of a list")
-        self.check(not any(isinstance(arg, (list, dict)) and len(arg) > MAX_ITEMS for arg in args), "a large call")
-        self.stack[-1] = function(*args)
-
-    load_newobj = load_reduce
-
-    def load_build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, Record):
-            target.state = state
-        else:  # state_dict() returns a dictionary with `_metadata`
-            self.check(isinstance(target, OrderedDict) and isinstance(state, dict), "a state of another object")
-            self.check(len(state) <= MAX_ITEMS, "a large state")
-
-    dispatch |= {
-        pickle.TUPLE[0]: load_tuple, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
-        pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_newobj, pickle.BUILD[0]: load_build,
-    }  # fmt: skip
+    Strings, classes and records may be used again by a pickle, and nothing else: a tuple that holds the one before
+    twice, 60 times over, takes 120 bytes, and 2^60 steps to hash.
+    """
+    reusable: set[int] = set()
+    puts, before = 0, ""
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in PUTS:
+            number = puts if name == "MEMOIZE" else argument
+            if number > puts:  # the unpickler in C makes room for as many entries as the largest number says
+                raise ValueError(f"entry {number} of the memo after {puts} others")
+            puts += 1
+            reusable.discard(number)
+            reusable |= {number} if before in REUSABLE else set()
+        elif name in GETS and argument not in reusable:
+            raise ValueError("an object that is there twice and is no string, class or record")
+        elif name not in OPCODES | GETS:
+            raise ValueError(f"the opcode {name}")
+        before = name
+    return Unpickler(io.BytesIO(data)).load()
 
 
 # ---- Files that torch.save wrote
@@ -142,7 +135,7 @@ def load_tensors(file: IO[bytes] | Path) -> Any:
             if entry.file_size > MAX_PICKLE_BYTES:
                 raise ValueError(f"has a {entry.filename!r} of {entry.file_size} bytes, more than {MAX_PICKLE_BYTES}")
             with zipfile.ZipFile(file) as archive:
-                Unpickler(io.BytesIO(archive.read(entry))).load()
+                unpickle(archive.read(entry))
     if isinstance(file, Path):
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     file.seek(0)
@@ -162,9 +155,8 @@ def require_plain(value: Any) -> torch.Tensor:
 
 def first_line(error: Exception) -> str:
     """Return what an error says, without torch's advice on how to have the file run its code."""
-    lines = [line.strip().removeprefix("WeightsUnpickler error: ") for line in str(error).splitlines()]
-    reasons = [line for line in lines if line and not line.startswith(TORCH_ADVICE)]
-    return f"{type(error).__name__}: {reasons[0][:300] if reasons else ''}"
+    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    return f"{type(error).__name__}: {reason.partition(chr(10))[0][:300]}"
 
 
 def find_pickles(path: Path) -> list[Path]:
@@ -208,8 +200,7 @@ def read_pickles(files: list[Path]) -> dict[str, StoredTensor]:
 # ---- Training shards
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A box of a tensor in one place: `offsets` and `sizes` have a number for each dimension."""
 
     offsets: tuple[int, ...]
@@ -221,8 +212,7 @@ class Chunk:
         return tuple(map(operator.add, self.offsets, self.sizes))
 
 
-@dataclass(frozen=True)
-class ShardedTensor:
+class ShardedTensor(NamedTuple):
     """A tensor in chunks."""
 
     where: str
@@ -307,7 +297,7 @@ def read_dcp(folder: Path, *, weights_only: bool) -> dict[str, StoredTensor]:
         try:
             if path.stat().st_size > MAX_INDEX_BYTES:
                 raise ConversionError(f"must have at most {MAX_INDEX_BYTES} bytes; got {path.stat().st_size}")
-            sharded = dict(parse_index(Unpickler(io.BytesIO(path.read_bytes())).load(), folder))
+            sharded = dict(parse_index(unpickle(path.read_bytes()), folder))
         except ConversionError as error:
             raise ConversionError(f"{path} {error}") from error
         except Exception as error:  # of any type: anybody may have written this pickle
@@ -332,22 +322,21 @@ def parse_index(index: Any, folder: Path) -> Iterator[tuple[str, ShardedTensor]]
     places: dict[tuple[str, Any], dict[str, Any]] = {}  # (tensor, offsets) -> file, offset and length of its bytes
     for place, info in index.state["storage_data"].items():
         name, offsets = place.state["fqn"], place.state.get("offset")
-        if type(name) is not str or type(offsets) not in (torch.Size, type(None)):
+        if type(name) is not str or type(offsets) not in (Size, type(None)):
             raise TypeError("a part without a tensor")
         places[name, offsets] = info.state
     for name, described in index.state["state_dict_metadata"].items():
-        if type(described).__name__ != "TensorStorageMetadata" or not is_weight(name):
+        if type(described) is not record_class("TensorStorageMetadata") or not is_weight(name):
             continue
-        shape, dtype = described.state["size"], described.state["properties"].state[0]
-        boxes = [(chunk.state["offsets"], chunk.state["sizes"]) for chunk in described.state["chunks"][:MAX_CHUNKS]]
-        if not isinstance(dtype, torch.dtype) or {torch.Size} != set(map(type, (shape, *chain(*boxes)))):
-            raise TypeError(f"{name} has no dtype, or no shape")
-        chunks = []
-        for offsets, sizes in boxes:
+        shape, dtype, chunks = described.state["size"], described.state["properties"].state[0], []
+        for box in described.state["chunks"][:MAX_CHUNKS]:
+            offsets, sizes = box.state["offsets"], box.state["sizes"]
+            if not isinstance(dtype, torch.dtype) or not type(shape) is type(offsets) is type(sizes) is Size:
+                raise TypeError(f"{name} has no dtype, or no shape")
             if (name, offsets) not in places:
                 raise ConversionError(f"lacks a part of {name}, at {list(offsets)}: copy the whole folder again")
-            nbytes = math.prod(sizes) * dtype.itemsize
-            chunks.append(Chunk(tuple(offsets), tuple(sizes), find_part(places[name, offsets], folder, name, nbytes)))
+            load = find_part(places[name, offsets], folder, name, math.prod(sizes) * dtype.itemsize)
+            chunks.append(Chunk(tuple(offsets), tuple(sizes), load))
         yield name, ShardedTensor(f"{name} in {folder}", tuple(shape), dtype, chunks)
 
 
@@ -394,6 +383,6 @@ def read_safetensors_shards(folder: Path) -> dict[str, ShardedTensor]:
                 whole.chunks.append(Chunk(places[name], tensor.shape, tensor.read))
     # Nothing says how large the whole is: as far as the parts reach. The config's shapes say whether that is all.
     return {
-        name: replace(tensor, shape=tuple(map(max, zip(*(chunk.ends for chunk in tensor.chunks), strict=False))))
+        name: tensor._replace(shape=tuple(map(max, zip(*(chunk.ends for chunk in tensor.chunks), strict=False))))
         for name, tensor in sharded.items()
     }

@@ -19,7 +19,6 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
 from modeling_grin import GrinMoeForCausalLM
-from modeling_grin.publishing.card import read_results
 from recipes import data, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -306,7 +305,7 @@ def run(*arguments, config="config.yaml"):
 
 
 def read_rows(folder):
-    return {row["row"]: row for row in read_results(Path(folder, "results.json"))["rows"]}
+    return {row["row"]: row for row in json.loads(Path(folder, "results.json").read_text())["rows"]}
 
 
 def read_samples(folder, task):

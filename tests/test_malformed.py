@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from transformers import GenerationConfig, TrainerState
 
@@ -153,7 +154,7 @@ def test_adapter_config(tmp_path):
     check(tmp_path / "adapter_config.json", config, lambda: conversion.inspect(tmp_path))
 
 
-def test_what_a_card_is_made_of(tmp_path, model):
+def test_what_a_card_is_made_of(monkeypatch, model):
     source = {"name": "x", "hub": True, "rows": 3}
     documents = {
         "run.json": {
@@ -167,15 +168,18 @@ def test_what_a_card_is_made_of(tmp_path, model):
                 {"step": 1, "loss": 1.0, "num_tokens": 3}, {"step": 3, "train_runtime": 2.0, "eval_loss": 1.0},
             ],
         },
-        "routing/layers.jsonl": {"step": 1, "load": [[0.5, 0.5]], **{key: [1.0] for key in cards.PER_LAYER}},
+        "routing/layers.jsonl": {
+            "step": 1, "load": [[0.5, 0.5]], **{key: [1.0] for _, key, _, _ in cards.BALANCE_LABELS},
+        },
     }  # fmt: skip
 
+    monkeypatch.setattr(cards, "draw_expert_load", lambda load, title: Figure())  # pictures take long
+    monkeypatch.setattr(cards, "draw_loss", lambda log, label: Figure())
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: path.touch())
+    monkeypatch.setattr(cards, "render", lambda template, **values: "")
+
     def read():
-        records = cards.Records(model, model)
-        cards.make_metadata(records, cards.find_base(records, None), "x", [], "mit", [])
-        for rows in (cards.hyperparameter_rows, cards.data_rows, cards.training_rows, cards.held_out_rows):
-            cards.table(("", "", "", ""), rows(records))
-        cards.balance_table(records)
+        cards.write_card(model, force=True)
 
     (model / "routing").mkdir()
     for name, document in documents.items():
@@ -190,11 +194,8 @@ def test_results(tmp_path):
     result = {"task": {"type": "x"}, "dataset": {"type": "x", "name": "y"}, "metrics": [{"type": "acc", "value": 1}]}
     path = tmp_path / "results.json"
 
-    def read():
-        cards.evaluation_table(cards.read_results(path)["rows"], [])
-        cards.eval_results(path)
-
-    check(path, {"rows": [row], "model-index": [{"name": "x", "results": [result]}]}, read)
+    document = {"rows": [row], "model-index": [{"name": "x", "results": [result]}]}
+    check(path, document, lambda: cards.read_scores(path, path))
 
 
 def test_training_checkpoints(tmp_path):

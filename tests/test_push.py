@@ -350,7 +350,7 @@ def test_another_push_meanwhile(hub, clean):
         repo.commit("main", repo.branches["main"].files)
 
     hub.before_upload = another_commit  # while the picture goes up
-    with pytest.raises(ValueError, match="me/busy: the repository has changed meanwhile"):
+    with pytest.raises(ValueError, match=r"me/busy: .*412"):
         push(clean, "me/busy")
     assert "README.md" not in hub.content("me/busy")
 
@@ -385,15 +385,15 @@ def test_a_name_alone_is_ones_own(hub, clean):
 
 def test_tokens(hub, clean, monkeypatch, capsys):
     repos, received = set(hub.repos), len(hub.received)
-    with pytest.raises(ValueError, match="you/x: the token may not write there"):
+    with pytest.raises(ValueError, match=r"you/x: .*403"):
         push(clean, "you/x")
     monkeypatch.setenv("HF_TOKEN", "a-wrong-one")
     assert command("push", clean, "me/x") == 1
     shown = " ".join(capsys.readouterr().err.split())
-    assert "error: me/x: the Hub does not know the token: run `hf auth login`, or set HF_TOKEN" in shown
+    assert "error: me/x: " in shown and "401" in shown
     assert "a-wrong-one" not in shown
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(ValueError, match="me/x: no token for the Hub was found: run `hf auth login`"):
+    with pytest.raises(ValueError, match=r"me/x: .*`hf auth login`"):
         push(clean, "me/x")
     assert set(hub.repos) == repos
     assert len(hub.received) == received
@@ -403,7 +403,7 @@ def test_no_hub_there(clean, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         endpoint = f"http://127.0.0.1:{nobody.getsockname()[1]}"
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    message = r"^me/x: the Hub was not reached: \[Errno \d+\] Connection refused\. Run the same command to resume"
+    message = r"^me/x: \[Errno \d+\] Connection refused; run the same command to resume"
     with pytest.raises(ValueError, match=message) as raised:
         push(clean, "me/x")
     assert str(raised.value).count("refused") == 1
@@ -507,7 +507,7 @@ SPOILS = {
     "NaN": (spoil_with_nan, r"holds 1 NaN or infinite values"),
     "being written": (lambda m: (m / f"{PART}x.json").touch(), r"\.part-x.json is still being written"),
     "fused": (lambda m: rewrite(m, fused), r"\(it is fused\): convert it by `grin-moe convert .*model NEW_FOLDER"),
-    "prefix": (lambda m: rewrite(m, lambda t, c: {f"module.{n}": t[n] for n in t}), r"\(its tensors have a prefix"),
+    "prefix": (lambda m: rewrite(m, lambda t, c: {f"module.{n}": t[n] for n in t}), r"\(tensors or files have other"),
     "pickled": (pickle, r"weights in pickles, which can run code: `grin-moe convert .* --to hub --weights-only`"),
     "adapter": (lambda m: (m / "adapter_config.json").write_text("{}"), r"holds an adapter, not a model: merge it by"),
     "no config": (lambda m: (m / "config.json").unlink(), r"model has no config.json: give the folder of"),

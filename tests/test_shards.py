@@ -254,11 +254,11 @@ NO_INDEX = r"\.metadata is not an index as torch writes it"
         (compressed, rf"says that {EMBEDDINGS} is encoded"),
         (wrong_type, NO_INDEX),
         (no_shape, NO_INDEX),
-        (nested_place, "which is not a"),
-        (nested_encoding, "is encoded"),
+        (nested_place, NO_INDEX),
+        (nested_encoding, NO_INDEX),
         (nested_name, NO_INDEX),
         (nested_offsets, NO_INDEX),
-        (many_parts, r"lacks a part|do not cover shape|does not fit"),
+        (many_parts, NO_INDEX),
     ],
 )
 def test_an_index_that_is_wrong(copy, change, message):
@@ -408,9 +408,7 @@ def test_pickles_that_would_never_end(tmp_path, name):
     with pytest.raises(ConversionError, match=rf"{NO_INDEX} \("):
         read_dcp(tmp_path, weights_only=True)
     write_archive(tmp_path / "pytorch_model.bin", {"archive/data.pkl": BOMBS[name]})
-    with pytest.raises(
-        ConversionError, match=r"pytorch_model\.bin is damaged.* more than tensors in it \((Type|Key)E"
-    ):
+    with pytest.raises(ConversionError, match=r"pytorch_model\.bin is damaged.* more than tensors in it \(ValueE"):
         read_pickles(find_pickles(tmp_path))
 
 

@@ -7,36 +7,26 @@ Nothing is copied, and the folder is not written to.
 import json
 import re
 import shlex
-import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
-from conversion import Checkpoint, open_checkpoint
-from conversion.conversion import CARRIED, config_for
+from conversion import open_checkpoint
+from conversion.conversion import CARRIED, check_settings, config_for
 from conversion.forms import model_class_of
-from conversion.headers import (
-    ADAPTER_CONFIG_FILE,
-    CONFIG_FILE,
-    GENERATION_CONFIG_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    read_generation_config,
-    read_json,
-)
+from conversion.headers import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, read_json
 from conversion.inspection import describe, verify_tensors
 from conversion.pickles import find_dcp_folder, find_pickles
 
 from .. import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel, __version__
 from ..files import PART, describe_links
+from ..safetensors_header import read_header
 from ..tokenization_grinmoe import GrinMoeTokenizer
 from . import TO_FILL_IN
 
@@ -132,8 +122,13 @@ def push(
         return report
     if report.problems:
         raise ValueError("\n".join([f"{folder} is not pushed:", *report.problems]))
-    with hub_errors(repo_id):
+    try:
         upload(sources, private, revision, report)
+    except ValueError:
+        raise
+    except Exception as error:  # of many types: no token, status codes, connections, xet
+        reasons = dict.fromkeys(" ".join(str(cause).split()) for cause in (error, error.__cause__) if cause)
+        raise ValueError(f"{repo_id}: {'; '.join(reasons)}; run the same command to resume") from error
     return report
 
 
@@ -162,7 +157,10 @@ def gather(
         problems.append(problem)
     sources |= {path.name: path for path in Path(__file__).parents[1].glob(CODE)}
 
-    report.files = {name: size(source) for name, source in sorted(sources.items())}
+    report.files = {
+        name: len(source) if isinstance(source, bytes) else source.stat().st_size
+        for name, source in sorted(sources.items())
+    }
     report.left = left_out(folder, sources)
     for path in (folder.resolve(), *folder.iterdir()):
         if any(fnmatch(path.name, pattern) for pattern in UNFINISHED):
@@ -170,10 +168,6 @@ def gather(
     for name, source in sources.items():
         problems += find_secrets(name, source)
     return sources
-
-
-def size(source: Source) -> int:
-    return len(source) if isinstance(source, bytes) else source.stat().st_size
 
 
 def weights_and_config(folder: Path, problems: list[str], progress: Callable[[int, int], None]) -> dict[str, Source]:
@@ -193,10 +187,7 @@ def weights_and_config(folder: Path, problems: list[str], progress: Callable[[in
         raise ValueError(f"{folder} has no {CONFIG_FILE}: give the folder of a model")
     checkpoint = open_checkpoint(folder)
     if checkpoint.form != "hub" or not checkpoint.is_standard:
-        reason = f"it is {checkpoint.form}"
-        if checkpoint.form == "hub":
-            is_named = any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
-            reason = "its tensors have a prefix" if is_named else f"its weights are not in {WEIGHTS_FILE} or an index"
+        reason = "tensors or files have other names" if checkpoint.form == "hub" else f"it is {checkpoint.form}"
         raise ValueError(
             f"{folder} is not in the released layout ({reason}): convert it by `{to_hub}` and push the result"
         )
@@ -204,17 +195,13 @@ def weights_and_config(folder: Path, problems: list[str], progress: Callable[[in
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     verify_tensors(checkpoint.tensors.values(), found, lambda done: progress(done, total))
     problems += found.problems
-    names = [*found.files, *(name for name in (INDEX_FILE,) if (folder / name).is_file())]
-    return {name: folder / name for name in names} | {CONFIG_FILE: as_json(hub_config(checkpoint))}
-
-
-def hub_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config.json that loads the uploaded code, as `save_pretrained` writes it after `register_for_auto_class`."""
+    # config.json loads the uploaded code, as `save_pretrained` writes it after `register_for_auto_class`.
     model_class = model_class_of(checkpoint.tensors)
     auto_map = {"AutoConfig": class_path(GrinMoeConfig), AUTO_CLASSES[model_class]: class_path(model_class)}
     values = {**config_for(checkpoint, "hub", None), "auto_map": auto_map}
     values.pop("_name_or_path", None)  # may be a path of this machine
-    return values
+    names = [*found.files, *find_files(folder, [INDEX_FILE])]
+    return {name: folder / name for name in names} | {CONFIG_FILE: as_json(values)}
 
 
 def class_path(cls: type) -> str:
@@ -259,14 +246,9 @@ def carried_files(folder: Path) -> dict[str, Source]:
     Raises:
         ValueError: one cannot be read.
     """
+    check_settings(folder)
     made = {CARD_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE}
-    files = find_files(folder, [pattern for pattern in CARRIED if pattern not in made])
-    for name in files:
-        if name == GENERATION_CONFIG_FILE:
-            read_generation_config(folder / name)
-        elif name.endswith(".json"):
-            read_json(folder / name)
-    return files
+    return find_files(folder, [pattern for pattern in CARRIED if pattern not in made])
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> dict[str, Source]:
@@ -314,15 +296,14 @@ def left_out(folder: Path, sources: dict[str, Source]) -> list[str]:
     return left
 
 
-def read_text_of(path: Path) -> bytes:
-    """A file's bytes; of safetensors only the header, which holds the writer's notes."""
-    with path.open("rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little")) if path.suffix == ".safetensors" else file.read()
-
-
 def find_secrets(name: str, source: Source) -> Iterator[str]:
     """Name the places of a file that look like a secret, without repeating it."""
-    data = source if isinstance(source, bytes) else read_text_of(source)
+    if isinstance(source, bytes):
+        data = source
+    elif source.suffix == ".safetensors":  # only the header, which holds the writer's notes
+        data = json.dumps(read_header(source)).encode()
+    else:
+        data = source.read_bytes()
     for kind, pattern in SECRETS.items():
         for match in re.finditer(pattern, data):
             line = data.count(b"\n", 0, match.start()) + 1
@@ -345,11 +326,8 @@ def upload(sources: dict[str, Source], private: bool, revision: str | None, repo
         raise ValueError(
             f"{url.repo_id} has a .gitignore, which makes the Hub drop files from a commit: delete it there"
         )
-    report.removed = sorted(
-        name
-        for name in present - sources.keys()
-        if "/" not in name and any(fnmatch(name, pattern) for pattern in OWNED)
-    )
+    stale = (name for name in present - sources.keys() if "/" not in name)
+    report.removed = sorted(name for name in stale if any(fnmatch(name, pattern) for pattern in OWNED))
     # One commit, so that nobody loads half of a model; `upload_folder` may make several. It skips uploaded files and
     # checks the card's metadata first. With the parent given, it fails if somebody else pushed in the meantime.
     commit = api.create_commit(
@@ -363,34 +341,3 @@ def upload(sources: dict[str, Source], private: bool, revision: str | None, repo
         parent_commit=before.sha,
     )
     report.commit, report.changed = commit.oid, commit.oid != before.sha
-
-
-def is_of_the_connection(error: BaseException | None) -> bool:
-    """Whether a connection that failed, was lost or timed out caused an error."""
-    while error is not None and not isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
-@contextmanager
-def hub_errors(repo_id: str) -> Iterator[None]:
-    """Turn errors of the Hub into a ValueError that says what to do."""
-    try:
-        yield
-    except ValueError:
-        raise
-    except LocalTokenNotFoundError as error:
-        raise ValueError(f"{repo_id}: no token for the Hub was found: run `hf auth login`, or set HF_TOKEN") from error
-    except Exception as error:  # of many types: status codes, connections, xet
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        if status == 401:
-            reason = "the Hub does not know the token: run `hf auth login`, or set HF_TOKEN to one that can write"
-        elif status == 403:
-            reason = "the token may not write there: use one that can, or another repository"
-        elif status == 412:
-            reason = "the repository has changed meanwhile: look at its files and push again"
-        else:
-            causes = [str(cause).strip().partition("\n")[0].rstrip(".") for cause in (error, error.__cause__) if cause]
-            lost = "the Hub was not reached: " if is_of_the_connection(error) else ""
-            reason = f"{lost}{'; '.join(dict.fromkeys(causes))}. Run the same command to resume"
-        raise ValueError(f"{repo_id}: {reason}") from error
