@@ -16,6 +16,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from .routing_grinmoe import ROUTER_ESTIMATORS, TOP_1_ESTIMATORS
 
 MAX_INT = 2**63 - 1  # of torch
+POSITIVE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
+)  # fmt: skip
+NOT_NEGATIVE = ("router_jitter_noise", "router_aux_loss_coef", "initializer_range")
+SHARES = ("input_jitter_noise", "attention_dropout", "expert_dropout")
 NESTED_CONFIGS = ("decoder", "generator", "text_config", "text_encoder")  # those that `get_text_config` looks for
 
 
@@ -181,18 +187,52 @@ class GrinMoeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check_rope()
 
-    def _require(self, condition: bool, field: str, reason: str) -> None:
+    def _require(self, condition: bool, problem: str) -> None:
         if not condition:
-            raise ValueError(f"{type(self).__name__}: {field}={getattr(self, field)!r} {reason}")
+            raise ValueError(f"{type(self).__name__}: {problem}")
+
+    def _check_values(self) -> None:
+        """Raise ValueError for the first field whose value no model can be built from.
+
+        `@strict`'s `validate_` methods would run after the derived fields are set, and raise another error class.
+        """
+        for field in POSITIVE:
+            self._require(getattr(self, field) >= 1, f"{field}={getattr(self, field)} must be at least 1")
+        width, heads, key_value_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads or 1
+        top_k, names, estimator = self.num_experts_per_tok, self.architectures, self.router_estimator
+        is_list, window = isinstance(names, list), self.sliding_window
+        for field, is_right, reason in (
+            ("hidden_size", self.head_dim or width % heads == 0, f"must be divisible by num_attention_heads={heads}"),
+            ("hidden_size", self.head_dim or width // heads % 2 == 0, f"/ {heads} heads must be even for RoPE"),
+            ("head_dim", self.head_dim is None or (self.head_dim >= 2 and self.head_dim % 2 == 0), "must be even"),
+            ("num_attention_heads", heads % key_value_heads == 0,
+             f"must be divisible by num_key_value_heads={key_value_heads}"),
+            ("num_experts_per_tok", top_k <= self.num_local_experts,
+             f"must not exceed num_local_experts={self.num_local_experts}"),
+            ("num_experts_per_tok", top_k == 1 or estimator not in TOP_1_ESTIMATORS,
+             f"must be 1: router_estimator={estimator!r} is defined for a single choice"),
+            ("hidden_act", self.hidden_act in ACT2FN, f"is unknown; use one of {sorted(ACT2FN)}"),
+            ("sliding_window", window is None or window >= 1, "must be at least 1 or None"),
+            ("router_estimator", estimator in ROUTER_ESTIMATORS,
+             f"is unknown; use one of {sorted(ROUTER_ESTIMATORS)}"),
+            ("rms_norm_eps", self.rms_norm_eps > 0, "must be above 0"),
+            *((field, getattr(self, field) >= 0, "must not be negative") for field in NOT_NEGATIVE),
+            *((field, 0 <= getattr(self, field) < 1, "must be in [0, 1)") for field in SHARES),
+            ("architectures", names is None or (is_list and all(isinstance(name, str) for name in names)),
+             "must be a list of class names"),
+            ("output_hidden_states", isinstance(self.output_hidden_states, bool | None), "must be true or false"),
+            ("hidden_dropout", self.hidden_dropout == 0, "is not part of the model; only 0 is supported"),
+        ):  # fmt: skip
+            self._require(bool(is_right), f"{field}={getattr(self, field)!r} {reason}")
 
     def _check_rope(self) -> None:
         """Raise ValueError for RoPE settings (read by transformers, so after it) that the model does not have."""
-        rope = self.rope_parameters or {}
+        rope: dict[str, Any] = dict(self.rope_parameters or {})
         rope_type, theta = rope.get("rope_type", "default"), rope.get("rope_theta", self.default_theta)
         known = sorted({"default", *ROPE_INIT_FUNCTIONS})
-        self._require_rope(rope_type in known, f"rope_type={rope_type!r} is unknown; use one of {known}")
-        self._require_rope(rope.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor must be 1")
-        self._require_rope(is_positive(theta), f"rope_theta={theta!r} must be a number above 0")
+        self._require(rope_type in known, f"rope_parameters: rope_type={rope_type!r} is unknown; use one of {known}")
+        self._require(rope.get("partial_rotary_factor", 1) == 1, "rope_parameters: partial_rotary_factor must be 1")
+        self._require(is_positive(theta), f"rope_parameters: rope_theta={theta!r} must be a number above 0")
         if rope_type == "longrope":
             self._check_longrope()
         elif rope_type != "default":
@@ -207,87 +247,20 @@ class GrinMoeConfig(PreTrainedConfig):
         rope: dict[str, Any] = dict(self.rope_parameters or {})
         size = (self.head_dim or 0) // 2
         for field in ("short_factor", "long_factor"):
-            factors: Any = rope.get(field)
+            factors, name = rope.get(field), f"rope_parameters: longrope's {field}"
             is_list = isinstance(factors, list) and all(is_positive(factor) for factor in factors)
-            self._require_rope(is_list, f"longrope's {field} must be a list of numbers above 0")
-            self._require_rope(
-                len(factors) == size,
-                f"longrope's {field} has {len(factors)} numbers and must have {size}, half of head_dim={2 * size}",
-            )
+            self._require(is_list, f"{name} must be a list of numbers above 0")
+            needed = f"has {len(factors)} numbers and must have {size}, half of head_dim={2 * size}"
+            self._require(len(factors) == size, f"{name} {needed}")
         length = rope["original_max_position_embeddings"]
-        self._require_rope(
-            isinstance(length, int) and length >= 2, f"original_max_position_embeddings={length!r} must be at least 2"
-        )
+        is_length = isinstance(length, int) and length >= 2
+        self._require(is_length, f"rope_parameters: original_max_position_embeddings={length!r} must be at least 2")
         for field in ("short_mscale", "long_mscale", "factor", "attention_factor"):
-            if (value := rope.get(field)) is not None:
-                self._require_rope(is_positive(value), f"longrope's {field}={value!r} must be a number above 0")
-        self._require_rope(
-            (rope.get("short_mscale") is None) == (rope.get("long_mscale") is None),
-            "longrope has only one of short_mscale and long_mscale; give both or neither",
-        )
-
-    def _require_rope(self, condition: bool, problem: str) -> None:
-        # Not the whole field: LongRoPE's has a hundred numbers.
-        if not condition:
-            raise ValueError(f"{type(self).__name__}: rope_parameters: {problem}")
-
-    def _check_values(self) -> None:
-        """Raise ValueError for the first field whose value no model can be built from.
-
-        `@strict`'s `validate_` methods would run after the derived fields are set, and raise another error class.
-        """
-        require = self._require
-        for field in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "num_local_experts",
-            "num_experts_per_tok",
-            "max_position_embeddings",
-        ):
-            require(getattr(self, field) >= 1, field, "must be at least 1")
-        heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
-        if self.head_dim is None:
-            require(self.hidden_size % heads == 0, "hidden_size", f"must be divisible by num_attention_heads={heads}")
-            require(self.hidden_size // heads % 2 == 0, "hidden_size", f"/ {heads} heads must be even for RoPE")
-        else:
-            require(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "must be even, for RoPE")
-        require(
-            heads % key_value_heads == 0,
-            "num_attention_heads",
-            f"must be divisible by num_key_value_heads={key_value_heads}",
-        )
-        require(
-            self.num_experts_per_tok <= self.num_local_experts,
-            "num_experts_per_tok",
-            f"must not exceed num_local_experts={self.num_local_experts}",
-        )
-        require(self.hidden_act in ACT2FN, "hidden_act", f"is unknown; use one of {sorted(ACT2FN)}")
-        require(
-            self.sliding_window is None or self.sliding_window >= 1, "sliding_window", "must be at least 1 or None"
-        )
-        require(
-            self.router_estimator in ROUTER_ESTIMATORS,
-            "router_estimator",
-            f"is unknown; use one of {sorted(ROUTER_ESTIMATORS)}",
-        )
-        if self.router_estimator in TOP_1_ESTIMATORS:
-            reason = f"must be 1: router_estimator={self.router_estimator!r} is defined for a single choice"
-            require(self.num_experts_per_tok == 1, "num_experts_per_tok", reason)
-        require(self.rms_norm_eps > 0, "rms_norm_eps", "must be above 0")
-        for field in ("router_jitter_noise", "router_aux_loss_coef", "initializer_range"):
-            require(getattr(self, field) >= 0, field, "must not be negative")
-        for field in ("input_jitter_noise", "attention_dropout", "expert_dropout"):
-            require(0 <= getattr(self, field) < 1, field, "must be in [0, 1)")
-        names = self.architectures
-        is_names = names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))
-        require(is_names, "architectures", "must be a list of class names")
-        is_flag = self.output_hidden_states is None or isinstance(self.output_hidden_states, bool)
-        require(is_flag, "output_hidden_states", "must be true or false")
-        require(self.hidden_dropout == 0, "hidden_dropout", "is not part of the model; only 0 is supported")
+            value = rope.get(field)
+            is_right = value is None or is_positive(value)
+            self._require(is_right, f"rope_parameters: longrope's {field}={value!r} must be a number above 0")
+        is_pair = (rope.get("short_mscale") is None) == (rope.get("long_mscale") is None)
+        self._require(is_pair, "rope_parameters: longrope has only one of short_mscale and long_mscale; give both")
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, without an `auto_map` that is empty."""

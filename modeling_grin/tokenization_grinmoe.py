@@ -15,23 +15,12 @@ END_OF_TURN = "<|end|>"
 # the white space that follows them: "<|end|>\n" is one token.
 SPECIAL_TOKENS = tuple(
     AddedToken(name, normalized=False, special=name != "</s>", rstrip=name not in ("<unk>", "<s>", "<|endoftext|>"))
-    for name in [
-        "<unk>",
-        "<s>",
-        "</s>",
-        "<|endoftext|>",
-        "<|assistant|>",
-        "<|placeholder1|>",
-        "<|placeholder2|>",
-        "<|placeholder3|>",
-        "<|placeholder4|>",
-        "<|system|>",
-        "<|end|>",
-        "<|placeholder5|>",
-        "<|placeholder6|>",
+    for name in (
+        "<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|placeholder2|>",
+        "<|placeholder3|>", "<|placeholder4|>", "<|system|>", "<|end|>", "<|placeholder5|>", "<|placeholder6|>",
         "<|user|>",
-    ]
-)
+    )
+)  # fmt: skip
 
 # The released template, to recognise it: it renders the right text, but does not mark what the assistant said.
 RELEASED_CHAT_TEMPLATE = (
@@ -185,20 +174,13 @@ class GrinMoeTokenizer(TokenizersBackend):
         new_special_tokens: Sequence[str | AddedToken] | None = None,
         special_tokens_map: dict[str, str] | None = None,
     ) -> Self:
-        """As `train_from_iterator`, with this tokenizer's added tokens (in this order), chat template and settings.
+        """As `train_from_iterator`, with this tokenizer's added tokens, then `new_special_tokens`, and its settings.
 
-        The method overridden here would keep the release's byte fallback without the bytes to fall back to, so that
-        characters it has not seen become `<unk>`, and would put `</s>` beyond `vocab_size`.
-
-        Args:
-            text_iterator: texts, or batches of texts.
-            vocab_size: the size to reach, special tokens included.
-            length: of no effect, since no progress bar is drawn.
-            new_special_tokens: tokens to add after this tokenizer's own.
-            special_tokens_map: refused.
+        transformers' own method would keep the release's byte fallback without the bytes to fall back to. `length` is
+        for its progress bar, and `special_tokens_map` is refused: the chat relies on the tokens' names.
 
         Raises:
-            ValueError: if `vocab_size` is too small, or `special_tokens_map` would rename what the chat relies on.
+            ValueError: if `vocab_size` is too small, or there is a `special_tokens_map`.
         """
         if special_tokens_map:
             raise ValueError("special_tokens_map is not supported: the chat template relies on the tokens' names.")
