@@ -40,8 +40,8 @@ SHARD_SIZE = re.compile(r"[1-9]\d*(\.\d+)?([KMGT]B)?")
 CALIBRATION_ROW = 2048  # tokens of a text in one forward pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Files that are copied from beside the weights. Remote code is left: the release's no longer imports.
-CARRIED = (
+# Files that are copied from beside the weights. Remote code is skipped: the release's no longer imports.
+COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -156,7 +156,7 @@ class Report:
     Args:
         parameters, nbytes: of the weights that were written.
         difference: of the logits before and after, relative to the largest; None if they were not computed.
-        carried, left: files of the source that were copied and not copied, weights and config aside.
+        copied, skipped: files of the source that were copied and not copied, weights and config aside.
         notes: what a user should know, in sentences.
     """
 
@@ -168,8 +168,8 @@ class Report:
     nbytes: int = 0
     seconds: float = 0.0
     difference: float | None = None
-    carried: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -215,7 +215,7 @@ def check_settings(folder: Path) -> None:
     for path in sorted(folder.glob("*.json")):
         if path.name == GENERATION_CONFIG_FILE:
             read_generation_config(path)
-        elif path.name in CARRIED and path.name != "tokenizer.json":  # which may be large, and only `tokenizers` reads
+        elif path.name in COMPANIONS and path.name != "tokenizer.json":  # large perhaps; only `tokenizers` reads it
             read_json(path, MAX_INDEX_BYTES)
 
 
@@ -238,7 +238,7 @@ def change_experts(checkpoint: Checkpoint, request: Request, report: Report) -> 
         raise ConversionError(
             f"of {present} experts the {wanted} most used on a text are kept: give --calibration FILE, and no --top-k"
         )
-    load = verify.measure_load(verify.load_model(checkpoint), calibration_rows(checkpoint, request.calibration))
+    load = verify.calibrate(verify.load_model(checkpoint), calibration_rows(checkpoint, request.calibration)).load
     kept = load.topk(min(wanted, present), dim=1).values.sum(dim=1)
     report.notes.append(f"the experts that are kept had {kept.min():.1%} to {kept.max():.1%} of a layer's load")
     return prune(checkpoint, load, wanted)
@@ -282,7 +282,7 @@ def write_folder(checkpoint: Checkpoint, request: Request, folder: Path, progres
         report.notes += phimoe_notes(checkpoint.config)
     folder.mkdir(exist_ok=True)
     write_whole(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    carry_files(checkpoint, request, folder, report)  # first, because these files may be found wrong
+    copy_companions(checkpoint, request, folder, report)  # first, because these files may be found wrong
     check_space(folder, report.nbytes)
     write_safetensors(made, folder, request.max_shard_size or MAX_SHARD_SIZE, progress)
 
@@ -291,13 +291,12 @@ def write_gguf(checkpoint: Checkpoint, request: Request, path: Path, progress: P
     """Write a GGUF file for llama.cpp, with the tokenizer in it."""
     try:
         from .gguf_export import export_gguf
-        from .gguf_simulate import calibrate
     except ImportError as error:
         raise ConversionError("writing GGUF needs the gguf package: pip install 'grin-moe[gguf]'") from error
 
     measured = None
     if request.calibration is not None:
-        measured = calibrate(verify.load_model(checkpoint), calibration_rows(checkpoint, request.calibration))
+        measured = verify.calibrate(verify.load_model(checkpoint), calibration_rows(checkpoint, request.calibration))
     file_type = request.dtype or "f16"
     written = export_gguf(checkpoint, path, file_type=file_type, calibration=measured, progress=progress)
     report.nbytes = path.stat().st_size
@@ -319,18 +318,18 @@ def config_for(checkpoint: Checkpoint, to: str, dtype: torch.dtype | None) -> di
     return {**json.loads(config.to_json_string(use_diff=False)), "architectures": [model_class.__name__]}
 
 
-def carry_files(checkpoint: Checkpoint, request: Request, folder: Path, report: Report) -> None:
+def copy_companions(checkpoint: Checkpoint, request: Request, folder: Path, report: Report) -> None:
     """Copy the files beside the weights."""
     converted = {tensor.path.name for tensor in checkpoint.tensors.values() if tensor.path is not None}
     converted |= {CONFIG_FILE, INDEX_FILE}
-    carried, left = set(), set()
+    copied, skipped = set(), set()
     for path in (path for companion in request.companion_folders for path in companion.iterdir()):
-        if path.is_file() and any(path.match(pattern) for pattern in CARRIED):
+        if path.is_file() and any(path.match(pattern) for pattern in COMPANIONS):
             shutil.copyfile(path, folder / path.name)
-            carried.add(path.name)
+            copied.add(path.name)
         elif path.name not in converted:
-            left.add(path.name)
-    report.carried, report.left = sorted(carried), sorted(left)
+            skipped.add(path.name)
+    report.copied, report.skipped = sorted(copied), sorted(skipped)
     settings = folder / "tokenizer_config.json"
     if request.to == "phimoe" and settings.is_file():
         # Stock transformers does not know ours, and the release's LlamaTokenizer is not what its tokenizer.json says.
@@ -343,11 +342,11 @@ def compare_logits(checkpoint: Checkpoint, request: Request, result: Path, repor
     """Return the relative difference between the logits of source and result; raise ConversionError if it is large."""
     input_ids = verify.random_tokens(checkpoint.config)
     if request.to == "gguf":
-        from .gguf_simulate import calibrate, compare_gguf
+        from .gguf_simulate import compare_gguf
 
         difference = compare_gguf(checkpoint, result, input_ids, is_exact=request.dtype == "f32")
         if request.calibration is None:
-            rate = calibrate(verify.load_model(checkpoint), list(input_ids)).near_tie_rate
+            rate = verify.calibrate(verify.load_model(checkpoint), list(input_ids)).near_tie_rate
             report.notes.append(f"near-ties on random tokens, because no text was given: {rate:.2%} of (token, layer)")
         return difference
     dtype = request.torch_dtype or checkpoint.dtype

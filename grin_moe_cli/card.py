@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,19 +32,11 @@ def card(
 
     Example: grin-moe card output/sft_tiny --repo-id me/grin-tiny --license mit --language en
     """
+    options: dict[str, Any] = dict(locals())
     from modeling_grin.publishing.card import write_card
 
-    written = write_card(
-        folder,
-        run=run,
-        evaluation=evaluation,
-        base_evaluation=base_evaluation,
-        repo_id=repo_id,
-        base_model=base_model,
-        license=license,
-        language=language or [],
-        force=force,
-    )
+    del options["as_json"]
+    written = write_card(**options | {"language": language or []})
     if as_json:
         print(json.dumps(vars(written), indent=2))
         return

@@ -97,10 +97,10 @@ def convert(
         unchecked = "not compared (--check does)"
         same = unchecked if report.difference is None else f"differ by {report.difference:.2g} of the largest"
         table.add_row("logits", same)
-    if report.carried:
-        table.add_row("carried", escape(", ".join(report.carried)))
-    if report.left:
-        table.add_row("left", escape(", ".join(report.left)))
+    if report.copied:
+        table.add_row("copied", escape(", ".join(report.copied)))
+    if report.skipped:
+        table.add_row("skipped", escape(", ".join(report.skipped)))
     for note in report.notes:
         table.add_row("note", escape(note))
     console.print(table)

@@ -41,16 +41,8 @@ def push(
                 checking.close()  # the Hub's client draws the bars of the upload
 
         try:
-            report = pushing.push(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                card=not no_card,
-                include=include or [],
-                dry_run=dry_run,
-                progress=progress,
-            )
+            report = pushing.push(folder, repo_id, private=private, revision=revision, card=not no_card,
+                                  include=include or [], dry_run=dry_run, progress=progress)  # fmt: skip
         except KeyboardInterrupt:
             errors.print("interrupted: run the same command to resume")
             raise
@@ -63,8 +55,8 @@ def push(
         table.add_column(justify="right", no_wrap=True)
         for name, nbytes in report.files.items():
             table.add_row("file", escape(name), decimal(nbytes))
-        for name in report.left:
-            table.add_row("left", escape(name))
+        for name in report.skipped:
+            table.add_row("skipped", escape(name))
         for name in report.removed:
             table.add_row("removed", escape(name))
         for note in report.notes:

@@ -7,17 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from .terminal import console, errors, escape
 
@@ -32,25 +23,10 @@ MODELS, COUNTING, REPORT = "Models", "Counting", "Report"
 VIEWED_TOKENS = 200  # of each set, in the report's token-level view
 SEQUENCE = 1024  # where the model has positions for it
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+           TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn())  # fmt: skip
 
 Batches = Iterator[Mapping[str, "torch.Tensor"]]
-
-
-class TokensColumn(ProgressColumn):
-    """Tokens done, and tokens per second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.completed / task.elapsed if task.elapsed else 0
-        return Text(f"{task.completed:,.0f} tokens, {speed:,.0f}/s", style="progress.data.speed")
-
-
-@contextmanager
-def counting(quiet: bool) -> Iterator[Progress]:
-    """Show progress bars of tokens, one for each set."""
-    name, done = TextColumn("{task.description}"), TaskProgressColumn()
-    columns = (name, BarColumn(), done, TokensColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, disable=quiet) as progress:
-        yield progress
 
 
 def tracked(batches: Batches, progress: Progress, name: str, max_tokens: int) -> Batches:
@@ -63,7 +39,7 @@ def tracked(batches: Batches, progress: Progress, name: str, max_tokens: int) ->
 
 
 @contextmanager
-def errors_about(name: str) -> Iterator[None]:
+def prefix_errors(name: str) -> Iterator[None]:
     """Name the checkpoint in errors of loading it, in one line."""
     try:
         yield
@@ -77,7 +53,7 @@ def load_model(name: str, dtype: str) -> "GrinMoeForCausalLM":
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype}")
-    with errors_about(name):
+    with prefix_errors(name):
         return GrinMoeForCausalLM.from_pretrained(name, dtype=dtype, device_map="auto")
 
 
@@ -96,7 +72,7 @@ def parse_data(data: list[str]) -> dict[str, str]:
     return sets
 
 
-def shown(name: str) -> str:
+def display_name(name: str) -> str:
     """The name of a model or of texts in the report: an absolute path loses its folders."""
     return Path(name).name if Path(name).is_absolute() else name
 
@@ -154,7 +130,7 @@ def routing(
     if order not in ORDERS:
         raise ValueError(f"--order must be {' or '.join(ORDERS)}; got {order}")
     names = [model] if against is None else [model, against]
-    with errors_about(model):
+    with prefix_errors(model):
         tokenizer = AutoTokenizer.from_pretrained(model)
     models = [load_model(name, dtype) for name in names]
     context = min(loaded.config.max_position_embeddings for loaded in models)
@@ -162,12 +138,12 @@ def routing(
         raise ValueError(f"--sequence must be at most {context}, the model's context; got {sequence}")
     length = sequence or min(SEQUENCE, context)
 
-    sources = {name: shown(path) for name, path in sets.items()}
-    titles = [shown(name) for name in names]
+    sources = {name: display_name(path) for name, path in sets.items()}
+    titles = [display_name(name) for name in names]
     if len({*titles}) < len(names):
         titles = names  # they differ only in their folders
     study = RoutingStudy(titles[0], {}, sources=sources, against=None if against is None else titles[1], order=order)
-    with counting(as_json) as progress:
+    with Progress(*COLUMNS, console=errors, disable=as_json) as progress:
         for name, path in sets.items():
             rows = token_rows(path, tokenizer, length, max_tokens)
             batches = tracked(batched(rows, batch_size), progress, name, max_tokens)
@@ -191,13 +167,8 @@ def routing(
     for column in ("tokens", "near-ties", "router entropy", "balance loss", "busiest expert"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, row in summary["sets"].items():
-        table.add_row(
-            escape(name),
-            f"{row['tokens']:,}",
-            f"{row['near_tie_rate']:.2%}",
-            f"{row['router_entropy']:.3f}",
-            f"{row['balance_loss']:.3f}",
-            f"{row['load_max_worst']:.2f} x",
-        )
+        figures = (f"{row['tokens']:,}", f"{row['near_tie_rate']:.2%}", f"{row['router_entropy']:.3f}",
+                   f"{row['balance_loss']:.3f}", f"{row['load_max_worst']:.2f} x")  # fmt: skip
+        table.add_row(escape(name), *figures)
     console.print(table)
     console.print(f"wrote {escape(output_dir / 'report.html')}, with pictures and tables beside it", highlight=False)

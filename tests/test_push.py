@@ -444,7 +444,7 @@ def test_a_dry_run_contacts_nobody(hub, pushed, capsys):
     arguments = ("push", pushed, "me/tiny", "--include", "notes.txt", "--dry-run")
     assert command(*arguments, "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["left"] == [
+    assert report["skipped"] == [
         ".env", "checkpoint-5/", "figures/draft.txt", "model-00001-of-00002.safetensors", "old_grinmoe.py",
         "optimizer.pt", "runs/", "trainer_state.json", "training_args.bin",
     ]  # fmt: skip
@@ -458,7 +458,7 @@ def test_a_dry_run_contacts_nobody(hub, pushed, capsys):
     (pushed / "README.txt").rename(pushed / "README.md")
     shown = capsys.readouterr().out
     assert re.search(r"file +tokenizer\.json +[\d.]+ kB", shown)
-    assert re.search(r"left +checkpoint-5/", shown)
+    assert re.search(r"skipped +checkpoint-5/", shown)
     assert "grin-moe card" in shown
     assert "nothing was sent" in shown
     assert len(hub.requests) == requests
@@ -561,7 +561,7 @@ def test_what_a_card_lacks_is_noted(model, capsys):
 
 def test_without_a_card(hub, clean):
     report = push(clean, "me/cardless", card=False)
-    assert report.left == ["README.md", "figures/"]
+    assert report.skipped == ["README.md", "figures/"]
     assert not {"README.md", "figures/loss.png"} & hub.content("me/cardless").keys()
 
 

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from conversion import open_checkpoint
-from conversion.conversion import CARRIED, check_settings, config_for
+from conversion.conversion import COMPANIONS, check_settings, config_for
 from conversion.forms import model_class_of
 from conversion.headers import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, read_json
 from conversion.inspection import describe, verify_tensors
@@ -35,7 +35,7 @@ WEIGHTS, CODE = "model*.safetensors", "*_grinmoe.py"
 # Remote files of these names that are absent from the upload are deleted: transformers would load stale shards, or the
 # base model of an old adapter.
 ADAPTER = (ADAPTER_CONFIG_FILE, "adapter_model.*")
-OWNED = (*(name for name in CARRIED if name[0].islower()), CONFIG_FILE, INDEX_FILE, WEIGHTS, *ADAPTER, CODE)
+OWNED = (*(name for name in COMPANIONS if name[0].islower()), CONFIG_FILE, INDEX_FILE, WEIGHTS, *ADAPTER, CODE)
 PICTURES = ("figures/*.png", "figures/*.jpg", "figures/*.jpeg", "figures/*.gif", "figures/*.webp", "figures/*.svg")
 MACHINE_PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # settings of a tokenizer
 UNFINISHED = (f"{PART}*", "*.part", "*.partial", "*.tmp", "*.incomplete")  # names of files that are being written
@@ -64,7 +64,7 @@ class Push:
     Args:
         repo_id: `OWNER/NAME`; if only a name was given, the upload adds the owner.
         files: contents of the repository after the push: name -> bytes.
-        left: entries of the folder that are not sent.
+        skipped: entries of the folder that are not sent.
         problems: sentences that say why the push is refused.
         notes: gaps in the card, which do not stop the push.
         removed: files of an earlier push that this one deletes.
@@ -75,7 +75,7 @@ class Push:
     folder: str
     repo_id: str
     files: dict[str, int] = field(default_factory=dict)
-    left: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
@@ -145,7 +145,7 @@ def gather(
     for part in (
         lambda: weights_and_config(folder, problems, progress),
         lambda: tokenizer_files(folder),
-        lambda: carried_files(folder),
+        lambda: companion_files(folder),
         lambda: card_files(folder, report.notes) if card else {},
         lambda: find_files(folder, include),
     ):
@@ -161,7 +161,7 @@ def gather(
         name: len(source) if isinstance(source, bytes) else source.stat().st_size
         for name, source in sorted(sources.items())
     }
-    report.left = left_out(folder, sources)
+    report.skipped = skipped_entries(folder, sources)
     for path in (folder.resolve(), *folder.iterdir()):
         if any(fnmatch(path.name, pattern) for pattern in UNFINISHED):
             problems.append(f"{path} is still being written: let its writer end, or delete it")
@@ -240,7 +240,7 @@ def tokenizer_files(folder: Path) -> dict[str, Source]:
     return {TOKENIZER_FILE: folder / TOKENIZER_FILE, TOKENIZER_CONFIG_FILE: as_json(settings)}
 
 
-def carried_files(folder: Path) -> dict[str, Source]:
+def companion_files(folder: Path) -> dict[str, Source]:
     """The other small files of a checkpoint, such as generation settings and licence.
 
     Raises:
@@ -248,7 +248,7 @@ def carried_files(folder: Path) -> dict[str, Source]:
     """
     check_settings(folder)
     made = {CARD_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE}
-    return find_files(folder, [pattern for pattern in CARRIED if pattern not in made])
+    return find_files(folder, [pattern for pattern in COMPANIONS if pattern not in made])
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> dict[str, Source]:
@@ -284,7 +284,7 @@ def card_files(folder: Path, notes: list[str]) -> dict[str, Source]:
     return find_files(folder, [CARD_FILE, *PICTURES])
 
 
-def left_out(folder: Path, sources: dict[str, Source]) -> list[str]:
+def skipped_entries(folder: Path, sources: dict[str, Source]) -> list[str]:
     """Entries of the folder that are not sent. A folder of which nothing is sent is one entry."""
     left = []
     for entry in sorted(folder.iterdir()):
