@@ -71,7 +71,7 @@ def merge_adapter(adapter: Path, checkpoint: Checkpoint, dtype: torch.dtype | No
     if any(".block_sparse_moe.experts.0." in name for name in found):
         config._experts_implementation = LINEAR_EXPERTS
     with torch.device("meta"):
-        skeleton = model_class_of(checkpoint.tensors)._from_config(config)
+        skeleton = model_class_of(checkpoint.tensors)(config)
     try:
         check_patterns(adapter_config, adaptable_names(skeleton), adapter / ADAPTER_CONFIG_FILE)
     except ValueError as error:

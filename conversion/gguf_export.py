@@ -20,7 +20,6 @@ context ends there.
 Shapes: V vocab_size, H hidden_size, F intermediate_size, E num_local_experts, K num_experts_per_tok.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from modeling_grin import GrinMoeConfig
 from .checkpoint import Checkpoint
 from .gguf_vocabulary import add_vocabulary
 from .tensors import ConversionError, StoredTensor
+from .verify import Calibration
 from .writing import Progress, check_space
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHIMOE]
@@ -77,15 +77,6 @@ WITHOUT_BIAS = {
 }
 # The dimension of a weight, or the first of a bias, that runs along the hidden states it adds to.
 CENTRED = {MODEL_TENSOR.TOKEN_EMBD: 1, MODEL_TENSOR.ATTN_OUT: 0, MODEL_TENSOR.FFN_DOWN_EXP: 0}
-
-
-class Calibration(NamedTuple):
-    """Measurements of a model's routers on a text."""
-
-    router_std: list[float]
-    """Per layer: the standard deviation of a token's router logits about their mean."""
-    near_tie_rate: float
-    """The share of (token, layer) at which MaskedSoftmax keeps more than one expert, in any of the K choices."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +213,7 @@ class Part:
             yield np.ascontiguousarray(data).view(np.uint8).reshape(-1).data
 
 
-def places(config: GrinMoeConfig) -> Iterator[Place]:
+def list_places(config: GrinMoeConfig) -> Iterator[Place]:
     """Yield all tensors of a file, in its order."""
     around = [kind for kind, module in MODULES.items() if "{n}" not in module]
     inside = [kind for kind, module in MODULES.items() if "{n}" in module]
@@ -236,30 +227,20 @@ def places(config: GrinMoeConfig) -> Iterator[Place]:
 
 def check_representable(config: GrinMoeConfig) -> None:
     """Raise ConversionError for the first field whose value llama.cpp's graph cannot represent."""
-
-    def require(condition: bool, field: str, reason: str) -> None:
-        if not condition:
+    heads, estimator = f"{config.hidden_size} / {config.num_attention_heads}", config.router_estimator
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    is_unnormalised = estimator == "dense" or (estimator == "gshard" and config.num_experts_per_tok == 1)
+    for field, is_other, reason in (
+        ("head_dim", config.head_dim != config.hidden_size / config.num_attention_heads,
+         f"has heads of hidden_size / num_attention_heads = {heads}"),
+        ("hidden_act", config.hidden_act != "silu", "has silu in this architecture"),
+        ("rope_parameters", rope_type != "default", "is only proven equal for rope_type='default'"),
+        ("moe_output_scale", config.moe_output_scale, "has no scale of the mixture's output"),
+        ("num_local_experts", config.num_local_experts > MAX_EXPERTS, f"has at most {MAX_EXPERTS}"),
+        ("router_estimator", is_unnormalised, "normalises the experts' weights, which this one does not"),
+    ):  # fmt: skip
+        if is_other:
             raise ConversionError(f"{field}={getattr(config, field)!r} cannot be exported to GGUF: llama.cpp {reason}")
-
-    require(
-        config.head_dim == config.hidden_size / config.num_attention_heads,
-        "head_dim",
-        f"has heads of hidden_size / num_attention_heads = {config.hidden_size} / {config.num_attention_heads}",
-    )
-    require(config.hidden_act == "silu", "hidden_act", "has silu in this architecture")
-    require(
-        (config.rope_parameters or {}).get("rope_type", "default") == "default",
-        "rope_parameters",
-        "is only proven equal for rope_type='default'",
-    )
-    require(not config.moe_output_scale, "moe_output_scale", "has no scale of the mixture's output")
-    require(config.num_local_experts <= MAX_EXPERTS, "num_local_experts", f"has at most {MAX_EXPERTS}")
-    normalised = config.router_estimator != "gshard" or config.num_experts_per_tok > 1
-    require(
-        config.router_estimator != "dense" and normalised,
-        "router_estimator",
-        "normalises the experts' weights, which this one does not",
-    )
 
 
 def context_length(config: GrinMoeConfig) -> int:
@@ -322,7 +303,7 @@ def find_sources(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     config, sources = checkpoint.config, dict(checkpoint.tensors)
     if config.tie_word_embeddings:
         sources["lm_head.weight"] = sources["model.embed_tokens.weight"]
-    wanted = [name for place in places(config) for name in place.sources]
+    wanted = [name for place in list_places(config) for name in place.sources]
     for name in wanted:
         weight = name.removesuffix("bias") + "weight"
         if name.endswith(".bias") and name not in sources and weight in sources:
@@ -339,7 +320,7 @@ def find_sources(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
 def plan(
     config: GrinMoeConfig, sources: Mapping[str, StoredTensor], router_shifts: Sequence[int], file_type: str
 ) -> Iterator[Target]:
-    for place in places(config):
+    for place in list_places(config):
         tensors = [sources[name] for name in place.sources]
         shape = tensors[0].shape
         kind = choose_type(place, shape[-1], file_type)
@@ -384,8 +365,7 @@ def export_gguf(
     """Write a checkpoint as one GGUF file for llama.cpp; a few chunks are in memory at a time.
 
     Args:
-        path: a temporary name. On failure it is left with a journal beside it, from which a call with the same
-            arguments continues.
+        path: a temporary name, where a failure leaves a file that does not load.
         file_type: a key of `FILE_TYPES`.
         calibration: from `calibrate`, for the routers' k and the report; by default k is chosen from the weights.
         progress: called with the bytes that have been written since the last call, and with those in all.
@@ -409,15 +389,12 @@ def export_gguf(
     targets = list(plan(config, sources, router_shifts, file_type))
     parts = [Part(target, source) for target in targets for source in target.sources]
     notes: list[str] = []
-    head = path.with_name(f"{path.name}.head")
-    write_header(head, checkpoint, targets, file_type, notes)
-    header = head.read_bytes()
-    head.unlink()
+    write_header(path, checkpoint, targets, file_type, notes)
     wanted = GGMLQuantizationType[file_type.upper()]
     unfit = [target.place.name for target in targets if target.type not in (wanted, GGMLQuantizationType.F32)]
     if unfit:
         notes.append(f"stored as F16, because rows are not a multiple of {wanted.name}'s blocks: {', '.join(unfit)}")
-    write_tensors(path, header, parts, progress)
+    write_tensors(path, parts, progress)
     return GgufReport(
         file_type=file_type,
         context_length=context_length(config),
@@ -449,41 +426,15 @@ def write_header(
         writer.close()
 
 
-def write_tensors(path: Path, header: bytes, parts: Sequence[Part], progress: Progress) -> None:
-    """Write header and parts, except those that an interrupted run has noted in the journal beside `path`."""
-    journal = path.with_name(f"{path.name}.journal")
-    done = read_journal(journal) if path.exists() else []
+def write_tensors(path: Path, parts: Sequence[Part], progress: Progress) -> None:
+    """Write parts behind the header; every tensor begins at a multiple of the alignment."""
     total = sum(part.nbytes for part in parts)
     check_space(path, total)
-    position = len(header)
-    with path.open("r+b" if path.exists() else "wb") as file, journal.open("a", buffering=1) as notes:
-        file.write(header)
-        for number, part in enumerate(parts):
-            if number == 0 or part.target is not parts[number - 1].target:
-                position = gguf.GGUFWriter.ggml_pad(position, gguf.GGUF_DEFAULT_ALIGNMENT)
-            if number < len(done):
-                part.squares = done[number]
-                progress(part.nbytes, total)
-            else:
-                file.seek(position)
-                for data in part.data():
-                    file.write(data)
-                    progress(len(data), total)
-                file.flush()  # before the journal says so
-                notes.write(f"{json.dumps(part.squares)}\n")
-            position += part.nbytes
-        file.truncate(gguf.GGUFWriter.ggml_pad(position, gguf.GGUF_DEFAULT_ALIGNMENT))
-    journal.unlink()
-
-
-def read_journal(path: Path) -> list[tuple[float, float]]:
-    """Return the sums of squares of each complete part; the last line may be cut off."""
-    done: list[tuple[float, float]] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break
-            error, whole = json.loads(line)
-            done.append((error, whole))
-        path.write_text("".join(f"{json.dumps(squares)}\n" for squares in done), encoding="utf-8")
-    return done
+    with path.open("ab") as file:
+        for part, before in zip(parts, [None, *parts], strict=False):
+            if before is None or before.target is not part.target:
+                file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+            for data in part.data():
+                file.write(data)
+                progress(len(data), total)
+        file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))

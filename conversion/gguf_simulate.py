@@ -1,6 +1,5 @@
-"""Compute in torch what llama.cpp computes from a GGUF file, to check and to calibrate an export."""
+"""Compute in torch what llama.cpp computes from a GGUF file, to check an export."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +8,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, route
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 
 from . import verify
 from .checkpoint import Checkpoint
-from .gguf_export import ARCHITECTURE, MODULES, Calibration, context_length, export_gguf, places
+from .gguf_export import ARCHITECTURE, MODULES, context_length, export_gguf, list_places
 from .tensors import ConversionError
 
 TOLERANCE = 1e-5  # of weights in float32
 ROUTER_SHIFT = 20  # see `load_gguf`
-
-
-@torch.inference_mode()
-def calibrate(model: GrinMoeForCausalLM, rows: Sequence[torch.Tensor]) -> Calibration:
-    """Measure a model's routing on rows of token ids. Near-ties whose weight rounds to 1 do not count."""
-    config = model.config
-    squares, near_ties = torch.zeros(config.num_hidden_layers, dtype=torch.float64), 0.0
-    num_tokens = sum(map(len, rows))
-    for row in rows:
-        output = model.eval().get_decoder()(row[None], output_router_logits=True, use_cache=False)
-        for layer, logits in enumerate(output.router_logits):
-            logits = logits.double()
-            squares[layer] += (logits - logits.mean(dim=-1, keepdim=True)).square().mean(dim=-1).sum()
-            if config.router_estimator != "gshard":  # which has no keep set
-                routing = route(
-                    logits,
-                    config.num_experts_per_tok,
-                    config.router_jitter_noise,
-                    estimator=config.router_estimator,
-                    training=False,
-                )
-                near_ties += (routing.weights < 1).any(dim=-1).sum().item()
-    return Calibration((squares / num_tokens).sqrt().tolist(), near_ties / num_tokens / config.num_hidden_layers)
 
 
 class RmsNorm(nn.LayerNorm):
@@ -91,7 +67,7 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.float32, *, router_shift: i
     )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     state: dict[str, torch.Tensor] = {}
-    for place in places(config):
+    for place in list_places(config):
         tensor = tensors[place.name]
         values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type))).to(dtype)
         parts = values if "{e}" in MODULES[place.kind] else [values]
@@ -131,6 +107,6 @@ def compare_gguf(checkpoint: Checkpoint, path: Path, input_ids: torch.Tensor, *,
     before = verify.compute(model, input_ids)
     after = verify.compute(load_gguf(path, verify.DTYPE, router_shift=shift), input_ids)
     # Centring takes the mean out of the residual stream, as every norm does anyway.
-    residual = [name for name in before if name not in ("norm", "logits")]
+    *residual, _, _ = before
     before |= {name: before[name] - before[name].mean(dim=-1, keepdim=True) for name in residual}
     return verify.compare(before, after, TOLERANCE if is_exact else torch.inf)

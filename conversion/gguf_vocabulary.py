@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from tokenizers import Tokenizer
 
 from modeling_grin import GrinMoeTokenizer
 from modeling_grin.tokenization_grinmoe import CHAT_TEMPLATE, END_OF_TURN, RELEASED_CHAT_TEMPLATE
@@ -106,26 +105,6 @@ def read_tokenizer(folder: Path) -> tuple[GrinMoeTokenizer, dict[str, Any]]:
     return tokenizer, json.loads(tokenizer.backend_tokenizer.to_str())
 
 
-def check_ids(path: Path, tokenizer: GrinMoeTokenizer, vocab_size: int) -> None:
-    """Raise ConversionError for a token without an embedding; say whether the file or our class added it."""
-    in_file = Tokenizer.from_file(str(path)).get_vocab()
-    token, token_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if token_id < vocab_size:
-        return
-    if token in in_file:
-        raise ConversionError(
-            f"{path} has the token id {token_id} ({token!r}), the model only vocab_size={vocab_size} embeddings; "
-            "resize them"
-        )
-    roles = [role for role, name in tokenizer.special_tokens_map.items() if str(name) == token]
-    setting = roles[0] if roles else "extra_special_tokens"
-    raise ConversionError(
-        f"{path} has no token {token!r}: GrinMoeTokenizer has added it as {setting}, with the id {token_id}, and the "
-        f"model has only vocab_size={vocab_size} embeddings; set {setting} in tokenizer_config.json to a token of "
-        "tokenizer.json"
-    )
-
-
 def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tuple[str, list[str]]:
     """Add the folder's tokenizer, its special tokens and its chat template to a file's metadata.
 
@@ -142,10 +121,14 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tu
         writer.add_tokenizer_model("no_vocab")
         return "", [f"no tokenizer.json in {folder}: the file has no vocabulary"]
     tokenizer, parts = read_tokenizer(folder)
-    vocabulary = tokenizer.get_vocab()
-    check_ids(folder / "tokenizer.json", tokenizer, vocab_size)
     tokens: list[str | None] = [None] * vocab_size
-    for token, token_id in vocabulary.items():
+    for token, token_id in tokenizer.get_vocab().items():
+        if token_id >= vocab_size:
+            raise ConversionError(
+                f"{folder / 'tokenizer.json'} gives the token id {token_id} ({token!r}), the model has only "
+                f"vocab_size={vocab_size} embeddings: resize them, or, if GrinMoeTokenizer has added this token, name "
+                "another as its bos, eos, unk or pad token in tokenizer_config.json"
+            )
         tokens[token_id] = token
 
     model = parts["model"]

@@ -2,12 +2,12 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
 from transformers import PhimoeForCausalLM, PhimoeForSequenceClassification, PhimoeModel, PreTrainedModel
 from transformers.utils import logging
 
@@ -30,7 +30,7 @@ STOCK_CLASSES: dict[type, type[PreTrainedModel]] = {
 }
 
 Layers = dict[str, torch.Tensor]
-"""Module -> its output, in the order in which the model computes, the logits last."""
+"""Module -> its output: embeddings, layers (of the last one the norm's), logits."""
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> GrinMoePreTrainedModel:
@@ -48,40 +48,36 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Grin
     return model.eval()
 
 
+class Calibration(NamedTuple):
+    """Measurements of a model's routers on a text."""
+
+    router_std: list[float]
+    """Per layer: the standard deviation of a token's router logits about their mean."""
+    near_tie_rate: float
+    """The share of (token, layer) at which MaskedSoftmax keeps more than one expert, in any of the K choices."""
+    load: torch.Tensor
+    """Each expert's share of its layer's choices, `[layers, experts]`."""
+
+
 @torch.inference_mode()
-def measure_load(model: GrinMoePreTrainedModel, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return each expert's share of its layer's choices on rows of token ids, `[layers, experts]`."""
-    config = model.config
-    counts = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.float64)
+def calibrate(model: GrinMoePreTrainedModel, rows: Sequence[torch.Tensor]) -> Calibration:
+    """Measure a model's routing on rows of token ids. Near-ties whose weight rounds to 1 do not count."""
+    config, num_tokens = model.eval().config, sum(map(len, rows))
+    layers, experts = config.num_hidden_layers, config.num_local_experts
+    squares, choices = torch.zeros(layers, dtype=torch.float64), torch.zeros(layers, experts, dtype=torch.float64)
+    near_ties = 0
     for row in rows:
         output = model.get_decoder()(row[None], output_router_logits=True, use_cache=False)
         for layer, logits in enumerate(output.router_logits):
-            choices = route(logits, config.num_experts_per_tok, config.router_jitter_noise,
-                            estimator=config.router_estimator, training=False).experts  # fmt: skip
-            counts[layer] += torch.bincount(choices.flatten(), minlength=config.num_local_experts)
-    return counts / counts.sum(dim=1, keepdim=True)
-
-
-@contextmanager
-def recorded(model: PreTrainedModel) -> Iterator[Layers]:
-    """Collect the outputs of the embeddings, the decoder layers and the final norm in one forward pass."""
-    seen: Layers = {}
-    decoder = model.get_decoder()
-    layers = {f"layers.{n}": layer for n, layer in enumerate(decoder.layers)}
-    modules: dict[str, nn.Module] = {"embed_tokens": decoder.embed_tokens, **layers, "norm": decoder.norm}
-
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+            logits = logits.double()
+            squares[layer] += (logits - logits.mean(dim=-1, keepdim=True)).square().mean(dim=-1).sum()
+            routing = route(logits, config.num_experts_per_tok, config.router_jitter_noise,
+                            estimator=config.router_estimator, training=False)  # fmt: skip
+            choices[layer] += torch.bincount(routing.experts.flatten(), minlength=experts)
+            if config.router_estimator != "gshard":  # which has no keep set
+                near_ties += int((routing.weights < 1).any(dim=-1).sum())
+    load = choices / choices.sum(dim=1, keepdim=True)
+    return Calibration((squares / num_tokens).sqrt().tolist(), near_ties / num_tokens / layers, load)
 
 
 def random_tokens(config: GrinMoeConfig) -> torch.Tensor:
@@ -110,10 +106,10 @@ def compute(model: PreTrainedModel, input_ids: torch.Tensor) -> Layers:
     dropout, model.config.expert_dropout = getattr(model.config, "expert_dropout", 0.0), 0.0
     model.set_experts_implementation("eager")
     model.config.expert_dropout = dropout
-    model = model.to(DTYPE).eval()
-    with recorded(model) as seen:
-        output = model(input_ids=input_ids, use_cache=False)
-    return {**seen, "logits": output[0]}
+    output = model.to(DTYPE).eval()(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+    layers = [f"layers.{n}" for n in range(model.config.num_hidden_layers)]
+    layers[-1] += " or norm"  # its output is normed
+    return dict(zip(["embed_tokens", *layers], output.hidden_states, strict=True)) | {"logits": output[0]}
 
 
 def compute_source(checkpoint: Checkpoint, dtype: torch.dtype, input_ids: torch.Tensor) -> Layers:

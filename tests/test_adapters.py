@@ -237,6 +237,6 @@ def test_the_adapters_tokenizer_is_the_one(tmp_path, trained_tokenizer):
     adapted.save_pretrained(tmp_path / "lora")
     (tmp_path / "lora" / "chat_template.jinja").write_text("{{ messages }}")
     report = convert(tmp_path / "lora", tmp_path / "merged", to="hub", base=base)
-    assert "tokenizer.json" in report.carried and "adapter_config.json" in report.left
+    assert "tokenizer.json" in report.copied and "adapter_config.json" in report.skipped
     assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float32}

@@ -133,7 +133,8 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
     total = reduce(add, study.sets.values())
     everything = {**study.sets, ALL_SETS: total} if len(study.sets) > 1 else study.sets
     pictures: dict[str, str] = {}
-    summary: dict[str, Any] = {"model": study.model, "sets": {name: numbers(c) for name, c in study.sets.items()}}
+    sets = {name: describe_set(counts) for name, counts in study.sets.items()}
+    summary: dict[str, Any] = {"model": study.model, "sets": sets}
     context: dict[str, Any] = {"study": study, "total": total, "pictures": pictures, "summary": summary}
 
     def draw(name: str, figure: Figure) -> None:
@@ -172,7 +173,7 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
     return summary
 
 
-def numbers(counts: RoutingCounts) -> dict[str, float]:
+def describe_set(counts: RoutingCounts) -> dict[str, float]:
     """The figures of a set: means over the layers, and the largest load of any layer."""
     sums = counts.sums
     return {
@@ -253,24 +254,22 @@ def write_count_tables(folder: Path, sets: Mapping[str, RoutingCounts]) -> None:
     write_table(folder / "pairs.csv", ["set", "layer", "expert_a", "expert_b", "tokens", "expected_tokens"], pairs)
 
 
+def find_largest(values: torch.Tensor) -> list[tuple[int, ...]]:
+    """The positions of the `TOP` largest values above 0, in their order."""
+    order = values.flatten().argsort(descending=True)[:TOP]
+    positions = zip(*(index.tolist() for index in torch.unravel_index(order, values.shape)), strict=True)
+    return [position for position in positions if values[position] > 0]
+
+
 def notable_pairs(counts: RoutingCounts) -> list[dict[str, float]]:
     """The pairs of experts that are chosen together more often than independent choices would be."""
     expected = counts.expected_pairs().triu(diagonal=1)
     lift = torch.where(expected >= MIN_EXPECTED, counts.pairs / expected, 0)
-    order = lift.flatten().argsort(descending=True)[:TOP]
-    rows = zip(*(index.tolist() for index in torch.unravel_index(order, lift.shape)), strict=True)
     return [
-        {
-            "layer": layer,
-            "first": first,
-            "second": second,
-            "tokens": counts.pairs[layer, first, second].item(),
-            "expected": expected[layer, first, second].item(),
-            "lift": lift[layer, first, second].item(),
-        }
-        for layer, first, second in rows
-        if lift[layer, first, second] > 0
-    ]
+        {"layer": at[0], "first": at[1], "second": at[2], "tokens": counts.pairs[at].item(),
+         "expected": expected[at].item(), "lift": lift[at].item()}
+        for at in find_largest(lift)
+    ]  # fmt: skip
 
 
 def write_specialization(folder: Path, special: Specialization) -> None:
@@ -284,23 +283,14 @@ def write_specialization(folder: Path, special: Specialization) -> None:
 
 def specialized_experts(special: Specialization) -> list[dict[str, Any]]:
     """The experts with the highest scores, if chance does not explain them."""
-    known = torch.where(special.false_discovery < SIGNIFICANT, special.score, -torch.inf)
-    order = known.flatten().argsort(descending=True)[:TOP]
+    known = torch.where(special.false_discovery < SIGNIFICANT, special.score, 0)
     rows = []
-    for layer, expert in zip(*(index.tolist() for index in torch.unravel_index(order, known.shape)), strict=True):
-        if known[layer, expert] > -torch.inf:
-            preference = special.preference[:, layer, expert]
-            rows.append(
-                {
-                    "layer": layer,
-                    "expert": expert,
-                    "score": special.score[layer, expert].item(),
-                    "z": special.deviations[layer, expert].item(),
-                    "p_value": special.p_value[layer, expert].item(),
-                    "set": special.names[preference.argmax()],
-                    "preference": preference.max().item(),
-                }
-            )
+    for layer, expert in find_largest(known):
+        preference = special.preference[:, layer, expert]
+        tables = (special.score, special.deviations, special.p_value)
+        score, z, p_value = (values[layer, expert].item() for values in tables)
+        rows.append({"layer": layer, "expert": expert, "score": score, "z": z, "p_value": p_value,
+                     "set": special.names[preference.argmax()], "preference": preference.max().item()})  # fmt: skip
     return rows
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from ..kernels.chunked_loss import CHUNK_TOKENS
-from .parameters import Parameters, add, embedding_tensors, head_tensors, layer_tensors
+from .parameters import Parameters, embedding_tensors, head_tensors, layer_tensors, sum_counts
 from .setting import FLOAT32, INT64, OPTIMIZERS, Layout, Training, micro_batches, precision_of
 
 BUFFERS = 2  # of RoPE, float32 [head_dim / 2] each
@@ -30,7 +30,7 @@ class Stage(NamedTuple):
 
     def parameters(self, config: PreTrainedConfig) -> Parameters:
         """Their sum."""
-        return add(add(group) for group in self.groups(config))
+        return sum_counts(sum_counts(group) for group in self.groups(config))
 
 
 def stages(config: PreTrainedConfig, layout: Layout, training: Training) -> list[Stage]:
@@ -57,7 +57,7 @@ def stages(config: PreTrainedConfig, layout: Layout, training: Training) -> list
     return [first, *second, last]
 
 
-def padded(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
+def pad_sizes(config: PreTrainedConfig, layout: Layout) -> PreTrainedConfig:
     """The config with the sizes that FSDP2 pads tensors to.
 
     FSDP2 deals out rows, here experts or tokens of the vocabulary, and gives every rank memory for as many as the
@@ -78,8 +78,8 @@ def copied_by_autocast(config: PreTrainedConfig, layout: Layout, training: Train
         return 0, 0
     *others, gate_up, down = layer_tensors(config)
     vectors = Parameters(0, 4 * config.hidden_size)  # of the norms, which autocast does not copy
-    dense = add(others).local(layout) - vectors.local(layout)
-    return dense * precision.compute, add((gate_up, down)).local(layout) * precision.compute
+    dense = sum_counts(others).local(layout) - vectors.local(layout)
+    return dense * precision.compute, sum_counts((gate_up, down)).local(layout) * precision.compute
 
 
 def saved_by_layer(config: PreTrainedConfig, layout: Layout, training: Training) -> float:
@@ -152,20 +152,21 @@ def activations(config: PreTrainedConfig, layout: Layout, training: Training, st
     return stage.in_flight * stage.layers * kept + head * stage.head + max(moments)
 
 
-def gathered(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
+def gathered_bytes(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
     """Bytes that FSDP2 gathers: two layers' weights (one is prefetched) and a layer's gradients before and after they
     are scattered. In a pipeline, the whole stage's, from the first micro-batch to the last."""
     if layout.fsdp == 1:
         return 0
-    precision, config = precision_of(layout, training), padded(config, layout)
+    precision, config = precision_of(layout, training), pad_sizes(config, layout)
     if layout.pp > 1:
         return stage.parameters(config).local(layout) * (precision.gathered + precision.reduced)
-    layer = add(layer_tensors(config)).local(layout) if stage.layers else 0
-    tail = add(head_tensors(config)).local(layout) if stage.head else 0  # stays gathered from forward to backward
+    layer = sum_counts(layer_tensors(config)).local(layout) if stage.layers else 0
+    # The tail stays gathered from forward to backward.
+    tail = sum_counts(head_tensors(config)).local(layout) if stage.head else 0
     return (2 * layer + tail) * precision.gathered + (layer + layer / layout.fsdp) * precision.reduced
 
 
-def handed_on(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
+def output_bytes(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
     """Bytes of a stage's outputs, which torch keeps until their backward pass, and of one received gradient.
 
     A stage's input is an activation of its first layer.
@@ -196,7 +197,7 @@ def stage_memory(config: PreTrainedConfig, layout: Layout, training: Training, s
     """Memory of a stage's devices."""
     precision = precision_of(layout, training)
     # FSDP2 shards experts over ep x (fsdp / ep) ranks: over fsdp ranks, like everything else.
-    count = stage.parameters(padded(config, layout)).local(replace(layout, ep=1)) / layout.fsdp
+    count = stage.parameters(pad_sizes(config, layout)).local(replace(layout, ep=1)) / layout.fsdp
     visible = training.sequence if config.sliding_window is None else config.sliding_window + 1
     buckets = layout.dp_replicate > 1 and layout.fsdp == 1  # DDP copies gradients (gradient_as_bucket_view=False)
     return Memory(
@@ -204,8 +205,8 @@ def stage_memory(config: PreTrainedConfig, layout: Layout, training: Training, s
         gradients=count * precision.gradients,
         optimizer=count * OPTIMIZERS[training.optimizer] * precision.weights,
         activations=activations(config, layout, training, stage),
-        communication=gathered(config, layout, training, stage)
-        + handed_on(config, layout, training, stage)
+        communication=gathered_bytes(config, layout, training, stage)
+        + output_bytes(config, layout, training, stage)
         + buckets * count * precision.reduced,
         buffers=BUFFERS * config.head_dim * FLOAT32 // 2 + (training.sequence > visible) * training.sequence**2,
     )

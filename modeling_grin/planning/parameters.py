@@ -20,7 +20,7 @@ class Parameters(NamedTuple):
         return self.sharded / layout.tp + self.replicated + self.experts / (layout.tp * layout.ep)
 
 
-def add(tensors: Iterable[Parameters]) -> Parameters:
+def sum_counts(tensors: Iterable[Parameters]) -> Parameters:
     """Sum each kind."""
     return Parameters(*map(sum, zip(Parameters(), *tensors, strict=True)))
 
@@ -59,6 +59,7 @@ def active_parameters(total: int, experts: int, top_k: int, num_experts: int) ->
 
 def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     """Total and active parameter counts of a language model."""
-    layer, ends = add(layer_tensors(config)), add([*embedding_tensors(config), *head_tensors(config)])
+    layer = sum_counts(layer_tensors(config))
+    ends = sum_counts([*embedding_tensors(config), *head_tensors(config)])
     total, experts = (sum(ends) + config.num_hidden_layers * sum(layer), config.num_hidden_layers * layer.experts)
     return total, active_parameters(total, experts, config.num_experts_per_tok, config.num_local_experts)

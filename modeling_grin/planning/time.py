@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from .memory import BUFFERS, Stage, copied_by_autocast, padded, saved_by_layer, stage_memory, stages
-from .parameters import add, layer_tensors
+from .memory import BUFFERS, Stage, copied_by_autocast, pad_sizes, saved_by_layer, stage_memory, stages
+from .parameters import layer_tensors, sum_counts
 from .setting import FLOAT32, INT64, Assumptions, Layout, Training, micro_batches, precision_of
 
 MULTIPLY_ADD = 2  # FLOPs of a matmul, per parameter and token
@@ -54,20 +54,20 @@ def communication(
     stage = stage or stages(config, layout, training)[0]
     precision, tokens, m = precision_of(layout, training), training.tokens, micro_batches(layout, training)
     hidden, again, width = tokens * config.hidden_size, int(training.checkpointing), layout.tp * layout.pp
-    groups = [add(group) for group in stage.groups(padded(config, layout))]
+    groups = [sum_counts(group) for group in stage.groups(pad_sizes(config, layout))]
     result = {}
 
-    def put(purpose: str, operation: str, calls: int, size: float, ranks: int, stride: int) -> None:
+    def send(purpose: str, operation: str, calls: int, size: float, ranks: int, stride: int) -> None:
         if calls and size and ranks > 1:
             result[purpose] = Collective(operation, calls, round(size), ranks, stride)
 
     of_attention, others = (1 + again) * stage.layers, stage.embedding + (5 + again) * stage.layers + stage.head
     size = hidden * (of_attention * precision.compute + others * precision.residual)
-    put("TP activations", "all_reduce", m * (of_attention + others), m * size, layout.tp, 1)
+    send("TP activations", "all_reduce", m * (of_attention + others), m * size, layout.tp, 1)
     weights = tokens * config.num_experts_per_tok * precision.residual
-    put("TP routing weights", "all_reduce", m * stage.layers, m * stage.layers * weights, layout.tp, 1)
+    send("TP routing weights", "all_reduce", m * stage.layers, m * stage.layers * weights, layout.tp, 1)
     vocabulary = ceil(config.vocab_size / layout.tp) * layout.tp * stage.head
-    put("TP logits", "all_gather", m, m * tokens * vocabulary * precision.compute, layout.tp, 1)
+    send("TP logits", "all_gather", m, m * tokens * vocabulary * precision.compute, layout.tp, 1)
 
     dense = [group._replace(experts=0).local(layout) for group in groups]
     experts = [group.experts / (layout.tp * layout.ep) for group in groups]
@@ -76,35 +76,35 @@ def communication(
     repeats, sides = (m, 2) if layout.pp == 1 else (1, 1)
     kept = sides - 1 if stage.head else 0  # last norm and head stay gathered from forward to backward
     gathers, size = repeats * (sides * len(dense) - kept), repeats * (sides * sum(dense) - kept * dense[-1])
-    put("FSDP weights", "all_gather", gathers, size * precision.gathered, layout.fsdp, width)
+    send("FSDP weights", "all_gather", gathers, size * precision.gathered, layout.fsdp, width)
     count, size = repeats * len(dense), repeats * sum(dense) * precision.reduced
-    put("FSDP gradients", "reduce_scatter", count, size, layout.fsdp, width)
+    send("FSDP gradients", "reduce_scatter", count, size, layout.fsdp, width)
     shards, layers, size = layout.fsdp // layout.ep, repeats * stage.layers, repeats * sum(experts)
-    put("FSDP experts", "all_gather", sides * layers, sides * size * precision.gathered, shards, width * layout.ep)
-    put("FSDP expert gradients", "reduce_scatter", layers, size * precision.reduced, shards, width * layout.ep)
+    send("FSDP experts", "all_gather", sides * layers, sides * size * precision.gathered, shards, width * layout.ep)
+    send("FSDP expert gradients", "reduce_scatter", layers, size * precision.reduced, shards, width * layout.ep)
     exchanges = (4 + 2 * again) * m * stage.layers
     size = exchanges * hidden * config.num_experts_per_tok * precision.compute
-    put("EP tokens", "all_to_all", exchanges, size, layout.ep, width)
+    send("EP tokens", "all_to_all", exchanges, size, layout.ep, width)
 
     stride = width * layout.fsdp
     if layout.fsdp > 1:
         shard = (sum(dense) + sum(experts) * layout.ep) / layout.fsdp
         calls = len(dense) + stage.layers * (layout.ep > 1)
-        put("HSDP gradients", "all_reduce", calls, shard * precision.reduced, layout.dp_replicate, stride)
+        send("HSDP gradients", "all_reduce", calls, shard * precision.reduced, layout.dp_replicate, stride)
     else:
         tensors = [tensor.local(layout) * precision.reduced for group in stage.groups(config) for tensor in group]
         buckets = count_buckets(reversed(tensors))
-        put("DDP gradients", "all_reduce", buckets, sum(tensors), layout.dp_replicate, stride)
-        put("DDP buffers", "broadcast", 1, BUFFERS * config.head_dim * FLOAT32 // 2, layout.dp_replicate, stride)
+        send("DDP gradients", "all_reduce", buckets, sum(tensors), layout.dp_replicate, stride)
+        send("DDP buffers", "broadcast", 1, BUFFERS * config.head_dim * FLOAT32 // 2, layout.dp_replicate, stride)
 
     parts = m * layout.interleave
     sends = 2 * parts - m * (stage.embedding + stage.head)
-    put("PP activations", "send", sends, sends * hidden * precision.weights, layout.pp, layout.tp)
-    put("PP loss", "broadcast", 1, FLOAT32, layout.pp, layout.tp)
+    send("PP activations", "send", sends, sends * hidden * precision.weights, layout.pp, layout.tp)
+    send("PP loss", "broadcast", 1, FLOAT32, layout.pp, layout.tp)
     if config.router_aux_loss_coef > 0 and stage.layers:
         counts = m * stage.layers * config.num_local_experts * INT64
         ranks, stride = (layout.devices, 1) if layout.pp == 1 else (layout.data_parallel, width)
-        put("balance loss", "all_reduce", parts, counts, ranks, stride)
+        send("balance loss", "all_reduce", parts, counts, ranks, stride)
     return result
 
 
@@ -130,7 +130,7 @@ def layer_flops(config: PreTrainedConfig, layout: Layout, training: Training) ->
     sequence, tokens = training.sequence, training.tokens
     window = sequence if config.sliding_window is None else min(sequence, config.sliding_window + 1)
     visible = window - window**2 / (2 * sequence)
-    layer = add(layer_tensors(config))
+    layer = sum_counts(layer_tensors(config))
     scores = 2 * visible * config.num_attention_heads * config.head_dim
     dense = MULTIPLY_ADD * tokens * ((layer.sharded + scores) / layout.tp + layer.replicated)
     active = layer.experts * config.num_experts_per_tok / config.num_local_experts
