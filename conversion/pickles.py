@@ -106,18 +106,16 @@ def unpickle(data: bytes) -> Any:
     Strings, classes and records may be used again by a pickle, and nothing else: a tuple that holds the one before
     twice, 60 times over, takes 120 bytes, and 2^60 steps to hash.
     """
-    reusable: set[int] = set()
-    puts, before = 0, ""
+    memo: dict[int, bool] = {}  # entry -> whether it may be used again
+    before = ""
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name in PUTS:
-            number = puts if name == "MEMOIZE" else argument
-            if number > puts:  # the unpickler in C makes room for as many entries as the largest number says
-                raise ValueError(f"entry {number} of the memo after {puts} others")
-            puts += 1
-            reusable.discard(number)
-            reusable |= {number} if before in REUSABLE else set()
-        elif name in GETS and argument not in reusable:
+            number = len(memo) if name == "MEMOIZE" else argument
+            if number > len(data):  # the unpickler in C makes room for as many entries
+                raise ValueError(f"entry {number} of the memo of {len(data)} bytes")
+            memo[number] = before in REUSABLE
+        elif name in GETS and not memo.get(argument):
             raise ValueError("an object that is there twice and is no string, class or record")
         elif name not in OPCODES | GETS:
             raise ValueError(f"the opcode {name}")
