@@ -130,13 +130,14 @@ class Fold(NamedTuple):
     factor: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Target:
     """A tensor to be written.
 
     Args:
         shape: in torch's order: E first if it has one matrix per expert, the row length last.
         sources: one, or one per expert.
+        squares: the sums of squares of the errors and of the values that have been stored so far.
     """
 
     place: Place
@@ -144,47 +145,22 @@ class Target:
     sources: list[StoredTensor]
     fold: Fold
     type: GGMLQuantizationType
+    squares: tuple[float, float] = (0.0, 0.0)
 
     @property
     def nbytes(self) -> int:
         block, size = gguf.GGML_QUANT_SIZES[self.type]
         return math.prod(self.shape) // block * size
 
-
-@dataclass
-class Part:
-    """One source's share of a target, in whole rows.
-
-    Args:
-        squares: the sums of squares of the errors and of the values that have been stored so far.
-    """
-
-    target: Target
-    source: StoredTensor
-    squares: tuple[float, float] = (0.0, 0.0)
-
-    @property
-    def nbytes(self) -> int:
-        return self.target.nbytes // len(self.target.sources)
-
-    def rows(self) -> Iterator[torch.Tensor]:
-        """Yield the source, some rows at a time; elements of a bias."""
-        length, *row = self.source.shape
-        size = math.prod(row)
-        step = max(1, CHUNK_ELEMENTS // size)
-        for start in range(0, length, step):
-            shape = (min(step, length - start), *row)
-            yield self.source.part(start * size, shape, self.source.where).read()
-
-    def folded(self) -> Iterator[np.ndarray]:
-        """Yield rows to store: float32, folded in float64 if there is a mean to remove."""
-        centred, factor = self.target.fold
+    def folded(self, source: StoredTensor) -> Iterator[np.ndarray]:
+        """Yield rows of a source to store: float32, folded in float64 if there is a mean to remove."""
+        centred, factor = self.fold
         if centred is None:
-            yield from ((part.float() * factor).numpy() for part in self.rows())
+            yield from ((part.float() * factor).numpy() for part in read_rows(source))
             return
         if centred == 0:
-            mean = torch.stack([part.double().sum(dim=0) for part in self.rows()]).sum(dim=0) / self.source.shape[0]
-        for part in self.rows():
+            mean = torch.stack([part.double().sum(dim=0) for part in read_rows(source)]).sum(dim=0) / source.shape[0]
+        for part in read_rows(source):
             values = part.double()
             if centred == 1:
                 mean = values.mean(dim=1, keepdim=True)
@@ -196,21 +172,30 @@ class Part:
         Raises:
             ConversionError: a value is not finite in the type that it is stored as.
         """
-        stored_as = self.target.type
-        for values in self.folded():
-            values = values.reshape(1, -1)  # blocks follow one another all the same, and gguf loops over rows
-            with np.errstate(all="ignore"):  # what overflows is found below
-                data = gguf.quantize(values, stored_as)
-                stored = gguf.dequantize(data, stored_as)
-                error, whole = float(np.linalg.norm(stored - values)), float(np.linalg.norm(values))
-            if not math.isfinite(error):
-                raise ConversionError(
-                    f"{self.source.where} cannot be stored as {stored_as.name} ({self.target.place.name}): its "
-                    f"largest value is {np.abs(values).max():.4g}; choose another type, or repair it if it is not "
-                    "finite"
-                )
-            self.squares = self.squares[0] + error**2, self.squares[1] + whole**2
-            yield np.ascontiguousarray(data).view(np.uint8).reshape(-1).data
+        for source in self.sources:
+            for values in self.folded(source):
+                values = values.reshape(1, -1)  # blocks follow one another all the same, and gguf loops over rows
+                with np.errstate(all="ignore"):  # what overflows is found below
+                    data = gguf.quantize(values, self.type)
+                    stored = gguf.dequantize(data, self.type)
+                    error, whole = float(np.linalg.norm(stored - values)), float(np.linalg.norm(values))
+                if not math.isfinite(error):
+                    raise ConversionError(
+                        f"{source.where} cannot be stored as {self.type.name} ({self.place.name}): its largest value "
+                        f"is {np.abs(values).max():.4g}; choose another type, or repair it if it is not finite"
+                    )
+                self.squares = self.squares[0] + error**2, self.squares[1] + whole**2
+                yield np.ascontiguousarray(data).view(np.uint8).reshape(-1).data
+
+
+def read_rows(source: StoredTensor) -> Iterator[torch.Tensor]:
+    """Yield a tensor, some rows at a time; elements of a bias."""
+    length, *row = source.shape
+    size = math.prod(row)
+    step = max(1, CHUNK_ELEMENTS // size)
+    for start in range(0, length, step):
+        shape = (min(step, length - start), *row)
+        yield source.part(start * size, shape, source.where).read()
 
 
 def list_places(config: GrinMoeConfig) -> Iterator[Place]:
@@ -317,7 +302,7 @@ def find_sources(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     return sources
 
 
-def plan(
+def make_targets(
     config: GrinMoeConfig, sources: Mapping[str, StoredTensor], router_shifts: Sequence[int], file_type: str
 ) -> Iterator[Target]:
     for place in list_places(config):
@@ -345,12 +330,12 @@ def add_metadata(writer: gguf.GGUFWriter, config: GrinMoeConfig, file_type: str)
     writer.add_expert_used_count(config.num_experts_per_tok)
 
 
-def relative_errors(parts: Sequence[Part]) -> dict[str, float]:
+def relative_errors(targets: Sequence[Target]) -> dict[str, float]:
     """Return by kind of tensor: the Frobenius norm of the errors over the norm of the values."""
     sums: dict[str, np.ndarray] = {}
-    for part in parts:
-        kind = gguf.TENSOR_NAMES[part.target.place.kind].removeprefix("blk.{bid}.")
-        sums[kind] = sums.get(kind, np.zeros(2)) + part.squares
+    for target in targets:
+        kind = gguf.TENSOR_NAMES[target.place.kind].removeprefix("blk.{bid}.")
+        sums[kind] = sums.get(kind, np.zeros(2)) + target.squares
     return {kind: math.sqrt(error / whole) if whole else 0.0 for kind, (error, whole) in sums.items()}
 
 
@@ -386,20 +371,19 @@ def export_gguf(
     else:
         router_std = calibration.router_std
     router_shifts = [choose_router_shift(std, config) for std in router_std]
-    targets = list(plan(config, sources, router_shifts, file_type))
-    parts = [Part(target, source) for target in targets for source in target.sources]
+    targets = list(make_targets(config, sources, router_shifts, file_type))
     notes: list[str] = []
     write_header(path, checkpoint, targets, file_type, notes)
     wanted = GGMLQuantizationType[file_type.upper()]
     unfit = [target.place.name for target in targets if target.type not in (wanted, GGMLQuantizationType.F32)]
     if unfit:
         notes.append(f"stored as F16, because rows are not a multiple of {wanted.name}'s blocks: {', '.join(unfit)}")
-    write_tensors(path, parts, progress)
+    write_tensors(path, targets, progress)
     return GgufReport(
         file_type=file_type,
         context_length=context_length(config),
         router_shifts=router_shifts,
-        quantization_error=relative_errors(parts),
+        quantization_error=relative_errors(targets),
         near_tie_rate=None if calibration is None else calibration.near_tie_rate,
         notes=notes,
     )
@@ -426,15 +410,14 @@ def write_header(
         writer.close()
 
 
-def write_tensors(path: Path, parts: Sequence[Part], progress: Progress) -> None:
-    """Write parts behind the header; every tensor begins at a multiple of the alignment."""
-    total = sum(part.nbytes for part in parts)
+def write_tensors(path: Path, targets: Sequence[Target], progress: Progress) -> None:
+    """Write the tensors behind the header; each begins at a multiple of the alignment."""
+    total = sum(target.nbytes for target in targets)
     check_space(path, total)
     with path.open("ab") as file:
-        for part, before in zip(parts, [None, *parts], strict=False):
-            if before is None or before.target is not part.target:
-                file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
-            for data in part.data():
+        for target in targets:
+            file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+            for data in target.data():
                 file.write(data)
                 progress(len(data), total)
         file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))

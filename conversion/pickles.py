@@ -106,12 +106,12 @@ def unpickle(data: bytes) -> Any:
     Strings, classes and records may be used again by a pickle, and nothing else: a tuple that holds the one before
     twice, 60 times over, takes 120 bytes, and 2^60 steps to hash.
     """
-    memo: dict[int, bool] = {}  # entry -> whether it may be used again
+    memo: dict[Any, bool] = {}  # entry -> whether it may be used again
     before = ""
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name in PUTS:
-            number = len(memo) if name == "MEMOIZE" else argument
+            number: Any = len(memo) if name == "MEMOIZE" else argument
             if number > len(data):  # the unpickler in C makes room for as many entries
                 raise ValueError(f"entry {number} of the memo of {len(data)} bytes")
             memo[number] = before in REUSABLE

@@ -247,7 +247,8 @@ class GrinMoeConfig(PreTrainedConfig):
         rope: dict[str, Any] = dict(self.rope_parameters or {})
         size = (self.head_dim or 0) // 2
         for field in ("short_factor", "long_factor"):
-            factors, name = rope.get(field), f"rope_parameters: longrope's {field}"
+            factors: Any = rope.get(field)
+            name = f"rope_parameters: longrope's {field}"
             is_list = isinstance(factors, list) and all(is_positive(factor) for factor in factors)
             self._require(is_list, f"{name} must be a list of numbers above 0")
             needed = f"has {len(factors)} numbers and must have {size}, half of head_dim={2 * size}"

@@ -129,6 +129,7 @@ class Records:
     def config(self) -> GrinMoeConfig | None:
         """The model's config; of a LoRA, the base model's config in `run.json`."""
         path = self.folder / "config.json"
+        values: dict[str, Any] | None = None
         if path.is_file():
             values = read_object(path)
         elif self.adapter is None:
