@@ -16,7 +16,7 @@ from modeling_grin import GrinMoeForCausalLM, __version__
 from modeling_grin.files import describe_links, write_whole
 
 from . import adapters, verify
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .experts import prune, upcycle
 from .forms import FUSED, HUB, model_class_of
 from .headers import (
@@ -28,7 +28,6 @@ from .headers import (
     read_generation_config,
     read_json,
 )
-from .open import open_checkpoint
 from .phimoe_config import phimoe_config, phimoe_notes
 from .tensors import ConversionError
 from .writing import Progress, check_destination, check_space, fingerprint, outputs, staged, write_safetensors

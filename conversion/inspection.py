@@ -13,10 +13,9 @@ import torch
 from modeling_grin.planning.parameters import active_parameters
 
 from .adapters import ADAPTER_FILE, read_adapter
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .forms import model_class_of
 from .headers import ADAPTER_CONFIG_FILE, read_adapter_config
-from .open import open_checkpoint
 from .pickles import find_dcp_folder, find_pickles
 from .tensors import ConversionError, StoredTensor, is_finite
 from .writing import Progress

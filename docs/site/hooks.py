@@ -54,7 +54,7 @@ REFERENCE = {  # page: what it says, and the modules it shows
     ]),
     "conversion": ("Conversion", "Checkpoints of every form, read and written.", [
         "conversion.conversion", "conversion.inspection", "conversion.checkpoint",
-        "conversion.open", "conversion.forms", "conversion.gguf_export", "conversion.adapters", "conversion.experts",
+        "conversion.forms", "conversion.gguf_export", "conversion.adapters", "conversion.experts",
     ]),
     "publishing": ("Publishing", "Model cards, and the way to the Hub.", [
         "modeling_grin.publishing.card", "modeling_grin.publishing.record", "modeling_grin.publishing.push",
