@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -22,7 +22,6 @@ MODELS, COUNTING, REPORT = "Models", "Counting", "Report"
 
 VIEWED_TOKENS = 200  # of each set, in the report's token-level view
 SEQUENCE = 1024  # where the model has positions for it
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
            TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn())  # fmt: skip
 
@@ -51,8 +50,6 @@ def load_model(name: str, dtype: str) -> "GrinMoeForCausalLM":
     """Load the checkpoint's model on the available devices."""
     from modeling_grin.modeling_grinmoe import GrinMoeForCausalLM
 
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype}")
     with prefix_errors(name):
         return GrinMoeForCausalLM.from_pretrained(name, dtype=dtype, device_map="auto")
 
@@ -92,8 +89,8 @@ def routing(
         typer.Option(help="another checkpoint to compare with, such as a fine-tuned one", rich_help_panel=MODELS),
     ] = None,
     dtype: Annotated[
-        str,
-        typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own", rich_help_panel=MODELS),
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="auto: the checkpoint's own", rich_help_panel=MODELS),
     ] = "auto",
     max_tokens: Annotated[
         int, typer.Option(min=1, help="tokens to count per set", rich_help_panel=COUNTING)
@@ -111,8 +108,8 @@ def routing(
         Path, typer.Option(help="folder for report.html, tables and pictures", rich_help_panel=REPORT)
     ] = Path("routing"),
     order: Annotated[
-        str,
-        typer.Option(help="order of sets in the similarity figure: clustered or given", rich_help_panel=REPORT),
+        Literal["clustered", "given"],
+        typer.Option(help="order of sets in the similarity figure", rich_help_panel=REPORT),
     ] = "clustered",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON", rich_help_panel=REPORT)] = False,
 ) -> None:
@@ -122,13 +119,11 @@ def routing(
     """
     from transformers import AutoTokenizer
 
-    from modeling_grin.analysis.report import ORDERS, RoutingStudy, view_tokens, write_report
+    from modeling_grin.analysis.report import RoutingStudy, view_tokens, write_report
     from modeling_grin.analysis.routing import collect_routing, compare_routing
     from modeling_grin.data import batched, token_rows
 
     sets = parse_data(data)
-    if order not in ORDERS:
-        raise ValueError(f"--order must be {' or '.join(ORDERS)}; got {order}")
     names = [model] if against is None else [model, against]
     with prefix_errors(model):
         tokenizer = AutoTokenizer.from_pretrained(model)

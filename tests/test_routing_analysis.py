@@ -643,8 +643,6 @@ def test_single_set_of_a_phimoe_checkpoint(reported, release, tmp_path, monkeypa
     assert str(tmp_path) not in page
     assert not Path("routing/similarity.csv").exists() and Path("routing/pairs.png").is_file()
     for arguments, message in (
-        (["--order", "sorted"], "--order must be clustered or given; got sorted"),
-        (["--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16; got int8"),
         (["--sequence", "5000"], "--sequence must be at most 4096, the model's context; got 5000"),
         (["--against", "nowhere/at/all"], "nowhere/at/all cannot be loaded"),
     ):
