@@ -12,14 +12,35 @@ from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
 SMALL_HEAD_DIMS = (8, 16)  # torch's flex_attention is wrong with these on CPUs that have AVX2 and no AVX512
 
 
-def create_mask(config: GrinMoeConfig, *, cache: Cache | None, **kwargs) -> Any:
-    """Create the causal mask with the released window, in the form that the attention implementation takes."""
+def create_mask(
+    config: GrinMoeConfig,
+    *,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    position_ids: torch.Tensor | None,
+) -> Any:
+    """Create the causal mask with the released window, in the form that the attention implementation takes.
+
+    Where the window hides no key, it is left out: SDPA then gets no mask, and runs its flash kernel.
+    """
     if config._attn_implementation == "flex_attention":
-        check_flex_attention(config, cache, kwargs["inputs_embeds"].device)
+        check_flex_attention(config, cache, inputs_embeds.device)
     visible = VisibleWindowConfig(config)
-    create = create_causal_mask if visible.sliding_window is None else create_sliding_window_causal_mask
     mask_cache = cache if cache_name(cache) == CACHE else None
-    return create(config=visible, **{CACHE: mask_cache}, **kwargs)
+    if isinstance(mask_cache, Cache):
+        num_keys, _ = mask_cache.get_mask_sizes(inputs_embeds.shape[1], 0)
+    else:
+        num_keys = inputs_embeds.shape[1] if attention_mask is None else attention_mask.shape[-1]
+    window = visible.sliding_window
+    create = create_causal_mask if window is None or num_keys <= window else create_sliding_window_causal_mask
+    return create(
+        config=visible,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        **{CACHE: mask_cache},
+    )
 
 
 def check_flex_attention(config: GrinMoeConfig, cache: Cache | None, device: torch.device) -> None:
