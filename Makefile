@@ -28,7 +28,7 @@ DEMO_READY := $(VENV)/.ready-for-the-demo
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-versions test-llama test-upstream lint format docs wheel clean
+.PHONY: help setup demo test test-versions test-llama test-triton test-upstream gpu lint format docs wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,18 @@ test-llama: $(READY) ## Build llama-cpp-python (4 minutes) and run the tests tha
 		$(PY) -m pip install -q -c constraints.txt --no-binary llama-cpp-python llama-cpp-python
 	$(PY) -m pytest tests/test_gguf.py -k llama
 
+# Triton comes with torch's CUDA builds, not with its CPU builds; the wheel has 286 MB.
+TRITON := .venv-triton
+$(TRITON)/.ready: $(READY)
+	$(PY) -m venv --without-pip $(TRITON)
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(TRITON)/shared.pth
+	mv $(TRITON)/shared.pth $(TRITON)/lib/python3*/site-packages
+	$(PY) -m pip --python $(TRITON)/bin/python install -q --no-deps triton==3.9.0
+	@touch $@
+
+test-triton: $(TRITON)/.ready ## Run the GPU kernels in Triton's interpreter, on a CPU
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest tests/test_gpu_kernels.py tests/test_gpu_experts.py $(PYTEST_ARGS)
+
 test-upstream: $(READY) ## Run the tests of transformers, peft and trl on ours and on stock models (see CONTRIBUTING.md)
 	$(PY) -m pip install -q -c constraints.txt -e ".[dev,upstream]"
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -c tests/upstream/pytest.ini -n $(WORKERS) tests/upstream $(PYTEST_ARGS)
@@ -105,5 +117,5 @@ wheel: $(READY) ## Build dist/*.whl
 	@ls dist/*.whl
 
 clean: ## Remove .venv and everything built
-	rm -rf $(VENV) .venv-transformers-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-transformers-* $(TRITON) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

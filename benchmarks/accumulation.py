@@ -16,7 +16,7 @@ import typer
 
 from benchmarks.measure import show
 from modeling_grin import route
-from modeling_grin.balance_grinmoe import BalanceLoss, BalanceWindow, count_experts
+from modeling_grin.balance_grinmoe import BalanceLoss, BalanceWindow, balance_gradient, count_experts
 
 HIDDEN_SIZE = 64
 KINDS = ("by itself", "the step so far", "the whole step")
@@ -39,7 +39,7 @@ def gradient(
             window = BalanceWindow(num_tokens)
         balance = BalanceLoss(1.0, 1, num_experts, window, c, None)
         balance.count((chosen,))
-        total += balance.gradient(z, 0).T @ tokens
+        total += balance_gradient(z, balance.token_weight, balance.fractions[0]).T @ tokens
     return total
 
 

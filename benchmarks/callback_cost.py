@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from benchmarks.measure import grin_config, interleave, random_rows, show
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
-from modeling_grin.balance_grinmoe import BalanceLoss, BalanceWindow
+from modeling_grin.balance_grinmoe import BalanceLoss, BalanceWindow, balance_gradient
 from modeling_grin.training.callback import RoutingCallback
 
 COEFFICIENT = 0.01
@@ -86,7 +86,7 @@ def balance_alone(config: GrinMoeConfig, logits: Any, experts: Any, counted: tor
     loss = BalanceLoss(COEFFICIENT, layers, config.num_local_experts, BalanceWindow(), counted, None)
     loss.count(experts)
     for layer in range(layers):
-        loss.gradient(logits[layer], layer)
+        balance_gradient(logits[layer], loss.token_weight, loss.fractions[layer])
 
 
 def measure(training: Training, rounds: int) -> list[list[str]]:

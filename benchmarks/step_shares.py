@@ -23,7 +23,7 @@ from benchmarks.measure import ALLOCATORS, grin_config, interleave, random_rows,
 from benchmarks.peers import Dtype, build_ours, step
 from modeling_grin import GrinMoeForCausalLM
 from modeling_grin.balance_grinmoe import count_experts
-from modeling_grin.noise_grinmoe import fold_in, random_key, token_keys
+from modeling_grin.noise_grinmoe import layer_keys, random_key, token_keys
 from modeling_grin.routing_grinmoe import jitter_input, route
 from modeling_grin.training.callback import routing_sums
 
@@ -87,9 +87,7 @@ def time_parts(sizes: dict[str, int], tokens: int, dtype: Dtype, rounds: int) ->
 
     def noise_keys() -> None:
         of_tokens = token_keys(random_key(), rows, counted.view_as(rows), positions)
-        for index in range(config.num_hidden_layers):
-            of_layer = fold_in(of_tokens, index)
-            fold_in(of_layer, 0), fold_in(of_layer, 1)
+        layer_keys(of_tokens, range(config.num_hidden_layers))
 
     def sample(z: torch.Tensor) -> torch.Tensor:
         return route(z, config.num_experts_per_tok, config.router_jitter_noise, training=True, keys=keys).weights

@@ -2,8 +2,8 @@
 
 f is counted globally, over all data-parallel ranks (the paper's adaptation) and over the micro-batches of an optimizer
 step. The loss is linear in softmax(z) and f has no gradient, so that any split of a batch adds up to the same: per
-layer and token, alpha n / N sum_i f_i softmax(z)_i, N the step's tokens. This is what `BalanceLoss` attaches to each
-layer by autograd, where no trainer's way of building, scaling or replacing the loss can change it.
+layer and token, alpha n / N sum_i f_i softmax(z)_i, N the step's tokens. This is what `AttachBalanceLoss` adds in
+each layer by autograd, where no trainer's way of building, scaling or replacing the loss can change it.
 
 Shapes: T tokens of a forward pass, L layers, E experts, K top-k.
 """
@@ -30,11 +30,11 @@ def counted_tokens(
 
 
 def count_experts(selected_experts: torch.Tensor, counted: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """How many counted tokens (bool `[T]`) each expert got, `[T, K]` -> int64 `[E]`."""
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=selected_experts.device)
-    return counts.scatter_add_(
-        0, selected_experts.flatten(), counted.long().repeat_interleave(selected_experts.shape[1])
-    )
+    """How many counted tokens (bool `[T]`) each expert got, `[T, K]` -> int64 `[E]`; or `[L, T, K]` -> `[L, E]`."""
+    *layers, _, _ = selected_experts.shape
+    counts = torch.zeros(*layers, num_experts, dtype=torch.int64, device=selected_experts.device)
+    ones = counted.long().unsqueeze(-1).expand_as(selected_experts)
+    return counts.scatter_add_(-1, selected_experts.flatten(-2), ones.flatten(-2))
 
 
 def load_balancing_loss(
@@ -72,33 +72,6 @@ def load_balancing_loss(
     return torch.stack([loss.to(device) for loss in losses]).mean()
 
 
-class ExpertCounts:
-    """Times each expert was chosen up to a forward pass, over all data-parallel ranks; maybe still being summed."""
-
-    def __init__(self, before: "ExpertCounts | None", counts: torch.Tensor, work: dist.Work | None = None):
-        """
-        Args:
-            before: the counts up to the previous forward pass.
-            counts: of this forward pass, int64 `[L, E]`; summed over the ranks once `work` is done.
-        """
-        self._before, self._counts, self._work = before, counts, work
-
-    def total(self) -> torch.Tensor:
-        """The counts, int64 `[L, E]`."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        if self._before is not None:
-            self._counts = self._counts + self._before.total()
-            self._before = None
-        return self._counts
-
-    def fractions(self, layer: int) -> torch.Tensor:
-        """f of one layer, float32 `[E]`."""
-        counts = self.total()[layer]
-        return counts / counts.sum().clamp(min=1)
-
-
 class BalanceWindow:
     """State that the forward passes of an optimizer step share: the step's size, and the experts' counts so far.
 
@@ -120,8 +93,9 @@ class BalanceWindow:
         self.group = group
         self.is_distributed = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size(group) if self.is_distributed else 1
-        self._whole_step = None if expert_counts is None else ExpertCounts(None, expert_counts)
-        self.latest_counts: ExpertCounts | None = None
+        self._whole_step = expert_counts
+        self.latest_counts: torch.Tensor | None = None
+        """Times each expert was chosen up to the latest forward pass, over all data-parallel ranks, `[L, E]`."""
 
     def window_for_pass(self) -> "BalanceWindow":
         """Return this window, or a new one for a single forward pass where the step's size is unknown."""
@@ -129,20 +103,22 @@ class BalanceWindow:
             return self
         return BalanceWindow(gradient_scale=self.gradient_scale, group=self.group)
 
-    def add_counts(self, counts: torch.Tensor) -> ExpertCounts:
-        """Add a forward pass's counts, int64 `[L, E]`; return the counts that its backward pass will use.
-
-        The sum over the ranks is only started here.
-        """
+    def add_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """Add a forward pass's counts, int64 `[L, E]`; return the counts that its backward pass will use."""
         if self._whole_step is not None:
             return self._whole_step
-        work = dist.all_reduce(counts, group=self.group, async_op=True) if self.is_distributed else None
-        self.latest_counts = ExpertCounts(self.latest_counts, counts, work)
+        if self.is_distributed:
+            self._sum_over_ranks(counts)
+        self.latest_counts = counts if self.latest_counts is None else self.latest_counts + counts
         return self.latest_counts
+
+    @torch.compiler.disable
+    def _sum_over_ranks(self, counts: torch.Tensor) -> None:
+        dist.all_reduce(counts, group=self.group)
 
 
 class BalanceLoss:
-    """The balance loss of one forward pass, which adds its gradient to each layer's router logits."""
+    """The balance loss of one forward pass: what `AttachBalanceLoss` needs to know."""
 
     def __init__(
         self,
@@ -163,7 +139,8 @@ class BalanceLoss:
         self.num_experts = num_experts
         self.window = window
         self.counted = counted
-        self.expert_counts: ExpertCounts | None = None
+        # f, `[L, E]`, which `count` fills in after the layers have run and before their backward passes.
+        self.fractions = torch.zeros(num_layers, num_experts, device=counted.device)
         # Data parallelism averages the ranks' gradients, so each rank contributes world_size times its part of a sum.
         if window.num_tokens is not None:
             per_token: torch.Tensor | float = window.world_size / window.num_tokens
@@ -172,38 +149,30 @@ class BalanceLoss:
             per_token = part / counted.sum().clamp(min=1)
         self.token_weight = counted * (coefficient * num_experts / num_layers * window.gradient_scale * per_token)
 
-    @torch.compiler.disable
     def count(self, selected_experts: Sequence[torch.Tensor]) -> None:
         """Add the forward pass's experts, per layer `[T, K]`, to the window."""
-        counts = [
-            count_experts(experts, self.counted.to(experts.device), self.num_experts).to(self.counted.device)
-            for experts in selected_experts
-        ]
-        self.expert_counts = self.window.add_counts(torch.stack(counts))
-
-    def gradient(self, router_logits: torch.Tensor, layer: int) -> torch.Tensor:
-        """d/dz of `sum_t token_weight_t sum_i f_i softmax(z_t)_i`, `[T, E]`."""
-        assert self.expert_counts is not None, "a backward pass comes after its forward pass"
-        fractions = self.expert_counts.fractions(layer).to(router_logits.device)
-        probs = router_logits.float().softmax(dim=-1)
-        slope = probs * (fractions - (probs * fractions).sum(dim=-1, keepdim=True))
-        return (self.token_weight.to(slope.device).unsqueeze(-1) * slope).to(router_logits.dtype)
-
-    @torch.compiler.disable
-    def attach(self, output: torch.Tensor, router_logits: torch.Tensor, layer: int) -> torch.Tensor:
-        """Return `output`, whose backward pass also adds the balance gradient to `router_logits` `[T, E]`."""
-        return _AttachBalanceLoss.apply(output, router_logits, self, layer)
+        experts = torch.stack([experts.to(self.counted.device) for experts in selected_experts])
+        counts = self.window.add_counts(count_experts(experts, self.counted, self.num_experts))
+        fractions = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+        self.fractions.data[: len(fractions)] = fractions  # as data: autograd has kept rows of it for the layers
 
 
-class _AttachBalanceLoss(torch.autograd.Function):
+def balance_gradient(router_logits: torch.Tensor, token_weight: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
+    """d/dz of `sum_t token_weight_t sum_i f_i softmax(z_t)_i`, `[T, E]`, from z, `token_weight` `[T]` and f `[E]`."""
+    probs = router_logits.float().softmax(dim=-1)
+    slope = probs * (fractions - (probs * fractions).sum(dim=-1, keepdim=True))
+    return (token_weight.unsqueeze(-1) * slope).to(router_logits.dtype)
+
+
+class AttachBalanceLoss(torch.autograd.Function):
+    """`router_logits` `[T, E]`, whose backward pass adds `balance_gradient`, with `fractions` as they then are."""
+
     @staticmethod
-    def forward(ctx, output, router_logits, balance: BalanceLoss, layer: int):
-        ctx.save_for_backward(router_logits)
-        ctx.balance, ctx.layer = balance, layer
-        return output.view_as(output)
+    def forward(ctx, router_logits, token_weight, fractions):
+        ctx.save_for_backward(router_logits, token_weight, fractions)
+        return router_logits.view_as(router_logits)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
-        (router_logits,) = ctx.saved_tensors
-        return grad_output, ctx.balance.gradient(router_logits, ctx.layer), None, None
+    def backward(ctx, grad_logits):
+        return grad_logits + balance_gradient(*ctx.saved_tensors), None, None

@@ -31,7 +31,7 @@ from .layout_grinmoe import EXPERT_WEIGHTS
 from .linear_experts_grinmoe import LINEAR_EXPERTS, GrinMoeLinearExperts
 from .loading_grinmoe import GrinMoeLoadingMixin, accept_released_layout
 from .masks_grinmoe import create_mask
-from .noise_grinmoe import fold_in, random_keys
+from .noise_grinmoe import random_keys, split_keys
 from .routing_grinmoe import jitter_input, noise_settings, route
 from .saving_grinmoe import AtomicSavingMixin
 from .tables_grinmoe import list_adapter_targets
@@ -125,13 +125,16 @@ class GrinMoeSparseMoeBlock(nn.Module):
         if self.training and noise_settings(config):
             keys = None if layer_pass is None else layer_pass.keys
             if keys is None:
-                keys = random_keys(len(tokens), tokens.device)
-            routing_keys, jitter_keys = (fold_in(keys.to(tokens.device), n) for n in (0, 1))
+                keys = split_keys(random_keys(len(tokens), tokens.device))
+            routing_keys, jitter_keys = keys.to(tokens.device)
             if config.input_jitter_noise > 0:
                 tokens = jitter_input(tokens, config.input_jitter_noise, jitter_keys)
-        router_logits = self.gate(tokens)
+        router_logits = learning_logits = self.gate(tokens)
+        if layer_pass is not None and layer_pass.fractions is not None:
+            learning_logits = layer_pass.attach_balance(router_logits)
+            router_logits = router_logits.detach()  # a trainer's own balance loss on them would come on top
         routing = route(
-            router_logits,
+            learning_logits,
             config.num_experts_per_tok,
             config.router_jitter_noise,
             estimator=config.router_estimator,
@@ -142,10 +145,8 @@ class GrinMoeSparseMoeBlock(nn.Module):
         output = mix_experts(self.experts, tokens, routing)
         if self.output_scale is not None:
             output = output * self.output_scale
-        if layer_pass is not None and layer_pass.is_recorded:
-            output = layer_pass.record(output, router_logits, routing.experts)
-            if layer_pass.has_balance:  # a trainer's own balance loss on the logits would come on top
-                router_logits = router_logits.detach()
+        if layer_pass is not None:
+            layer_pass.record(router_logits, routing.experts)
         return output.reshape(hidden_states.shape), router_logits, routing.experts
 
 
@@ -273,12 +274,10 @@ class GrinMoeModel(GrinMoePreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for index, layer in enumerate(
-            self.layers[: self.config.num_hidden_layers]
-        ):  # `assistant_early_exit` has fewer
+        for layer in self.layers[: self.config.num_hidden_layers]:  # `assistant_early_exit` has fewer
             hidden_states = layer(
                 hidden_states,
-                layer_pass=training_pass and training_pass.for_layer(self.first_layer + index),
+                layer_pass=training_pass and training_pass.for_next_layer(),
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 position_ids=position_ids,

@@ -5,7 +5,7 @@ parallel ranks and a resumed run all draw the same numbers, because no shared ge
 64-bit key, which seeds a generator of its own: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), whose n-th number is a
 hash of its seed plus n times a constant. Integers are exact on every device; the numbers are float32.
 
-T = batch x sequence tokens. int64 arithmetic wraps around, as the generator wants.
+T = batch x sequence tokens, L layers. int64 arithmetic wraps around, as the generator wants.
 """
 
 import torch
@@ -49,6 +49,13 @@ def random_key() -> torch.Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
 
 
+def put_key(key: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return `key`, an int64 scalar, on `device`. A GPU need not wait for its number, as it would for a copy."""
+    if key.device.type == "cpu" != device.type and not torch.compiler.is_compiling():
+        return torch.full((), int(key), dtype=torch.int64, device=device)
+    return key.to(device)
+
+
 def random_keys(num_tokens: int, device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
     """Draw keys, int64 `[num_tokens]`, from `generator`, by default the device's own."""
     return torch.empty(num_tokens, dtype=torch.int64, device=device).random_(generator=generator)
@@ -70,8 +77,19 @@ def token_keys(
     Returns:
         int64 `[T]`.
     """
-    tokens = fold_in(fold_in(key.to(positions.device), positions), input_ids).masked_fill(~counted, 0)
+    tokens = fold_in(fold_in(put_key(key, positions.device), positions), input_ids).masked_fill(~counted, 0)
     before = tokens.cumsum(dim=-1) - tokens
     index = torch.arange(positions.shape[-1], device=positions.device)
     start = torch.where(counted & (positions == 0), index, 0).cummax(dim=-1).values  # of the token's own sequence
     return (before + tokens - before.gather(-1, start)).reshape(-1)
+
+
+def layer_keys(keys: torch.Tensor, layers: range) -> torch.Tensor:
+    """Derive the keys of routing and of input jitter in every layer, `[T]` -> int64 `[L, 2, T]`."""
+    layer = torch.arange(layers.start, layers.stop, device=keys.device)
+    return split_keys(fold_in(keys, layer[:, None, None]))
+
+
+def split_keys(keys: torch.Tensor) -> torch.Tensor:
+    """Derive the keys of routing and of input jitter from a layer's, `[..., 1, T]` or `[T]` -> int64 `[..., 2, T]`."""
+    return fold_in(keys, torch.arange(2, device=keys.device)[:, None])

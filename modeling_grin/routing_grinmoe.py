@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import gpu_kernels_grinmoe as gpu
 from .noise_grinmoe import random_keys, uniform
 
 # Heun's third-order rule evaluates f' at the end of the ray with weight 1/4 and at its first third with weight 3/4
@@ -40,6 +41,16 @@ class RoutingNoise(NamedTuple):
     """Standard Gumbel noise `[K, T, E]`: argmax(z + gumbel) is a draw from softmax(z)."""
     uniform: torch.Tensor
     """Uniform noise in [0, 1) `[K, T]`: B = [uniform < P(B = 1)]."""
+
+
+class TokenKeys(NamedTuple):
+    """Noise that is still to be drawn; GPU kernels never hold it in memory."""
+
+    keys: torch.Tensor | None
+    """int64 `[T]`; None: none is drawn, although this is training, so that every choice is the best expert."""
+
+
+Noise = RoutingNoise | TokenKeys | None
 
 
 class Mixture(NamedTuple):
@@ -88,13 +99,6 @@ def draw_noise(
     return RoutingNoise(gumbel=-draws[..., :-1].log().neg_().log_(), uniform=draws[..., -1])
 
 
-def no_noise(router_logits: torch.Tensor, top_k: int) -> RoutingNoise:
-    """Noise that makes every draw the best expert."""
-    num_tokens, num_experts = router_logits.shape
-    zero = torch.zeros((), device=router_logits.device)
-    return RoutingNoise(zero.expand(top_k, num_tokens, num_experts), zero.expand(top_k, num_tokens))
-
-
 @torch.no_grad()
 def keep_set(router_logits: torch.Tensor, available: torch.Tensor, jitter_eps: float) -> torch.Tensor:
     """The experts that MaskedSoftmax keeps: those almost as good as the best one that is still available.
@@ -133,11 +137,16 @@ class Choices(NamedTuple):
     the argmax it always is, which makes the rule Euler's (above Equation 6)."""
 
 
+def runs_in_kernel(router_logits: torch.Tensor, noise: Noise) -> bool:
+    """Whether a GPU kernel chooses; it takes logits of any precision up to float32, and -inf among them."""
+    return not isinstance(noise, RoutingNoise) and gpu.use_kernels(router_logits)
+
+
 def choose(
     router_logits: torch.Tensor,
     top_k: int,
     jitter_eps: float,
-    noise: RoutingNoise | None,
+    noise: Noise,
     end_probability: float,
     argmax_exception: bool,
 ) -> Choices:
@@ -147,6 +156,11 @@ def choose(
         end_probability: P(B = 1).
         argmax_exception: whether delta_D counts, as in all of the paper's algorithms, or only B does.
     """
+    if runs_in_kernel(router_logits, noise):
+        settings = top_k, jitter_eps, end_probability, argmax_exception
+        return Choices(*gpu.choose(router_logits, getattr(noise, "keys", None), *settings))
+    if isinstance(noise, TokenKeys):
+        noise = None if noise.keys is None else draw_noise(router_logits, top_k, keys=noise.keys)
     available = torch.ones_like(router_logits, dtype=torch.bool)
     choices = []
     for k in range(top_k):
@@ -169,7 +183,7 @@ def sparsemixer_v2(
     router_logits: torch.Tensor,
     top_k: int,
     jitter_eps: float,
-    noise: RoutingNoise | None,
+    noise: Noise,
     *,
     argmax_exception: bool = True,
 ) -> Routing:
@@ -183,31 +197,33 @@ def sparsemixer_v2(
     In inference (no noise) each choice is the best expert that is left, and the weights are not renormalised: they
     are both 1 except in near-ties.
     """
-    choices = choose(router_logits, top_k, jitter_eps, noise, HEUN_END_PROBABILITY, argmax_exception)
-    probs = choices.probs
-    value = torch.where(choices.at_end, probs, HEUN_POINT_IN_CODE * probs)
-    return Routing(with_value(probs, value), choices.experts)
+    experts, probs, at_end = choose(router_logits, top_k, jitter_eps, noise, HEUN_END_PROBABILITY, argmax_exception)
+    if noise is None:
+        return Routing(probs, experts)
+    return Routing(with_value(probs, torch.where(at_end, probs, HEUN_POINT_IN_CODE * probs)), experts)
 
 
 def sparsemixer_v2_paper(
     router_logits: torch.Tensor,
     top_k: int,
     jitter_eps: float,
-    noise: RoutingNoise | None,
+    noise: Noise,
     *,
     argmax_exception: bool = True,
 ) -> Routing:
     """SparseMixer-v2 as Algorithm 1 has it, `y = h + detach(c h - h)`: the expert gets the gradient of h, unscaled."""
     experts, probs, at_end = choose(router_logits, top_k, jitter_eps, noise, HEUN_END_PROBABILITY, argmax_exception)
+    if noise is None:
+        return Routing(probs, experts)
     weights = with_value(probs, torch.where(at_end, probs, HEUN_POINT * probs))
-    return Routing(weights, experts, None if noise is None else Mixture(weights, experts, probs.detach()))
+    return Routing(weights, experts, Mixture(weights, experts, probs.detach()))
 
 
 def sparsemixer_v2_star(
     router_logits: torch.Tensor,
     top_k: int,
     jitter_eps: float,
-    noise: RoutingNoise | None,
+    noise: Noise,
     *,
     argmax_exception: bool = True,
 ) -> Routing:
@@ -228,7 +244,7 @@ def sparsemixer(
     router_logits: torch.Tensor,
     top_k: int,
     jitter_eps: float,
-    noise: RoutingNoise | None,
+    noise: Noise,
     *,
     argmax_exception: bool = True,
 ) -> Routing:
@@ -241,7 +257,7 @@ def sparsemixer(
     return Routing(with_value(2 * probs, value), choices.experts)
 
 
-def gshard(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> Routing:
+def gshard(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: Noise) -> Routing:
     """The control recipe of the paper's Figure 2: top-k of softmax(z), gradient through the gate weights alone.
 
     One expert is weighted with softmax(z)_i (Switch), several with their shares of the sum (GShard). Training and
@@ -251,7 +267,7 @@ def gshard(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: Ro
     return Routing(weights if top_k == 1 else weights / weights.sum(dim=-1, keepdim=True), experts)
 
 
-def dense(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: RoutingNoise | None) -> Routing:
+def dense(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: Noise) -> Routing:
     """Straight-through over all experts, as in DenseMixer: the router gets the soft mixture's gradient.
 
     Forward, the top-k of softmax(z), not renormalised; backward, the router learns as if every expert had been mixed
@@ -266,7 +282,7 @@ def dense(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: Rou
     return Routing(weights, experts, Mixture(with_value(probs, chosen), everyone, chosen))
 
 
-RouterEstimator = Callable[[torch.Tensor, int, float, RoutingNoise | None], Routing]
+RouterEstimator = Callable[[torch.Tensor, int, float, Noise], Routing]
 
 ROUTER_ESTIMATORS: dict[str, RouterEstimator] = {
     "sparsemixer_v2": sparsemixer_v2,
@@ -279,6 +295,7 @@ ROUTER_ESTIMATORS: dict[str, RouterEstimator] = {
 """`config.router_estimator` -> `(router_logits, top_k, jitter_eps, noise) -> Routing`; no noise means inference."""
 
 TOP_1_ESTIMATORS = {"sparsemixer"}  # defined for a single choice
+CHOOSING_ESTIMATORS = {name for name in ROUTER_ESTIMATORS if name.startswith("sparsemixer")}  # by `choose`
 DETERMINISTIC_ESTIMATORS = {"gshard", "dense"}  # have no use for noise, so that none is drawn
 
 
@@ -327,16 +344,19 @@ def route(
         raise ValueError(f"router estimator {estimator!r} is unknown; use one of {sorted(ROUTER_ESTIMATORS)}")
     if not 1 <= top_k <= (1 if estimator in TOP_1_ESTIMATORS else num_experts):
         raise ValueError(f"router estimator {estimator!r} is not defined for top_k={top_k} of {num_experts} experts")
-    logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+    drawn: Noise = noise
     if not training:
-        noise = None
+        drawn = None
     elif not sampling or estimator in DETERMINISTIC_ESTIMATORS:
-        noise = no_noise(logits, top_k)
+        drawn = TokenKeys(None)
     elif noise is None:
-        noise = draw_noise(logits, top_k, keys=keys)
+        drawn = TokenKeys(random_keys(len(router_logits), router_logits.device) if keys is None else keys)
+    if estimator in CHOOSING_ESTIMATORS and runs_in_kernel(router_logits, drawn):
+        return ROUTER_ESTIMATORS[estimator](router_logits, top_k, jitter_eps, drawn)
+    logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
     # If all logits are -inf, a softmax is NaN, and an argmax is the first expert even if it is already taken.
     finite_logits = logits.clamp(min=torch.finfo(logits.dtype).min)
-    routing = ROUTER_ESTIMATORS[estimator](finite_logits, top_k, jitter_eps, noise)
+    routing = ROUTER_ESTIMATORS[estimator](finite_logits, top_k, jitter_eps, drawn)
     return drop_impossible(routing, logits == -torch.inf)
 
 
@@ -369,6 +389,8 @@ def jitter_input(hidden_states: torch.Tensor, input_jitter_noise: float, keys: t
     Args:
         keys: int64 `[T]`, which decide the numbers.
     """
+    if gpu.use_kernels(hidden_states):
+        return gpu.jitter(hidden_states, input_jitter_noise, keys)
     return _JitterInput.apply(hidden_states, input_jitter_noise, keys)
 
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .balance_grinmoe import BalanceLoss, BalanceWindow, counted_tokens, load_balancing_loss
+from .balance_grinmoe import AttachBalanceLoss, BalanceLoss, BalanceWindow, counted_tokens, load_balancing_loss
 from .checks_grinmoe import find_expert_adapters
-from .noise_grinmoe import fold_in, random_key, step_key, token_keys
+from .noise_grinmoe import layer_keys, put_key, random_key, step_key, token_keys
 from .routing_grinmoe import noise_settings
 
 logger = logging.get_logger(__name__)
@@ -45,16 +45,19 @@ class TrainingPass:
         """
         Args:
             counted: bool `[T]`, False for padding.
-            keys: int64 `[T]`, seeds of the tokens' noise; None if the model draws none.
+            keys: int64 `[L, 2, T]`, seeds of the tokens' noise (`layer_keys`); None if the model draws none.
             balance: the load-balance loss of the pass.
             observer: called by `finish`.
         """
         self.counted, self.keys, self.balance, self.observer = counted, keys, balance, observer
         self.layers: list[LayerPass] = []
 
-    def for_layer(self, layer: int) -> "LayerPass":
-        """The pass as the next layer sees it; `layer` is its number in the whole model."""
-        self.layers.append(LayerPass(self, None if self.keys is None else fold_in(self.keys, layer)))
+    def for_next_layer(self) -> "LayerPass":
+        """The pass as the next layer sees it."""
+        number = len(self.layers)
+        keys = None if self.keys is None else self.keys[number]
+        fractions = None if self.balance is None else self.balance.fractions[number]
+        self.layers.append(LayerPass(self, keys, fractions))
         return self.layers[-1]
 
     def finish(self) -> None:
@@ -70,25 +73,32 @@ class TrainingPass:
 
 
 class LayerPass:
-    """`TrainingPass` of one layer. Compiled layers share their code, so no compiled code may read its number."""
+    """`TrainingPass` of one layer. Compiled layers share their code, so it does not have the layer's number."""
 
-    def __init__(self, training_pass: TrainingPass, keys: torch.Tensor | None):
-        self.training_pass, self.keys = training_pass, keys
-        self.number = len(training_pass.layers)
-        self.has_balance = training_pass.balance is not None
-        self.is_recorded = self.has_balance or training_pass.observer is not None
+    def __init__(
+        self, training_pass: TrainingPass, keys: torch.Tensor | None = None, fractions: torch.Tensor | None = None
+    ):
+        """
+        Args:
+            keys: int64 `[2, T]`, of routing and of input jitter.
+            fractions: `[E]`, of the balance loss, which has them by the time of the backward pass; None without one.
+        """
+        self.keys, self.fractions = keys, fractions
+        self.token_weight = None if fractions is None else training_pass.balance.token_weight  # type: ignore[union-attr]
+        self.is_recorded = fractions is not None or training_pass.observer is not None
         self.router_logits: Any = None
         self.selected_experts: Any = None
 
-    def record(self, output: torch.Tensor, router_logits: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """Record the layer's routing, logits `[T, E]` and experts `[T, K]`; return `output` with the balance loss."""
-        self.router_logits, self.selected_experts = router_logits.detach(), experts
-        return self.attach_balance(output, router_logits) if self.has_balance else output
+    def attach_balance(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """`router_logits` `[T, E]`, to which a backward pass adds the gradient of the balance loss."""
+        assert self.fractions is not None and self.token_weight is not None
+        device = router_logits.device
+        return AttachBalanceLoss.apply(router_logits, self.token_weight.to(device), self.fractions.to(device))
 
-    @torch.compiler.disable
-    def attach_balance(self, output: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        """`BalanceLoss.attach` of this layer."""
-        return self.training_pass.balance.attach(output, router_logits, self.number)  # type: ignore[union-attr]
+    def record(self, router_logits: torch.Tensor, experts: torch.Tensor) -> None:
+        """Record the layer's routing, logits `[T, E]` and experts `[T, K]`, for the balance loss and the observer."""
+        if self.is_recorded:
+            self.router_logits, self.selected_experts = router_logits.detach(), experts
 
 
 class OptimizerStepMixin(PreTrainedModel):
@@ -130,7 +140,9 @@ class OptimizerStepMixin(PreTrainedModel):
         """
         window = BalanceWindow(num_tokens, expert_counts, gradient_scale, group)
         decoder: OptimizerStepMixin = self.base_model
-        decoder.optimizer_step = None if step is None else OptimizerStep(step_key(seed, step), window)
+        decoder.optimizer_step = None
+        if step is not None:
+            decoder.optimizer_step = OptimizerStep(put_key(step_key(seed, step), decoder.device), window)
 
     def train(self, mode: bool = True):
         """As in torch; warns once if adapters are about to be trained and no expert has one."""
@@ -174,7 +186,8 @@ class OptimizerStepMixin(PreTrainedModel):
                 token_ids = torch.arange(batch_size, device=counted.device).unsqueeze(-1).expand_as(counted)
             # Packed sequences are told from each other as in the mask: without one, by their positions.
             positions = position_ids.expand_as(counted) if attention_mask is None else counted.cumsum(dim=-1) - 1
-            keys = token_keys(key, token_ids, counted, positions)
+            layers = range(self.first_layer, self.first_layer + len(self.layers))
+            keys = layer_keys(token_keys(key, token_ids, counted, positions), layers)
         if is_learning and self.config.router_aux_loss_coef > 0:
             balance = self.begin_balance(counted.reshape(-1), loss_share)
         return TrainingPass(counted.reshape(-1), keys, balance, self.routing_observer if is_learning else None)

@@ -44,6 +44,9 @@ def watch_choices() -> Iterator[Callable[[], float]]:
     def watched(router_logits, top_k, jitter_eps, noise, *args):
         nonlocal smallest
         choices = choose(router_logits, top_k, jitter_eps, noise, *args)
+        if isinstance(noise, routing_grinmoe.TokenKeys):
+            keys = noise.keys
+            noise = None if keys is None else routing_grinmoe.draw_noise(router_logits, top_k, keys=keys)
         if not torch.compiler.is_compiling() and router_logits.dtype == torch.float32 and router_logits.numel():
             smallest = min(smallest, smallest_margin(router_logits, top_k, jitter_eps, noise, choices.experts))
         return choices

@@ -64,7 +64,7 @@ def run(model, steps=2):
         loss = model(IDS, labels=IDS, use_cache=False).loss
         loss.backward()
         losses.append(loss.item())
-    counts = model.model.optimizer_step.window.latest_counts.total()
+    counts = model.model.optimizer_step.window.latest_counts
     gradients = {
         name.replace("_checkpoint_wrapped_module.", ""): parameter.grad for name, parameter in model.named_parameters()
     }

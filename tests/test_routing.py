@@ -8,7 +8,7 @@ from transformers.models.phimoe.modeling_phimoe import sparsemixer as stock_spar
 
 from modeling_grin import GrinMoeConfig, RoutingNoise, draw_noise, route
 from modeling_grin.modeling_grinmoe import GrinMoeSparseMoeBlock
-from modeling_grin.noise_grinmoe import fold_in
+from modeling_grin.noise_grinmoe import fold_in, split_keys
 from modeling_grin.routing_grinmoe import ROUTER_ESTIMATORS, jitter_input
 from modeling_grin.training_grinmoe import LayerPass, TrainingPass
 
@@ -219,7 +219,7 @@ def test_low_precision_logits_are_routed_in_float32():
 
 def make_layer_pass(keys):
     """A pass that has the layer's `keys`, and no balance loss."""
-    return LayerPass(TrainingPass(torch.ones(len(keys), dtype=torch.bool), None, None, None), keys)
+    return LayerPass(TrainingPass(torch.ones(len(keys), dtype=torch.bool), None, None, None), split_keys(keys))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from torch.nn.functional import embedding_bag, silu
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
 from ..modeling_grinmoe import GrinMoeExperts
+from .gpu_experts import few_slots_experts, uses_few_slots_kernel
 
 GRIN_EXPERTS = "grinmoe"  # the experts_implementation
 
@@ -166,15 +167,15 @@ def compute_token(
     return torch.mm(top_k_weights, torch.cat(outputs))
 
 
+def are_plain(experts: Any) -> bool:
+    """Whether these are SwiGLU experts without dropout."""
+    is_swiglu = isinstance(experts, GrinMoeExperts) and experts.config.hidden_act == "silu"
+    return is_swiglu and not (experts.training and experts.dropout.p > 0)
+
+
 def uses_cpu_kernel(experts: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether `grinmoe` computes by itself: SwiGLU experts without dropout, on a CPU, not in `torch.compile`."""
-    return (
-        hidden_states.device.type == "cpu"
-        and isinstance(experts, GrinMoeExperts)
-        and experts.config.hidden_act == "silu"
-        and not (experts.training and experts.dropout.p > 0)
-        and not torch.compiler.is_compiling()
-    )
+    """Whether `grinmoe` computes by itself: plain experts on a CPU, not in `torch.compile`."""
+    return hidden_states.device.type == "cpu" and are_plain(experts) and not torch.compiler.is_compiling()
 
 
 def grinmoe_experts_forward(
@@ -182,8 +183,8 @@ def grinmoe_experts_forward(
 ) -> torch.Tensor:
     """`experts_implementation="grinmoe"`: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`, the best way for the device.
 
-    On CPUs `ExpertsFunction`, in the dtype of `hidden_states`; elsewhere transformers' `grouped_mm`, and `batched_mm`
-    for a few slots of inference, as in its `generate`, and for ONNX.
+    On CPUs `ExpertsFunction`, in the dtype of `hidden_states`; on GPUs `few_slots_experts` for a few slots of
+    inference; elsewhere transformers' `grouped_mm`, and `batched_mm` for a few slots, as in its `generate`, and ONNX.
     """
     if uses_cpu_kernel(self, hidden_states):
         is_learning = torch.is_grad_enabled()
@@ -191,6 +192,9 @@ def grinmoe_experts_forward(
         inputs = hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj
         is_single = len(hidden_states) == 1 and not is_learning
         return compute_token(*inputs) if is_single else ExpertsFunction.apply(*inputs, is_learning)
+    if are_plain(self) and uses_few_slots_kernel(self, hidden_states, top_k_index):
+        weights = top_k_weights.to(hidden_states.dtype)
+        return few_slots_experts(hidden_states, top_k_index, weights, self.gate_up_proj, self.down_proj)
     few = not torch.is_grad_enabled() and top_k_index.numel() <= self.num_experts
     batched = (few and hidden_states.device.type != "cpu") or torch.onnx.is_in_onnx_export()  # has no grouped_mm
     forward = batched_mm_experts_forward if batched else grouped_mm_experts_forward

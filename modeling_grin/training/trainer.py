@@ -291,8 +291,8 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
                 counted = counted_tokens(inputs.get("attention_mask"), batch_size, length, device)
                 num_embedded = len(outputs["selected_experts"][0]) // batch_size - length  # peft's virtual tokens
                 counted = nn.functional.pad(counted, (num_embedded, 0), value=True).reshape(-1)
-                for layer, experts in enumerate(outputs["selected_experts"]):
-                    total[layer] += count_experts(experts, counted.to(experts.device), num_experts).to(device)
+                experts = torch.stack([experts.to(device) for experts in outputs["selected_experts"]])
+                total += count_experts(experts, counted, num_experts)
         return self.accelerator.gather(total[None]).sum(dim=0)
 
     def create_model_card(self, *args, **kwargs) -> None:
