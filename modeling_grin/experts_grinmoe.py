@@ -11,6 +11,7 @@ from torch.func import functional_call
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .linear_experts_grinmoe import GrinMoeLinearExperts
+from .lora_experts_grinmoe import find_lora
 from .routing_grinmoe import Routing, mix_outputs
 
 ROW_BYTES = 16  # torch's grouped_mm wants rows of a multiple of it
@@ -29,22 +30,23 @@ def run_experts(
     """The weighted sum of each token's experts: `[T, H]`, `[T, K]`, `[T, K]` -> `[T, H]`.
 
     transformers' implementations compute in the dtype of the weights and ignore autocast: float32 weights would mean
-    float32 experts. Here they get copies in autocast's dtype, like any linear layer. Experts with adapters (a
-    wrapper's) stay in float32: rounding W + BA loses most of BA.
+    float32 experts. Here they get copies in autocast's dtype, like any linear layer.
     """
-    module: Any = experts
+    module: Any
+    module, lora = find_lora(experts)
+    keywords = {"lora": lora} if lora else {}
     dtype = autocast_dtype(tokens.device.type)
-    if dtype is None or isinstance(experts, GrinMoeLinearExperts) or hasattr(experts, "base_layer"):
-        return module(tokens, top_k_index, top_k_weights)
+    if dtype is None or isinstance(module, GrinMoeLinearExperts) or hasattr(module, "base_layer"):
+        return module(tokens, top_k_index, top_k_weights, **keywords)
     implementation = ALL_EXPERTS_FUNCTIONS.get(module.config._experts_implementation)
     if (casts_weights := getattr(implementation, "casts_weights", None)) and casts_weights(module, tokens):
-        return module(tokens.to(dtype), top_k_index, top_k_weights).to(tokens.dtype)
-    parameters = dict(experts.named_parameters())
+        return module(tokens.to(dtype), top_k_index, top_k_weights, **keywords).to(tokens.dtype)
+    parameters = dict(module.named_parameters())
     local = [p.to_local() if hasattr(p, "to_local") else p for p in parameters.values()]
     if any(p.shape[-1] * dtype.itemsize % ROW_BYTES for p in local):
-        return module(tokens, top_k_index, top_k_weights)
+        return module(tokens, top_k_index, top_k_weights, **keywords)
     cast = {name: parameter.to(dtype) for name, parameter in parameters.items()}
-    return functional_call(experts, cast, (tokens, top_k_index, top_k_weights))
+    return functional_call(module, cast, (tokens, top_k_index, top_k_weights), keywords)
 
 
 def mix_experts(experts: nn.Module, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -5,7 +5,6 @@ expert; in the layout with one `nn.Linear` per expert matrix (`w1`, `w2`, `w3`) 
 E experts, r ranks.
 """
 
-import os
 import warnings
 from typing import Any
 
@@ -62,9 +61,7 @@ def add_lora(
     Args:
         attention: adapt `q_proj`, `k_proj`, `v_proj` and `o_proj`.
         router: adapt the routers, `gate`.
-        experts: adapt all matrices of all experts, each expert with `r` ranks of its own. Fused experts compute with
-            W + BA rounded to the dtype of W: in bfloat16 most of a small BA is lost, which a warning says. Load them
-            in float32, or with `experts_implementation="linear"`, where W and BA are applied apart.
+        experts: adapt all matrices of all experts, each expert with `r` ranks of its own.
         r, lora_alpha: rank, and numerator of the scale `lora_alpha / r`, of every adapter.
         settings: other fields of `peft.LoraConfig`, such as `rank_pattern` or `use_rslora`.
 
@@ -91,7 +88,7 @@ def add_lora(
             )
     if fused and settings.get("lora_dropout", 0) > 0:
         raise ValueError(
-            f"lora_dropout={settings['lora_dropout']} cannot act on fused experts, whose adapters are added to the "
+            f"lora_dropout={settings['lora_dropout']} cannot act on fused experts, whose adapters peft adds to the "
             "weights; set it to 0, or experts=False"
         )
     for field in MODULE_SETTINGS:
@@ -101,16 +98,6 @@ def add_lora(
                 'the model with experts_implementation="linear", or set experts=False'
             )
 
-    if (
-        fused
-        and os.environ.get("RANK", "0") == "0"
-        and (dtype := model.get_parameter(fused[0]).dtype).itemsize < torch.float32.itemsize
-    ):
-        warnings.warn(
-            f"fused experts are trained as W + BA rounded to {dtype}, which loses a small BA: load the model in "
-            'float32, or with experts_implementation="linear"',
-            stacklevel=2,
-        )
     parameters = wanted.pop("experts") if fused else ()
     tasks = {GrinMoeForCausalLM: "CAUSAL_LM", GrinMoeForSequenceClassification: "SEQ_CLS"}
     config = LoraConfig(

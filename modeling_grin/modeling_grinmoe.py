@@ -30,6 +30,7 @@ from .generation_grinmoe import GrinMoeGenerationMixin
 from .layout_grinmoe import EXPERT_WEIGHTS
 from .linear_experts_grinmoe import LINEAR_EXPERTS, GrinMoeLinearExperts
 from .loading_grinmoe import GrinMoeLoadingMixin, accept_released_layout
+from .lora_experts_grinmoe import Lora, lora_experts_forward
 from .masks_grinmoe import create_mask
 from .noise_grinmoe import random_keys, split_keys
 from .routing_grinmoe import jitter_input, noise_settings, route
@@ -86,6 +87,22 @@ class GrinMoeExperts(MixtralExperts):
     def __init__(self, config: GrinMoeConfig):
         super().__init__(config)
         self.dropout = nn.Dropout(config.expert_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        lora: Lora | None = None,
+    ) -> torch.Tensor:
+        """`[T, H]`, chosen experts `[T, K]` and their weights `[T, K]` -> `[T, H]`, by the `experts_implementation`;
+        with `lora` (`find_lora`), by `forward_with_lora`."""
+        if lora:
+            return self.forward_with_lora(hidden_states, top_k_index, top_k_weights, lora)
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+    forward_with_lora = lora_experts_forward
+    """The package sets its own."""
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`[tokens, 2F] -> [tokens, F]`, in the experts implementations that are not one fused kernel."""

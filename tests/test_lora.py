@@ -113,32 +113,6 @@ def test_only_what_was_asked_for_is_trained(checkpoint, layout, groups, expected
     assert trained == expected
 
 
-@pytest.mark.parametrize(
-    ("dtype", "groups", "experts_implementation", "warns"),
-    [
-        ("bfloat16", {}, "grouped_mm", True),
-        ("float16", {}, "eager", True),
-        ("float32", {}, "grouped_mm", False),
-        ("bfloat16", {}, "linear", False),
-        ("bfloat16", {"experts": False}, "grouped_mm", False),
-    ],
-)
-def test_fused_experts_that_round_their_adapters_are_warned_of(
-    checkpoint, recwarn, dtype, groups, experts_implementation, warns
-):
-    layout = {"experts_implementation": experts_implementation}
-    add_lora(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **layout), **groups)
-    found = [str(warning.message) for warning in recwarn if "fused experts" in str(warning.message)]
-    assert len(found) == warns
-    assert all(f"torch.{dtype}" in text and "float32" in text and '"linear"' in text for text in found)
-
-
-def test_only_the_first_rank_warns(checkpoint, monkeypatch, recwarn):
-    monkeypatch.setenv("RANK", "1")
-    add_lora(AutoModelForCausalLM.from_pretrained(checkpoint, dtype="bfloat16"))
-    assert not [warning for warning in recwarn if "fused experts" in str(warning.message)]
-
-
 def test_a_new_task_keeps_its_head_trainable(checkpoint, tmp_path):
     torch.manual_seed(0)
     model = add_lora(AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3), r=RANK)
@@ -178,7 +152,7 @@ def test_requests_that_match_nothing_or_contradict_are_refused(checkpoint):
 # ---- What adapters compute ----
 
 
-@pytest.mark.parametrize("experts_implementation", ["eager", "grouped_mm", "batched_mm", "linear"])
+@pytest.mark.parametrize("experts_implementation", ["grinmoe", "grouped_mm", "linear"])
 def test_adapters_act_as_the_sum_of_weights_and_products(checkpoint, tmp_path, experts_implementation):
     """Against a stock model whose released tensors have had `(alpha / r) B A` added per expert, in float64."""
     model = adapted_model(checkpoint, experts_implementation=experts_implementation)

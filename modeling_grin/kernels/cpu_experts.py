@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, silu
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 
+from ..layout_grinmoe import EXPERT_WEIGHTS
+from ..lora_experts_grinmoe import Lora, lora_experts_forward
 from ..modeling_grinmoe import GrinMoeExperts
 from .gpu_experts import few_slots_experts, uses_few_slots_kernel
 
@@ -65,6 +67,11 @@ def expert_order(top_k_index: torch.Tensor, num_experts: int) -> tuple[list[Segm
     return segments, position.view_as(top_k_index)
 
 
+def add_lora(out: torch.Tensor, x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
+    """`out += (x @ first) @ second`; the factors may have another dtype than autocast computes in."""
+    out.addmm_(x @ first.to(x.dtype), second.to(x.dtype))
+
+
 def matmul_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """`out = a @ b`; `out`, a weight's gradient, may have another dtype than autocast computes in."""
     if out.dtype == a.dtype:
@@ -78,11 +85,15 @@ class ExpertsFunction(torch.autograd.Function):
 
     Arguments: `hidden_states` `[T, H]`, `top_k_index` `[T, K]`, `top_k_weights` `[T, K]` of the same dtype as
     `hidden_states`, `gate_up_proj` `[E, 2F, H]` and `down_proj` `[E, H, F]` of any dtype, which their gradients have,
-    too, and whether a backward pass may follow.
+    too, whether a backward pass may follow, and the factors A `[E, r, in]` and B `[E, out, r]` of the LoRA on
+    `gate_up_proj` and on `down_proj`, or None.
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, learning: bool):
+    def forward(
+        ctx, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, learning: bool,
+        gate_up_a=None, gate_up_b=None, down_a=None, down_b=None,
+    ):  # fmt: skip
         segments, position = expert_order(top_k_index, len(down_proj))
         dtype, (hidden_size, intermediate_size) = hidden_states.dtype, down_proj.shape[1:]
         longest = max((segment.num_rows for segment in segments), default=0)
@@ -96,17 +107,23 @@ class ExpertsFunction(torch.autograd.Function):
             x = segment.gather(hidden_states, inputs)
             own_gate_up = gate_up[rows] if learning else gate_up[: len(x)]
             torch.mm(x, gate_up_proj[expert].to(dtype).t(), out=own_gate_up)
+            if gate_up_a is not None:
+                add_lora(own_gate_up, x, gate_up_a[expert].t(), gate_up_b[expert].t())
             gate, up = own_gate_up.chunk(2, dim=-1)
             activation = torch.ops.aten.silu.out(gate, out=activations[: len(x)]).mul_(up)
             torch.mm(activation, down_proj[expert].to(dtype).t(), out=outputs[rows])
-        ctx.save_for_backward(hidden_states, top_k_weights, gate_up_proj, down_proj, gate_up)
+            if down_a is not None:
+                add_lora(outputs[rows], activation, down_a[expert].t(), down_b[expert].t())
+        factors = gate_up_a, gate_up_b, down_a, down_b
+        ctx.save_for_backward(hidden_states, top_k_weights, gate_up_proj, down_proj, gate_up, *factors)
         ctx.segments, ctx.position = segments, position
         return embedding_bag(position, outputs, mode="sum", per_sample_weights=top_k_weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        hidden_states, top_k_weights, gate_up_proj, down_proj, gate_up = ctx.saved_tensors
+        hidden_states, top_k_weights, gate_up_proj, down_proj, gate_up, *factors = ctx.saved_tensors
+        gate_up_a, gate_up_b, down_a, down_b = factors
         needs_gate_up, needs_down = ctx.needs_input_grad[3:5]
         dtype, (hidden_size, intermediate_size) = hidden_states.dtype, down_proj.shape[1:]
         longest = max((segment.num_rows for segment in ctx.segments), default=0)
@@ -116,6 +133,7 @@ class ExpertsFunction(torch.autograd.Function):
         grad_inputs = gate_up.new_empty(len(gate_up), hidden_size)
         grad_gate_up_proj = torch.empty_like(gate_up_proj) if needs_gate_up else None
         grad_down_proj = torch.empty_like(down_proj) if needs_down else None
+        grad_factors: list[Any] = [None if factor is None else torch.empty_like(factor) for factor in factors]
         rows_of_hidden = gate_up.new_empty(longest, hidden_size)
         silus, activations, grad_activations = gate_up.new_empty(3, longest, intermediate_size).unbind()
         grad_gate_ups = gate_up.new_empty(longest, 2 * intermediate_size)
@@ -129,9 +147,15 @@ class ExpertsFunction(torch.autograd.Function):
             grad = segment.gather(grad_output, rows_of_hidden)
             grad_activation = grad_activations[: segment.num_rows]
             torch.mm(grad, down_proj[expert].to(dtype), out=grad_activation)
+            if down_a is not None:
+                add_lora(grad_activation, grad, down_b[expert], down_a[expert])
             grad_weights[rows, 0] = torch.mul(grad_activation, activation).sum(dim=-1)
+            grad.mul_(weights[rows])
             if grad_down_proj is not None:
-                matmul_into(grad_down_proj[expert], grad.mul_(weights[rows]).t(), activation)
+                matmul_into(grad_down_proj[expert], grad.t(), activation)
+            if down_a is not None:
+                matmul_into(grad_factors[2][expert], (grad @ down_b[expert].to(dtype)).t(), activation)
+                matmul_into(grad_factors[3][expert], grad.t(), activation @ down_a[expert].to(dtype).t())
             grad_activation.mul_(weights[rows])
             # activation = silu(gate) * up
             grad_gate_up = grad_gate_ups[: segment.num_rows]
@@ -140,16 +164,24 @@ class ExpertsFunction(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(grad_activation.mul_(up), gate, grad_input=grad_gate)
             # gate and up are gate_up_proj(input)
             torch.mm(grad_gate_up, gate_up_proj[expert].to(dtype), out=grad_inputs[rows])
+            if gate_up_a is not None:
+                add_lora(grad_inputs[rows], grad_gate_up, gate_up_b[expert], gate_up_a[expert])
+            if grad_gate_up_proj is None and gate_up_a is None:
+                continue
+            x = segment.gather(hidden_states, rows_of_hidden)
             if grad_gate_up_proj is not None:
-                x = segment.gather(hidden_states, rows_of_hidden)
                 matmul_into(grad_gate_up_proj[expert], grad_gate_up.t(), x)
+            if gate_up_a is not None:
+                matmul_into(grad_factors[0][expert], (grad_gate_up @ gate_up_b[expert].to(dtype)).t(), x)
+                matmul_into(grad_factors[1][expert], grad_gate_up.t(), x @ gate_up_a[expert].to(dtype).t())
 
         for unused in set(range(len(down_proj))) - {segment.expert for segment in ctx.segments}:
-            for gradient in (grad_gate_up_proj, grad_down_proj):
+            for gradient in (grad_gate_up_proj, grad_down_proj, *grad_factors):
                 if gradient is not None:
                     gradient[unused].zero_()
         grad_hidden_states = embedding_bag(ctx.position, grad_inputs, mode="sum")
-        return grad_hidden_states, None, grad_weights[ctx.position, 0], grad_gate_up_proj, grad_down_proj, None
+        grads = grad_hidden_states, None, grad_weights[ctx.position, 0], grad_gate_up_proj, grad_down_proj, None
+        return *grads, *grad_factors
 
 
 def compute_token(
@@ -199,6 +231,17 @@ def grinmoe_experts_forward(
     batched = (few and hidden_states.device.type != "cpu") or torch.onnx.is_in_onnx_export()  # has no grouped_mm
     forward = batched_mm_experts_forward if batched else grouped_mm_experts_forward
     return forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+def grinmoe_lora_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, lora: Lora
+) -> torch.Tensor:
+    """`lora_experts_forward`; for `experts_implementation="grinmoe"` on CPUs by `ExpertsFunction`."""
+    if self.config._experts_implementation != GRIN_EXPERTS or not uses_cpu_kernel(self, hidden_states):
+        return lora_experts_forward(self, hidden_states, top_k_index, top_k_weights, lora)
+    inputs = hidden_states, top_k_index, top_k_weights.to(hidden_states.dtype), self.gate_up_proj, self.down_proj
+    factors = [factor for name in EXPERT_WEIGHTS for factor in lora.get(name, (None, None))]
+    return ExpertsFunction.apply(*inputs, torch.is_grad_enabled(), *factors)
 
 
 # Given tokens in autocast's dtype, the kernel casts one expert at a time (`run_experts`).
