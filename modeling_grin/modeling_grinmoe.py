@@ -33,6 +33,7 @@ from .loading_grinmoe import GrinMoeLoadingMixin, accept_released_layout
 from .lora_experts_grinmoe import Lora, lora_experts_forward
 from .masks_grinmoe import create_mask
 from .noise_grinmoe import random_keys, split_keys
+from .replay_grinmoe import RoutingReplayMixin
 from .routing_grinmoe import jitter_input, noise_settings, route
 from .saving_grinmoe import AtomicSavingMixin
 from .tables_grinmoe import list_adapter_targets
@@ -130,11 +131,12 @@ class GrinMoeSparseMoeBlock(nn.Module):
             parameter.requires_grad_(parameter.is_floating_point() and not self.config.freeze_router)
 
     def forward(
-        self, hidden_states: torch.Tensor, layer_pass: LayerPass | None = None
+        self, hidden_states: torch.Tensor, layer_pass: LayerPass | None = None, replayed: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`[batch, sequence, H]` -> output of this shape, router logits `[T, E]`, selected experts `[T, K]`.
 
         In training, `layer_pass` has the keys of the tokens' noise (by default random ones) and the balance loss.
+        `replayed`: the experts to take, `[T, K]`.
         """
         config = self.config
         tokens = hidden_states.reshape(-1, config.hidden_size)
@@ -158,6 +160,7 @@ class GrinMoeSparseMoeBlock(nn.Module):
             training=self.training,
             sampling=config.router_sampling,
             keys=routing_keys,
+            replayed=replayed,
         )
         output = mix_experts(self.experts, tokens, routing)
         if self.output_scale is not None:
@@ -177,15 +180,23 @@ class GrinMoeDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.block_sparse_moe = GrinMoeSparseMoeBlock(config)
 
-    def forward(self, hidden_states: torch.Tensor, layer_pass: LayerPass | None = None, **kwargs) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layer_pass: LayerPass | None = None,
+        replayed: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
         """`[batch, sequence, H]` -> the same; `kwargs` are the attention's."""
         attention_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attention_output
-        moe_output, _, _ = self.block_sparse_moe(self.post_attention_layernorm(hidden_states), layer_pass)
+        moe_output, _, _ = self.block_sparse_moe(self.post_attention_layernorm(hidden_states), layer_pass, replayed)
         return hidden_states + moe_output
 
 
-class GrinMoePreTrainedModel(GrinMoeLoadingMixin, AtomicSavingMixin, OptimizerStepMixin, PreTrainedModel):
+class GrinMoePreTrainedModel(
+    GrinMoeLoadingMixin, AtomicSavingMixin, OptimizerStepMixin, RoutingReplayMixin, PreTrainedModel
+):
     """Base class of all GRIN-MoE models."""
 
     config_class = GrinMoeConfig
@@ -291,10 +302,12 @@ class GrinMoeModel(GrinMoePreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers[: self.config.num_hidden_layers]:  # `assistant_early_exit` has fewer
+        layers = self.layers[: self.config.num_hidden_layers]  # `assistant_early_exit` has fewer
+        for number, layer in enumerate(layers, start=self.first_layer):
             hidden_states = layer(
                 hidden_states,
                 layer_pass=training_pass and training_pass.for_next_layer(),
+                replayed=self.replayed_in(number, inputs_embeds),
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 position_ids=position_ids,

@@ -99,6 +99,18 @@ def draw_noise(
     return RoutingNoise(gumbel=-draws[..., :-1].log().neg_().log_(), uniform=draws[..., -1])
 
 
+def replay(router_logits: torch.Tensor, top_k: int, noise: Noise, experts: torch.Tensor) -> RoutingNoise:
+    """The noise that makes choice k of each token fall on `experts` `[T, K]`; where they are -1, `noise` itself."""
+    if isinstance(noise, TokenKeys) and noise.keys is not None:
+        noise = draw_noise(router_logits, top_k, keys=noise.keys)
+    if not isinstance(noise, RoutingNoise):  # greedy
+        zero = router_logits.new_zeros((), dtype=torch.float32)
+        noise = RoutingNoise(zero.expand(top_k, *router_logits.shape), zero.expand(top_k, len(router_logits)))
+    everyone = torch.arange(router_logits.shape[-1], device=router_logits.device)
+    is_replayed = everyone == experts.to(everyone.device).t().unsqueeze(-1)  # [K, T, E]
+    return RoutingNoise(noise.gumbel.masked_fill(is_replayed, torch.inf), noise.uniform)
+
+
 @torch.no_grad()
 def keep_set(router_logits: torch.Tensor, available: torch.Tensor, jitter_eps: float) -> torch.Tensor:
     """The experts that MaskedSoftmax keeps: those almost as good as the best one that is still available.
@@ -165,6 +177,8 @@ def choose(
     choices = []
     for k in range(top_k):
         kept = keep_set(router_logits, available, jitter_eps)
+        if noise is not None:
+            kept = kept | (noise.gumbel[k] == torch.inf)  # replayed
         masked_logits = router_logits.masked_fill(~kept, -torch.inf)
         probs = masked_logits.softmax(dim=-1)
         best = expert = masked_logits.argmax(dim=-1, keepdim=True)
@@ -257,13 +271,24 @@ def sparsemixer(
     return Routing(with_value(2 * probs, value), choices.experts)
 
 
+def best_experts(probs: torch.Tensor, top_k: int, noise: Noise) -> torch.Tensor:
+    """The experts `[T, K]` of the largest `probs` `[T, E]`, or those that `noise` replays."""
+    experts = probs.topk(top_k, dim=-1).indices
+    if not isinstance(noise, RoutingNoise):
+        return experts
+    is_replayed = noise.gumbel == torch.inf  # [K, T, E]
+    return torch.where(is_replayed.any(dim=-1), is_replayed.int().argmax(dim=-1), experts.t()).t()
+
+
 def gshard(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: Noise) -> Routing:
     """The control recipe of the paper's Figure 2: top-k of softmax(z), gradient through the gate weights alone.
 
     One expert is weighted with softmax(z)_i (Switch), several with their shares of the sum (GShard). Training and
     inference are alike; the keep set and the noise have no part in it.
     """
-    weights, experts = router_logits.softmax(dim=-1).topk(top_k, dim=-1)
+    probs = router_logits.softmax(dim=-1)
+    experts = best_experts(probs, top_k, noise)
+    weights = probs.gather(-1, experts)
     return Routing(weights if top_k == 1 else weights / weights.sum(dim=-1, keepdim=True), experts)
 
 
@@ -274,7 +299,8 @@ def dense(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: Noi
     in with softmax(z)_i, for which training computes them all. The experts learn from the tokens that chose them.
     """
     probs = router_logits.softmax(dim=-1)
-    weights, experts = probs.topk(top_k, dim=-1)
+    experts = best_experts(probs, top_k, noise)
+    weights = probs.gather(-1, experts)
     if noise is None:
         return Routing(weights, experts)
     chosen = torch.zeros_like(probs).scatter(-1, experts, weights.detach())
@@ -319,6 +345,7 @@ def route(
     sampling: bool = True,
     noise: RoutingNoise | None = None,
     keys: torch.Tensor | None = None,
+    replayed: torch.Tensor | None = None,
 ) -> Routing:
     """Choose `top_k` experts per token, in float32 (float64 for float64 logits) whatever the model's precision.
 
@@ -331,6 +358,8 @@ def route(
         sampling: whether training samples, or takes the best experts with the estimator's gradient at them.
         noise: the draws to sample with in training; by default made from `keys`.
         keys: int64 `[T]`, the tokens' keys (`noise_grinmoe.py`); by default random ones from torch's generator.
+        replayed: int64 `[T, K]`, the experts to choose, whatever the logits say; -1: choose. Weights and gradients
+            follow from the logits, as if the replayed experts were in the keep set.
 
     Returns:
         `Routing` with `weights` and `experts`, both `[T, K]`. A token's experts are distinct. A logit of -inf rules an
@@ -351,6 +380,8 @@ def route(
         drawn = TokenKeys(None)
     elif noise is None:
         drawn = TokenKeys(random_keys(len(router_logits), router_logits.device) if keys is None else keys)
+    if replayed is not None:
+        drawn = replay(router_logits, top_k, drawn, replayed)
     if estimator in CHOOSING_ESTIMATORS and runs_in_kernel(router_logits, drawn):
         return ROUTER_ESTIMATORS[estimator](router_logits, top_k, jitter_eps, drawn)
     logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
