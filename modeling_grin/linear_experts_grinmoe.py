@@ -59,15 +59,15 @@ class GrinMoeLinearExperts(nn.ModuleList):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`[T, H]`, chosen experts `[T, K]` and their weights `[T, K]` -> `[T, H]`."""
-        output = torch.zeros_like(hidden_states)
+        order = top_k_index.reshape(-1).argsort(stable=True)
+        counts = torch.bincount(top_k_index.reshape(-1), minlength=len(self)).tolist()  # the layer's only sync
+        rows = hidden_states[order // top_k_index.shape[-1]].split(counts)
         # With gradients, experts without a token run as well: their parameters get zeros instead of no gradient, like
         # fused ones and as data-parallel training expects.
-        experts = range(len(self)) if torch.is_grad_enabled() else top_k_index.unique().tolist()
-        for expert in experts:
-            token, slot = torch.where(top_k_index == expert)
-            expert_output = self[expert](hidden_states[token]) * top_k_weights[token, slot, None]
-            output.index_add_(0, token, expert_output.to(output.dtype))
-        return output
+        learning = torch.is_grad_enabled()
+        outputs = torch.cat([expert(own) for expert, own in zip(self, rows, strict=True) if learning or len(own)])
+        weighted = (outputs * top_k_weights.reshape(-1)[order, None])[order.argsort()]
+        return weighted.unflatten(0, top_k_index.shape).sum(dim=1).to(hidden_states.dtype)
 
 
 def exclude_router_from_quantization(quantization_config: Any) -> Any:
