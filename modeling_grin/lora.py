@@ -6,6 +6,8 @@ E experts, r ranks.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 
 from .layout_grinmoe import EXPERT_WEIGHTS
 from .modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoePreTrainedModel
@@ -67,8 +72,8 @@ def add_lora(
 
     Raises:
         ValueError: nothing was asked for; a group matches nothing in `model`; `router=True` with
-            `config.freeze_router`; or `lora_dropout`, `layers_to_transform`, `layers_pattern` or `exclude_modules`
-            with fused experts. The model is unchanged.
+            `config.freeze_router`; `lora_dropout`, `layers_to_transform`, `layers_pattern` or `exclude_modules` with
+            fused experts; or modules to train in full in a model that is spread over ranks. The model is unchanged.
     """
     if router and model.config.freeze_router:
         raise ValueError("router=True trains the routers that config.freeze_router=True freezes; change one of them")
@@ -107,9 +112,84 @@ def add_lora(
         target_parameters=list(parameters),
         **{"task_type": next((task for cls, task in tasks.items() if isinstance(model, cls)), None), **settings},
     )
-    adapted = get_peft_model(model, config)
+    is_spread = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if is_spread and (config.modules_to_save or config.task_type == "SEQ_CLS"):
+        raise ValueError(
+            "modules_to_save, and the new head of a classifier, are trained in full, and must be whole on every rank: "
+            "use DDP, or train all weights"
+        )
+    with whole_weights(model):
+        adapted = get_peft_model(model, config)
     model.base_model.adapts_experts = experts
+    spread_adapters(adapted)
     return adapted
+
+
+@contextmanager
+def whole_weights(model: GrinMoePreTrainedModel) -> Iterator[None]:
+    """Show peft a model that is spread over ranks as if it were whole: else it makes adapters of the parts' sizes.
+
+    The spread weights are frozen.
+    """
+    mesh = getattr(model, "_device_mesh", None)
+    spread = [
+        (module, name, weight)
+        for module in model.modules()
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False)
+        if isinstance(weight, DTensor)
+    ]
+    for module, name, weight in spread:
+        weight.requires_grad_(False)
+        whole = torch.zeros((), dtype=weight.dtype, device=weight.device_mesh.device_type).expand(weight.shape)
+        module._parameters[name] = nn.Parameter(whole, requires_grad=False)  # one number
+    model._device_mesh = None
+    try:
+        yield
+    finally:
+        model._device_mesh = mesh
+        for module, name, weight in spread:
+            module._parameters[name] = weight
+
+
+def spread_adapters(model: PeftModel) -> None:
+    """Let adapters, which every rank has whole, compute with a rank's part of a model that is spread over ranks.
+
+    FSDP gathers the matrices before they are used. Tensor parallelism leaves each rank a part of an attention
+    projection's outputs or inputs: so do the adapters here, and the gradients of the parts are summed. The experts'
+    are `lora_experts_grinmoe.of_rank`'s.
+    """
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        weight = layer.get_base_layer().weight if not isinstance(layer, ParamWrapper) else layer.get_param()
+        if not isinstance(weight, DTensor):
+            continue
+        axes = dict(zip(weight.device_mesh.mesh_dim_names or ("tp",), weight.placements, strict=True))
+        if group_of(name) == "attention" and "tp" in axes:
+            if not is_plain(layer):
+                raise ValueError(f"{name}: tensor parallelism needs plain LoRA, without DoRA and the like")
+            mesh = weight.device_mesh["tp"] if len(axes) > 1 else weight.device_mesh
+            for adapter in layer.lora_A:
+                split(layer.lora_A[adapter], layer.lora_B[adapter], mesh, by_outputs=axes["tp"].is_shard(0))
+
+
+def split(a: nn.Linear, b: nn.Linear, mesh: DeviceMesh, by_outputs: bool) -> None:
+    """Let `b(a(x))` return this rank's part of the outputs; or take its part of the inputs, and sum over ranks."""
+    from transformers.distributed.parallel_utils import _AllReduceBackward, _AllReduceForward
+
+    group, num_ranks, rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
+
+    def part(weight: torch.Tensor, dim: int) -> torch.Tensor:
+        return _AllReduceBackward.apply(weight, group).chunk(num_ranks, dim)[rank]
+
+    if by_outputs:
+        summed = _AllReduceBackward.apply
+        a.forward = lambda input: linear(summed(input, group), summed(a.weight, group))  # type: ignore[method-assign]
+        b.forward = lambda input: linear(input, part(b.weight, 0))  # type: ignore[method-assign]
+    else:
+        a.forward = lambda input: _AllReduceForward.apply(  # type: ignore[method-assign]
+            linear(input, part(a.weight, 1)), group
+        )
 
 
 def refusal(reason: str) -> ValueError:

@@ -185,6 +185,9 @@ class Pipeline:
         losses: list[torch.Tensor] = []
         no_target = torch.zeros(len(micro_batches))  # the schedule hands each micro-batch its part of one
         (schedule.step if training else schedule.eval)(target=no_target, losses=losses, return_outputs=False)
+        if training:
+            for parameter in self.adapters():
+                dist.all_reduce(parameter.grad, dist.ReduceOp.AVG, group=self.mesh.get_group("dp"))
         loss = torch.zeros((), device=self.device)
         if losses:
             loss += torch.stack(losses).detach().sum()
@@ -220,6 +223,19 @@ class Pipeline:
         )
         self._prepared = schedule, made_for
         return schedule
+
+    def adapters(self) -> list[nn.Parameter]:
+        """Parameters that data-parallel ranks have whole, and FSDP does not know of: adapters."""
+        if self.mesh["dp"].size() == 1:
+            return []
+        learnt = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        return [parameter for parameter in learnt if not isinstance(parameter.data, DTensor)]
+
+    def gather(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The small `state` of all stages."""
+        of_stages: list[Any] = [None] * self.pp_size
+        dist.all_gather_object(of_stages, state, group=self.mesh.get_group("pp"))
+        return {name: value for stage in of_stages for name, value in stage.items()}
 
     def clip_grad_norm(self, max_norm: float) -> torch.Tensor:
         """Clip the gradients to a norm over the whole model; return the norm before."""

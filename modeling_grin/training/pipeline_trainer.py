@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import recursively_apply
-from peft import PeftModel
 
 from .pipeline import LossFunction, Pipeline
 
@@ -36,7 +35,6 @@ class PipelineTrainerMixin(_Base):
         assert self._pipeline is not None
         args, schedule, pp_size = self.args, self._pipeline.schedule, self._pipeline.pp_size
         refused = {
-            "LoRA (a PeftModel)": isinstance(self.model, PeftModel),
             "exact_balance=True": getattr(self, "exact_balance", False),
             "average_tokens_across_devices=False": not args.average_tokens_across_devices,
             "fp16=True": args.fp16,
@@ -127,5 +125,7 @@ class PipelineTrainerMixin(_Base):
         return self._pipeline.clip_grad_norm(float("inf")) if grad_norm is None else grad_norm
 
     def _sync_replicated_trainable_parameters(self, model):
-        if self._pipeline is None:  # else nothing is replicated over all ranks
-            super()._sync_replicated_trainable_parameters(model)
+        if self._pipeline is None:  # else only data-parallel ranks have the same adapters
+            return super()._sync_replicated_trainable_parameters(model)
+        for parameter in self._pipeline.adapters():
+            torch.distributed.broadcast(parameter.data, group_src=0, group=self._pipeline.mesh.get_group("dp"))

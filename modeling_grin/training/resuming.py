@@ -10,13 +10,14 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
+from ..compat_grinmoe import is_spread_over_ranks
 from ..loading_grinmoe import check_names
 from ..saving_grinmoe import give_umasks_mode
 from .checkpoints import (
@@ -146,13 +147,24 @@ class ResumingTrainerMixin(_Base):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir
         if not self.is_sharded:
-            super()._save(output_dir, state_dict)
+            super()._save(output_dir, self._adapter_state() if state_dict is None else state_dict)
+            if pipeline := getattr(self.model, "pipeline", None):  # peft has saved this stage's
+                adapters = pipeline.gather(get_peft_model_state_dict(self._grin_model, self._adapter_state()))
+                if self.args.should_save:
+                    save_file(adapters, Path(folder, ADAPTER_WEIGHTS), {"format": "pt"})
             return give_umasks_mode(Path(folder))  # peft's adapters among them
         save_weights(self._grin_model, folder)
         if self.args.should_save:
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _adapter_state(self) -> dict[str, torch.Tensor] | None:
+        """The adapters of a model that is spread over ranks; of all it has peft would gather the base. Else None."""
+        model = self._grin_model
+        if not (is_spread_over_ranks(self) and isinstance(model, PeftModel)):
+            return None
+        return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.distributed_checkpoint:
@@ -255,7 +267,10 @@ class ResumingTrainerMixin(_Base):
         for adapter, path in adapters.items():
             with safe_open(path, framework="pt") as tensors:
                 found = set(tensors.keys())
-            if differing := sorted(found ^ set(get_peft_model_state_dict(model, adapter_name=adapter))):
+            needed = set(get_peft_model_state_dict(model, self._adapter_state(), adapter_name=adapter))
+            if pipeline := getattr(model, "pipeline", None):
+                needed = set(pipeline.gather(dict.fromkeys(needed)))
+            if differing := sorted(found ^ needed):
                 raise ValueError(
                     f"{path} and the adapter {adapter!r} of the model differ in {len(differing)} tensor(s): "
                     f"{', '.join(differing[:5])}"

@@ -96,8 +96,11 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
             config.output_router_logits = self.aux_loss_enabled = False
         if self.label_smoother is not None and self._grin_model.get_output_embeddings() is not None:
             self.label_smoother = partial(smoothed_next_token_loss, self.label_smoother)
-        self.is_sharded = is_spread_over_ranks(self)
-        self.distributed_checkpoint = self.is_sharded if distributed_checkpoint is None else distributed_checkpoint
+        # Adapters are whole on every rank, whatever the layout of the model below them.
+        self.is_sharded = is_spread_over_ranks(self) and not isinstance(self.model, PeftModel)
+        if distributed_checkpoint is None:
+            distributed_checkpoint = self.is_sharded or self._pipeline is not None
+        self.distributed_checkpoint = distributed_checkpoint
         if self.is_sharded and config.distributed_config.dp_replicate_size == 1:
             # Gradients are reduced after each micro-batch: until then a rank of FSDP2 holds the whole model's.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
@@ -123,9 +126,11 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
             )
         if self.exact_balance and model.get_output_embeddings() is None:
             raise ValueError(f"exact_balance needs a language model; got {type(model).__name__}")
-        if self.is_sharded and isinstance(model, PeftModel):
+        learnt = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        if isinstance(model, PeftModel) and any(isinstance(parameter, DTensor) for parameter in learnt):
             raise ValueError(
-                "an adapter on a model that is spread over ranks cannot be saved: use DDP, or train it whole"
+                "adapters on a model that is spread over ranks must be whole on every rank: make them with add_lora, "
+                "without modules_to_save"
             )
         if self.distributed_checkpoint and self.args.save_on_each_node:
             raise ValueError(

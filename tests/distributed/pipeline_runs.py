@@ -13,14 +13,14 @@ import runs
 import torch
 from datasets import Dataset
 from on_cpu import as_on_gpus
-from sharded_runs import count_forwards
+from sharded_runs import adapt, count_forwards
 from tokenizers import Tokenizer, models
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 from trl import SFTConfig
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
-from modeling_grin.training import RoutingCallback, add_lora
+from modeling_grin.training import RoutingCallback
 from modeling_grin.training.pipeline import pipeline_model
 from modeling_grin.training.sharded import released_views
 from modeling_grin.training.trl_trainers import GrinMoeDPOTrainer, GrinMoeSFTTrainer
@@ -65,7 +65,7 @@ def results(trainer: Trainer, **counted: Any) -> dict[str, Any]:
 
 def train(
     folder: Path, name: str, layout: dict[str, Any] | None, checkpoint: str, resume_from: str | None = None,
-    expert_dropout: float = 0.0, **arguments: Any,
+    expert_dropout: float = 0.0, lora: dict[str, Any] | None = None, **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Training with `GrinMoeTrainer`, or what is left of it from a checkpoint in FOLDER, and evaluation at its end.
 
@@ -74,12 +74,14 @@ def train(
     """
     config = GrinMoeConfig.from_pretrained(folder / checkpoint, expert_dropout=expert_dropout)
     model = make_model(folder, layout, checkpoint, config=config)
+    if lora is not None:
+        model = adapt(model, **lora)
     settings = {"max_steps": STEPS, "logging_steps": 1, "accumulation": 4, "micro_batch": 2, "eval_strategy": "steps",
                 "eval_steps": STEPS, "per_device_eval_batch_size": EVALUATION_BATCH}  # fmt: skip
     trainer = runs.make_trainer(
         folder / f"{name}-run", model, eval_dataset=runs.Rows(EVALUATION_ROWS), **{**settings, **arguments}
     )
-    forwards = count_forwards(next(layer for layer in model.model.layers if any(layer.children())))
+    forwards = count_forwards(next(layer for layer in model.get_decoder().layers if any(layer.children())))
     with CountSends() as sends:
         trainer.train(None if resume_from is None else str(folder / resume_from))
     return results(trainer, sends=sends.sizes, forwards=len(forwards))
@@ -140,7 +142,6 @@ def errors(folder: Path, name: str, checkpoint: str) -> dict[str, str]:
         "interleaved accumulation": lambda: make_trainer(make({"schedule": "Interleaved1F1B"}), accumulation=5),
         "smoothing": lambda: make_trainer(label_smoothing_factor=0.1),
         "averages": lambda: make_trainer(average_tokens_across_devices=False),
-        "lora": lambda: make_trainer(add_lora(make(), r=2)),
         "dpo": lambda: GrinMoeDPOTrainer(make()),
         "callback": train_with_callback,
         "forward": lambda: make()(input_ids=torch.ones(1, 4, dtype=torch.long)),

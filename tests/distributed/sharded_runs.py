@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from zlib import crc32
 
 import runs
 import torch
@@ -22,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
 from modeling_grin import GrinMoeForCausalLM, GrinMoeForSequenceClassification
-from modeling_grin.training import GrinMoeTrainer, sharded
+from modeling_grin.training import GrinMoeTrainer, add_lora, sharded
 
 STEPS, SAVED_AT = 3, 1
 GLOBAL_MICRO_BATCH = 4  # rows of a micro-batch over all data-parallel ranks
@@ -67,7 +68,7 @@ class FirstGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         if not self.gradients:
             named = getattr(model, "module", model).named_parameters()
-            self.gradients = {name: full(parameter.grad) for name, parameter in named}
+            self.gradients = {name: full(parameter.grad) for name, parameter in named if parameter.grad is not None}
 
 
 def count_forwards(layer: torch.nn.Module) -> list[None]:
@@ -128,8 +129,22 @@ class Tokenizer:
         Path(folder, "tokenizer.json").write_text("{}")
 
 
-def make_trainer(folder, name, checkpoint, layout, config=None, trainer_class=GrinMoeTrainer, **arguments):
+def adapt(model, seed: int, **lora):
+    """Add adapters that do something, peft begins with B = 0; their values depend on their names and on `seed`."""
+    adapted = add_lora(model, **lora)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            generator = torch.Generator().manual_seed(seed + crc32(name.encode()))
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    return adapted
+
+
+def make_trainer(
+    folder, name, checkpoint, layout, config=None, lora=None, trainer_class=GrinMoeTrainer, **arguments
+):  # fmt: skip
     model = load(folder, checkpoint, layout, **(config or {}))
+    if lora is not None:
+        model = adapt(model, **lora)
     num_ranks = dist.get_world_size() if dist.is_initialized() else 1
     dp_size = num_ranks // (1 if layout is None else layout.get("tp_size", 1))
     arguments = {**TRAINING, "micro_batch": GLOBAL_MICRO_BATCH // dp_size, **arguments}
@@ -151,7 +166,7 @@ def train(
     if noise_of_rank:  # the trainer itself refuses ranks with seeds of their own
         begin_step = trainer.model.begin_step
         trainer.model.begin_step = lambda *given, **more: begin_step(*given, **more | {"seed": dist.get_rank()})
-    forwards = count_forwards(trainer.model.model.layers[0])
+    forwards = count_forwards(trainer.model.get_decoder().layers[0])
     with fsdp.counting():
         trainer.train(None if resume_from is None else str(folder / resume_from))
     if saved:

@@ -228,7 +228,6 @@ MESSAGES = {
     "interleaved accumulation": "must be 2 or a multiple for Interleaved1F1B on 2 stages; got 5",
     "smoothing": "a pipeline cannot do label_smoothing_factor",
     "averages": "a pipeline cannot do average_tokens_across_devices=False",
-    "lora": "a pipeline cannot do LoRA (a PeftModel)",
     "dpo": "a pipeline cannot do DPO",
     "callback": "RoutingCallback needs every layer in one process",
     "forward": "this rank has a part of the model only",
