@@ -1,12 +1,15 @@
 """Merge LoRA adapters into their base model."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from modeling_grin.layout_grinmoe import EXPERT_WEIGHTS
 from modeling_grin.linear_experts_grinmoe import LINEAR_EXPERTS
 from modeling_grin.patterns_grinmoe import adaptable_names, check_patterns
 
@@ -17,6 +20,7 @@ from .tensors import ConversionError, StoredTensor, read_tensors
 from .verify import load_model
 
 ADAPTER_FILE = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."  # of every name in it
 
 
 def find_base(adapter: Path, base: Path | None) -> Path:
@@ -41,25 +45,26 @@ def read_adapter(folder: Path) -> dict[str, StoredTensor]:
 
 
 def merge_adapter(adapter: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Checkpoint:
-    """Merge a LoRA adapter into its base model; the merge is proven, or refused.
+    """Merge a LoRA adapter into its base model, matrix by matrix when they are read; the merge is proven, or refused.
 
-    The whole model is in memory, up to twice.
+    With DoRA and the like the whole model is in memory, up to twice.
 
     Args:
         checkpoint: the base model, of any form.
-        dtype: what the base is loaded and merged in; by default its own.
+        dtype: what is merged in; by default the base's own.
 
     Returns:
         A checkpoint of form `adapter`, with the base's path: tokenizer and generation settings are there.
 
     Raises:
-        ConversionError: adapter and base do not fit, tensor by tensor; merged logits differ from those with the
-            adapter on (`merge_lora`); peft is not installed.
+        ConversionError: adapter and base do not fit, tensor by tensor; rounding loses the adapter's change
+            (`merge_lora`); peft is not installed.
     """
     try:
-        from peft import PeftModel, get_peft_model_state_dict
+        from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
-        from modeling_grin.lora import merge_lora
+        from modeling_grin.lora import is_plain
     except ImportError as error:
         raise ConversionError("merging an adapter needs peft: pip install 'grin-moe[train]'") from error
 
@@ -76,21 +81,94 @@ def merge_adapter(adapter: Path, checkpoint: Checkpoint, dtype: torch.dtype | No
         check_patterns(adapter_config, adaptable_names(skeleton), adapter / ADAPTER_CONFIG_FILE)
     except ValueError as error:
         raise ConversionError(str(error)) from error
-    model = load_model(replace(checkpoint, config=config), dtype)
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter))
+        with torch.device("meta"):
+            adapted = get_peft_model(skeleton, PeftConfig.from_pretrained(str(adapter)))
     except Exception as error:  # of any type: peft meets a config that anybody may have written
         raise ConversionError(f"{adapter} does not fit {base}: {error}") from error
-    # peft warns about tensors that it has no place for, and leaves missing ones as they were initialised.
     expected = get_peft_model_state_dict(adapted)
     for names, what in ((found.keys() - expected.keys(), "no place for"), (expected.keys() - found.keys(), "need of")):
         if names:
             raise ConversionError(
                 f"{adapter} does not fit {base}, which has {what} {len(names)} of its tensors: {min(names)}, ..."
             )
-    del expected
+    for name, tensor in found.items():
+        if tensor.shape != (shape := tuple(expected[name].shape)):
+            raise ConversionError(
+                f"{adapter} does not fit {base}: size mismatch for {name}, which must have shape {list(shape)}; got "
+                f"{list(tensor.shape)}"
+            )
+    layers = {n: m for n, m in adapted.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)}
+    if all(map(is_plain, layers.values())):
+        merged = {**checkpoint.tensors, **merge_matrices(layers, found, checkpoint, dtype, adapter)}
+        in_full = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in found.items() if ".lora_" not in name}
+        return Checkpoint(base, "adapter", checkpoint.config, {**merged, **in_full})
+    return merge_in_memory(adapter, replace(checkpoint, config=config), dtype)
+
+
+def merge_matrices(
+    layers: Mapping[str, Any],
+    found: Mapping[str, StoredTensor],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    adapter: Path,
+) -> dict[str, StoredTensor]:
+    """Return the released matrices with their adapters, which are added in float32 whenever a matrix is read.
+
+    Args:
+        layers: peft's layers by name, whose tensors may be anywhere.
+        found: the adapter's tensors.
+        dtype: of the sum; by default the base's.
+
+    Raises:
+        ConversionError: rounding would lose a layer's change; all matrices are read once.
+    """
+    from modeling_grin.lora import check_loss
+
+    merged: dict[str, StoredTensor] = {}
+    for layer_name, layer in layers.items():
+        (scaling,) = layer.scaling.values()
+        a, b = (found[f"{PEFT_PREFIX}{layer_name}.lora_{factor}.weight"].read().float() for factor in "AB")
+        name = layer_name.replace(".base_layer", "")
+        if parameter := getattr(layer, "parameter_name", None):
+            num_experts, parts = layer.num_experts, EXPERT_WEIGHTS[parameter]
+            a, b = a.unflatten(0, (num_experts, -1)), b.unflatten(1, (-1, num_experts)).movedim(2, 0)
+            matrices = {
+                f"{name}.{expert}.{part}.weight": (a[expert], rows)
+                for expert in range(num_experts)
+                for part, rows in zip(parts, b[expert].chunk(len(parts)), strict=True)
+            }
+        else:
+            matrices = {f"{name}.weight": (a, b)}
+        squares = torch.zeros(3, dtype=torch.float64)  # of the loss, of the change, of the weight
+        for matrix, (own_a, own_b) in matrices.items():
+            stored = replace(checkpoint.tensors[matrix], dtype=dtype or checkpoint.tensors[matrix].dtype)
+            load = partial(add_product, stored, scaling * own_b, own_a)
+            merged[matrix] = replace(stored, load=load, path=None)
+            weight, result, change = stored.read().to(stored.dtype).float(), load().float(), scaling * own_b @ own_a
+            squares += torch.stack([(result - weight - change).norm(), change.norm(), weight.norm()]).double().square()
+        lost, change_norm, norm = squares.sqrt().tolist()
+        try:
+            check_loss(name, lost, change_norm, torch.finfo(torch.float32).eps * norm)
+        except ValueError as error:
+            raise ConversionError(f"{adapter}: {error}") from error
+    return merged
+
+
+def add_product(weight: StoredTensor, b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Return `weight + b @ a` in the dtype that `weight` is to have."""
+    return torch.addmm(weight.read().to(weight.dtype).float(), b, a).to(weight.dtype)
+
+
+def merge_in_memory(adapter: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Checkpoint:
+    """`merge_adapter` with the whole model, by `merge_lora`."""
+    from peft import PeftModel
+
+    from modeling_grin.lora import merge_lora
+
+    base = checkpoint.path
     try:
-        merged = merge_lora(adapted)
+        merged = merge_lora(PeftModel.from_pretrained(load_model(checkpoint, dtype), str(adapter)))
     except ValueError as error:
         raise ConversionError(f"{adapter}: {error}") from error
     stored = {

@@ -2,8 +2,9 @@
 
     python recipes/data.py data
 
-writes data/pretrain.jsonl (`text`: modules), data/sft.jsonl (`messages`: a docstring asked, its function answered)
-and data/dpo.jsonl (`prompt`, `chosen`, `rejected`: the function, and the same with the lines of its body in disorder).
+writes data/pretrain.jsonl (`text`: modules), data/sft.jsonl (`messages`: a docstring asked, its function answered),
+data/grpo.jsonl (`prompt` and `answer`: the same) and data/dpo.jsonl (`prompt`, `chosen`, `rejected`: the function, and
+the same with the lines of its body in disorder).
 """
 
 import ast
@@ -60,14 +61,14 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def main(
-    output_dir: Annotated[Path, typer.Argument(help="folder for the three files")],
+    output_dir: Annotated[Path, typer.Argument(help="folder for the files")],
     max_rows: Annotated[int, typer.Option(min=2, help="largest number of rows per file")] = 2000,
     max_characters: Annotated[
         int, typer.Option(min=1, help="skip functions that are longer, docstring included")
     ] = 800,
     seed: Annotated[int, typer.Option(help="seed of the choice of rows")] = 0,
 ) -> None:
-    """Write pretrain.jsonl, sft.jsonl and dpo.jsonl, made from Python's standard library.
+    """Write pretrain.jsonl, sft.jsonl, grpo.jsonl and dpo.jsonl, made from Python's standard library.
 
     Example: python recipes/data.py data --max-rows 500
     """
@@ -94,6 +95,8 @@ def main(
     output_dir.mkdir(parents=True, exist_ok=True)
     write_rows(output_dir / "pretrain.jsonl", [{"text": source} for source in modules[:max_rows]])
     write_rows(output_dir / "sft.jsonl", [{"messages": ask(f) + answer(f, f.body)} for f in functions])
+    answers = [{"prompt": ask(f), "answer": f"{f.signature}\n{f.body}"} for f in functions]
+    write_rows(output_dir / "grpo.jsonl", answers)
     pairs = []
     for function in functions:
         lines = function.body.split("\n")

@@ -13,27 +13,25 @@ from transformers import set_seed
 from trl import DPOConfig
 
 from modeling_grin.publishing.card import write_cards
+from modeling_grin.publishing.merging import save_merged
 from modeling_grin.publishing.record import record_run
-from modeling_grin.training import RoutingCallback, add_lora, data_checks
-from modeling_grin.training.arguments import FineTuningArguments, RecipeParser, check_arguments
+from modeling_grin.training import RoutingCallback, data_checks
+from modeling_grin.training.arguments import GREEDY_ROUTING, FineTuningArguments, RecipeParser, check_arguments
 from modeling_grin.training.run import (
-    check_lora,
     distributed_config_from_accelerate,
     end_training,
     exit_on_error,
+    load_adapted,
     load_config,
     load_model,
     load_tokenizer,
     load_train_and_eval,
-    print_adapters,
-    save_merged,
     select_columns,
     train_and_save,
 )
 from modeling_grin.training.trl_trainers import GrinMoeDPOTrainer
 
 ANSWERS = ["chosen", "rejected"]
-GREEDY_ROUTING = {"router_sampling": False, "input_jitter_noise": 0.0}
 
 
 def select(dataset: Dataset, name: str) -> Dataset:
@@ -67,25 +65,15 @@ def main(argv: list[str] | None = None) -> None:
             data_checks.check_sequence_length(training.max_length, config, "max_length")
         train, held_out = load_train_and_eval(arguments, training, select)
 
-        if distributed_config_from_accelerate(training) is not None or arguments.pipeline_parallel_size > 1:
+        layout = distributed_config_from_accelerate(training)
+        if arguments.pipeline_parallel_size > 1 or (layout is not None and not arguments.lora_r):
             raise ValueError(
-                "DPO needs whole models in each process: launch with recipes/accelerate/ddp.yaml, with lora_r where "
-                "memory is short"
+                "DPO of all weights needs whole models in each process: launch with recipes/accelerate/ddp.yaml, or "
+                "set lora_r, with any layout but a pipeline"
             )
-        check_lora(arguments, training, config)
-        model, reference = load_model(arguments, config), None
-        if arguments.lora_r:  # the reference is the model without the adapter
-            model = add_lora(
-                model,
-                attention=arguments.lora_attention,
-                router=arguments.lora_router,
-                experts=arguments.lora_experts,
-                r=arguments.lora_r,
-                lora_alpha=arguments.lora_alpha,
-            )
-            if training.process_index == 0:
-                print_adapters(model)
-        elif not training.precompute_ref_log_probs:
+        model, reference = load_adapted(arguments, training, config, layout), None
+        # The reference of LoRA is the model without the adapter.
+        if not arguments.lora_r and not training.precompute_ref_log_probs:
             reference = load_model(arguments, config)  # TRL would load one with the checkpoint's own config
         trainer = GrinMoeDPOTrainer(
             model=model,
@@ -111,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_error():
         write_cards(trainer)
     if arguments.lora_r and arguments.merge_adapter:
-        save_merged(trainer)
+        save_merged(trainer, arguments)
         write_cards(trainer)
     end_training(trainer)
 

@@ -12,20 +12,18 @@ from transformers import set_seed
 from trl import SFTConfig
 
 from modeling_grin.publishing.card import write_cards
+from modeling_grin.publishing.merging import save_merged
 from modeling_grin.publishing.record import record_run
-from modeling_grin.training import RoutingCallback, add_lora, data_checks
+from modeling_grin.training import RoutingCallback, data_checks
 from modeling_grin.training.arguments import FineTuningArguments, RecipeParser, check_arguments
 from modeling_grin.training.run import (
-    check_lora,
     distributed_config_from_accelerate,
     end_training,
     exit_on_error,
+    load_adapted,
     load_config,
-    load_model,
     load_tokenizer,
     load_train_and_eval,
-    print_adapters,
-    save_merged,
     select_columns,
     train_and_save,
 )
@@ -68,19 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
         train, held_out = load_train_and_eval(arguments, training, select)
         layout = distributed_config_from_accelerate(training, arguments.pipeline_parallel_size)
-        check_lora(arguments, training, config, layout)
-        model = load_model(arguments, config, layout)
-        if arguments.lora_r:
-            model = add_lora(
-                model,
-                attention=arguments.lora_attention,
-                router=arguments.lora_router,
-                experts=arguments.lora_experts,
-                r=arguments.lora_r,
-                lora_alpha=arguments.lora_alpha,
-            )
-            if training.process_index == 0:
-                print_adapters(model)
+        model = load_adapted(arguments, training, config, layout)
         trainer = GrinMoeSFTTrainer(
             model=model,
             args=training,
@@ -102,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_error():
         write_cards(trainer)
     if arguments.lora_r and arguments.merge_adapter:
-        save_merged(trainer)
+        save_merged(trainer, arguments)
         write_cards(trainer)
     end_training(trainer)
 

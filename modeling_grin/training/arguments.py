@@ -19,6 +19,7 @@ from .checkpoints import find_problems, last_complete_checkpoint
 from .pipeline import DEFAULT_SCHEDULE
 
 DTYPES = ("float32", "bfloat16", "float16")
+GREEDY_ROUTING = {"router_sampling": False, "input_jitter_noise": 0.0}  # for losses that compare forward passes
 
 
 @dataclass
@@ -56,13 +57,13 @@ class RecipeArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention, as in `from_pretrained`."})
     experts_implementation: str | None = field(
         default=None,
-        metadata={"help": "Experts, as in `from_pretrained`; `linear` keeps LoRA apart from bfloat16 weights."},
+        metadata={"help": "Experts, as in `from_pretrained`; `linear` has a module for each matrix."},
     )
     pipeline_parallel_size: int = field(
         default=1,
         metadata={
             "help": "Stages of a pipeline, whose micro-batches are those of gradient_accumulation_steps. Not for DPO "
-            "and LoRA. Accelerate's config file sets all other layouts: see recipes/accelerate."
+            "and GRPO. Accelerate's config file sets all other layouts: see recipes/accelerate."
         },
     )
     pipeline_schedule: str = field(
@@ -108,7 +109,7 @@ class FineTuningArguments(RecipeArguments):
     lora_experts: bool = field(default=True, metadata={"help": "Adapt the experts."})
     merge_adapter: bool = field(
         default=True,
-        metadata={"help": "Also write output_dir/merged, the model with the adapter merged into it; not from 4 bits."},
+        metadata={"help": "Also write output_dir/merged, the checkpoint's model with the adapter merged into it."},
     )
     load_in_4bit: bool = field(
         default=False, metadata={"help": "Hold the weights in 4 bits (bitsandbytes' nf4) while LoRA trains."}
@@ -123,10 +124,8 @@ class FineTuningArguments(RecipeArguments):
                 raise ValueError(f"{option.name}={getattr(self, option.name)} needs LoRA: set lora_r")
         if self.lora_router and self.config_overrides.get("freeze_router"):
             raise ValueError("freeze_router and lora_router are at odds: choose one")
-        if self.load_in_4bit:
-            if not self.lora_r:
-                raise ValueError("load_in_4bit needs LoRA, since 4-bit weights cannot be trained: set lora_r")
-            self.merge_adapter = False  # the adapter belongs into the checkpoint's bfloat16 weights
+        if self.load_in_4bit and not self.lora_r:
+            raise ValueError("load_in_4bit needs LoRA, since 4-bit weights cannot be trained: set lora_r")
 
 
 class RecipeParser(TrlParser):

@@ -1,4 +1,4 @@
-"""The recipes' work around training: load data, tokenizer and model; save the model, and merge its adapter."""
+"""The recipes' work around training: load data, tokenizer and model; train, and save the model."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ from ..configuration_grinmoe import GrinMoeConfig
 from ..data import load_data
 from ..files import write_whole
 from ..loading_grinmoe import check_parallel_sizes
-from ..lora import GROUPS, NO_GROUP, group_of, merge_lora
+from ..lora import GROUPS, NO_GROUP, add_lora, group_of
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from .arguments import FineTuningArguments, RecipeArguments, checkpoint_to_resume
 from .checkpoints import last_complete_checkpoint
@@ -242,27 +242,40 @@ def make_model(
     return load_model(arguments, config, layout, str(folder))
 
 
-def check_lora(
+def load_adapted(
     arguments: FineTuningArguments,
     training: TrainingArguments,
     config: GrinMoeConfig,
     layout: DistributedConfig | None = None,
-) -> None:
-    """Raise ValueError if LoRA, or the merge of its adapter, cannot be done in this launch."""
-    if not arguments.lora_r:
-        return
-    if layout is not None or arguments.pipeline_parallel_size > 1:
+) -> GrinMoeForCausalLM | PeftModel:
+    """`load_model`, with adapters if the arguments ask for LoRA; the main process prints what they are on.
+
+    Raises:
+        ValueError: LoRA, or the merge of its adapter, cannot be done in this launch.
+    """
+    if arguments.load_in_4bit and (layout is not None or arguments.pipeline_parallel_size > 1):
         raise ValueError(
-            "LoRA needs the whole model in each process: launch with recipes/accelerate/ddp.yaml, with load_in_4bit "
-            "where memory is short"
+            "load_in_4bit needs all layers in each process: launch with recipes/accelerate/ddp.yaml, or leave it out"
         )
-    if arguments.merge_adapter and training.fsdp:
-        raise ValueError("merge_adapter needs whole weights in each process: set it to false, and merge afterwards")
-    if arguments.merge_adapter and getattr(config, "quantization_config", None) is not None:
+    if arguments.lora_r and arguments.merge_adapter and getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"merge_adapter cannot merge into the quantised weights of {arguments.model_name_or_path}: set it to "
             "false, and merge into the checkpoint they were made of"
         )
+    model = load_model(arguments, config, layout)
+    if not arguments.lora_r:
+        return model
+    adapted = add_lora(
+        model,
+        attention=arguments.lora_attention,
+        router=arguments.lora_router,
+        experts=arguments.lora_experts,
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+    )
+    if training.process_index == 0:
+        print_adapters(adapted)
+    return adapted
 
 
 def print_adapters(model: PeftModel) -> None:
@@ -307,16 +320,3 @@ def end_training(trainer: Trainer) -> None:
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
     trainer.accelerator.end_training()
-
-
-def save_merged(trainer: Trainer) -> None:
-    """Write the model with its adapter merged, and the tokenizer, to output_dir/merged.
-
-    A merge that is refused ends the run with a sentence that says why.
-    """
-    folder = Path(trainer.args.output_dir) / "merged"
-    with exit_on_error():
-        merged = merge_lora(trainer.accelerator.unwrap_model(trainer.model))
-    if trainer.args.should_save:
-        merged.save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)

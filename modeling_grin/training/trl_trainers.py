@@ -1,6 +1,6 @@
 """trl's trainers for GRIN-MoE. trl takes seconds to import, so `modeling_grin.training` does not."""
 
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
 from .trainer import GrinMoeTrainerMixin
 
@@ -11,3 +11,7 @@ class GrinMoeSFTTrainer(GrinMoeTrainerMixin, SFTTrainer):
 
 class GrinMoeDPOTrainer(GrinMoeTrainerMixin, DPOTrainer):
     """`trl.DPOTrainer` with `GrinMoeTrainerMixin`."""
+
+
+class GrinMoeGRPOTrainer(GrinMoeTrainerMixin, GRPOTrainer):
+    """`trl.GRPOTrainer` with `GrinMoeTrainerMixin`."""

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from launch import accelerate_launch, launch_recipe
+from peft import PeftModel
 from processes import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -132,3 +133,21 @@ def test_recipe_trains_alike_in_every_layout(name, workdir, tmp_path):
     assert update_difference(out, expected, start) < UPDATE_TOLERANCE
     assert (out / f"checkpoint-{STEPS}" / "scheduler.pt").is_file()
     AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "recipe"), [("fsdp2_tp", 4, "sft"), ("pipeline", 2, "sft"), ("fsdp2", 2, "dpo")]
+)
+def test_lora_leaves_an_adapter_and_the_merged_model(name, processes, recipe, workdir, tmp_path):
+    sizes = {"fsdp2_tp": ["--parallelism_config_dp_shard_size=2"], "pipeline": ["--pipeline_parallel_size", "2"]}
+    out = tmp_path / "out"
+    more = ["--lora_r", "4", *sizes.get(name, []), "--output_dir", str(out)]
+    launch_recipe(name, processes, recipe, *arguments(recipe, workdir, 1, 4), *more)
+    base, before = AutoModelForCausalLM.from_pretrained(workdir / "pretrain"), weights(workdir / "pretrain")
+    ids = torch.randint(5, 100, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(base, out).eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(out / "merged").eval()(ids).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-4)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(out / "merged").items())
+    assert weights(out / "merged").keys() == before.keys()

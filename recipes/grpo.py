@@ -1,0 +1,96 @@
+"""Train a GRIN-MoE by reinforcement (GRPO) towards answers like given ones: all weights, or LoRA.
+
+    accelerate launch recipes/grpo.py --config recipes/configs/grpo_debug.yaml --learning_rate 1e-6
+
+Rows have `prompt`, messages or text, and `answer`, text; `similarity` is the reward, to be replaced by your own. Every
+pass routes greedily, so that the ratios of probabilities carry no routing noise. `--help` lists every argument: these,
+and TRL's GRPOConfig.
+"""
+
+from difflib import SequenceMatcher
+from typing import Any
+
+from datasets import Dataset
+from torch.distributed.elastic.multiprocessing.errors import record
+from transformers import set_seed
+from trl import GRPOConfig
+
+from modeling_grin.publishing.card import write_cards
+from modeling_grin.publishing.merging import save_merged
+from modeling_grin.publishing.record import record_run
+from modeling_grin.training import RoutingCallback, data_checks
+from modeling_grin.training.arguments import GREEDY_ROUTING, FineTuningArguments, RecipeParser, check_arguments
+from modeling_grin.training.run import (
+    distributed_config_from_accelerate,
+    end_training,
+    exit_on_error,
+    load_adapted,
+    load_config,
+    load_tokenizer,
+    load_train_and_eval,
+    train_and_save,
+)
+from modeling_grin.training.trl_trainers import GrinMoeGRPOTrainer
+
+
+def similarity(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
+    """The reward: from 0 to 1, the share of characters that a completion and its answer have in common, in order."""
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+    pairs = zip(texts, answer, strict=True)
+    return [SequenceMatcher(None, text, right, autojunk=False).ratio() for text, right in pairs]
+
+
+def select(dataset: Dataset, name: str) -> Dataset:
+    """Keep the columns to train on, and check their rows."""
+    data_checks.check_columns(dataset, ["prompt", "answer"], name)
+    data_checks.check_text_or_messages(dataset, ["prompt"], name)
+    data_checks.check_text(dataset, ["answer"], name)
+    return dataset.select_columns(["prompt", "answer"])
+
+
+def parse(argv: list[str] | None = None) -> tuple[FineTuningArguments, GRPOConfig]:
+    """Read the command line, and the YAML file that `--config` names."""
+    parser = RecipeParser([FineTuningArguments, GRPOConfig], description=__doc__)
+    arguments, training = parser.parse_args_and_config(argv)
+    arguments.config_overrides = {**GREEDY_ROUTING, "router_aux_loss_coef": 0.0, **arguments.config_overrides}
+    return arguments, training
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check, load, train, and leave the model (with LoRA: adapter and merged model) in output_dir."""
+    with exit_on_error():
+        arguments, training = parse(argv)
+        check_arguments(arguments, training)
+        set_seed(training.seed)
+        tokenizer, config = load_tokenizer(arguments), load_config(arguments)
+        data_checks.check_tokenizer(tokenizer, config)
+        data_checks.check_preference_routing(config, dropout_is_disabled=training.disable_dropout)
+        train, held_out = load_train_and_eval(arguments, training, select)
+        layout = distributed_config_from_accelerate(training)
+        if arguments.pipeline_parallel_size > 1 or layout is not None:
+            raise ValueError(
+                "GRPO generates with whole models in each process: launch with recipes/accelerate/ddp.yaml, with "
+                "lora_r and load_in_4bit where memory is short"
+            )
+        trainer = GrinMoeGRPOTrainer(
+            model=load_adapted(arguments, training, config),
+            reward_funcs=similarity,
+            args=training,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+        )
+
+    trainer.add_callback(RoutingCallback(trainer))
+    record_run(trainer, arguments, "GRPO")
+    train_and_save(trainer)
+    with exit_on_error():
+        write_cards(trainer)
+    if arguments.lora_r and arguments.merge_adapter:
+        save_merged(trainer, arguments)
+        write_cards(trainer)
+    end_training(trainer)
+
+
+if __name__ == "__main__":
+    record(main)()  # a launcher then reports the error of the rank that failed
