@@ -23,6 +23,10 @@ NOISE = {"router_jitter_noise": 0.1, "input_jitter_noise": 0.1}
 BF16 = {"bf16": True, "checkpoint": "wide", "max_steps": 1, "config": {
     "dtype": "bfloat16", "router_estimator": "gshard", "num_experts_per_tok": 6, "experts_implementation": "grouped_mm"
 }}  # fmt: skip
+FOUR_BITS = {"checkpoint": "blocks", "config": {"quantization_config": {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": "float32"
+}}}  # fmt: skip
 SAVED = f"checkpoint-{sharded_runs.SAVED_AT}"
 SAVING = {"save_strategy": "steps", "save_steps": sharded_runs.SAVED_AT}
 # The first run's, whose checkpoint another one resumes with adapters of another seed.
@@ -34,8 +38,10 @@ def cases(num_ranks):
     if num_ranks == 1:
         yield "one", {"layout": None, **SAVING}
         yield "one-bf16", {"layout": None, **BF16}
+        yield "one-4bit", {"layout": None, **FOUR_BITS}
     elif num_ranks == 2:
         yield "ddp", {"layout": None}
+        yield "ddp-4bit", {"layout": None, **FOUR_BITS}
         yield "fsdp2", {"layout": FSDP2, **SAVING}
         yield "tp", {"layout": TP, "saved": True}
         yield "fsdp2-recomputed", {"layout": {**FSDP2, "fsdp_cpu_offload": True}, "activation_checkpointing": True}
@@ -61,8 +67,10 @@ PIPELINES = {
 def folder(tmp_path_factory):
     """Where everything ran."""
     folder = tmp_path_factory.mktemp("lora")
-    for name, size in (("source", 24), ("wide", 32)):
-        config = released_config(torch_dtype="float32", router_aux_loss_coef=1.0, intermediate_size=size, **NOISE)
+    for name, sizes in (
+        ("source", {}), ("wide", {"intermediate_size": 32}), ("blocks", {"hidden_size": 64, "intermediate_size": 64})
+    ):  # fmt: skip
+        config = released_config(torch_dtype="float32", router_aux_loss_coef=1.0, **sizes, **NOISE)
         write_checkpoint(folder / name, config, released_tensors(config, 3), num_shards=2)
     for num_ranks in (1, 2, 4):
         file = folder / f"cases-{num_ranks}.json"
@@ -130,6 +138,17 @@ def test_a_pipeline_saves_the_adapters_of_all_stages(folder):
     files = [folder / f"{name}-run" / SAVED / "adapter_model.safetensors" for name in ("one", "pipeline")]
     expected, actual = map(load_file, files)
     assert difference(actual, expected) < TOLERANCE
+
+
+def test_experts_in_4_bits_on_two_processes(folder):
+    actual, expected = result(folder, "ddp-4bit"), result(folder, "one-4bit")
+    gradients = {key.replace("module.", "", 1): value for key, value in actual["gradients"].items()}
+    assert sum(".experts.0.w1.lora_" in key for key in gradients) == 4
+    learnt = {key for key, value in expected["gradients"].items() if value.any()}  # not of experts without a token
+    assert difference({key: gradients[key] for key in learnt}, {key: expected["gradients"][key] for key in learnt}) < (
+        TOLERANCE
+    )
+    check_logs(actual, expected)
 
 
 def test_bfloat16_weights_and_mixed_precision(folder):
