@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .terminal import console, escape, hint_of_resuming, transfer
+from .terminal import console, escape, on_interrupt, transfer
 
 FORM, MODEL_CHANGE, SAFETY = "Result", "Number of experts", "Safety"
 """Panels of `convert`'s options."""
@@ -82,7 +82,7 @@ def convert(
     import conversion
 
     del options["as_json"]
-    with hint_of_resuming(), transfer("converting", as_json) as progress:
+    with on_interrupt("add --resume to the same command to continue"), transfer("converting", as_json) as progress:
         report = conversion.convert(**options, progress=progress)
     if as_json:
         print(json.dumps(vars(report), indent=2))

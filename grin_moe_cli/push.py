@@ -1,7 +1,6 @@
 """`push`: a model to the Hub."""
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,7 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
-from .terminal import console, errors, escape, transfer
+from .terminal import console, escape, on_interrupt, transfer
 
 
 def push(
@@ -30,22 +29,9 @@ def push(
     """
     from modeling_grin.publishing import push as pushing
 
-    with ExitStack() as checking:
-        advance, done = checking.enter_context(transfer("checking", as_json)), 0
-
-        def progress(nbytes: int, total: int) -> None:
-            nonlocal done
-            done += nbytes
-            advance(nbytes, total)
-            if done == total:
-                checking.close()  # the Hub's client draws the bars of the upload
-
-        try:
-            report = pushing.push(folder, repo_id, private=private, revision=revision, card=not no_card,
-                                  include=include or [], dry_run=dry_run, progress=progress)  # fmt: skip
-        except KeyboardInterrupt:
-            errors.print("interrupted: run the same command to resume")
-            raise
+    with on_interrupt("run the same command to resume"), transfer("checking", as_json) as progress:
+        report = pushing.push(folder, repo_id, private=private, revision=revision, card=not no_card,
+                              include=include or [], dry_run=dry_run, progress=progress)  # fmt: skip
     if as_json:
         print(json.dumps(vars(report), indent=2))
     else:

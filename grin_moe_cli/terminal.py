@@ -26,12 +26,12 @@ def escape(value: object) -> str:
 
 
 @contextmanager
-def hint_of_resuming() -> Iterator[None]:
-    """Say at Ctrl-C how to go on."""
+def on_interrupt(hint: str) -> Iterator[None]:
+    """Say at Ctrl-C what to do."""
     try:
         yield
     except KeyboardInterrupt:
-        errors.print("interrupted: the same command with --resume goes on")
+        errors.print(f"interrupted: {hint}")
         raise
 
 
@@ -45,6 +45,8 @@ def transfer(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     def advance(done: int, total: int) -> None:
         bar.start()  # with the first bytes: what is refused before needs no bar
         bar.update(task, advance=done, total=total)
+        if bar.finished:
+            bar.stop()  # others may draw theirs
 
     try:
         yield advance

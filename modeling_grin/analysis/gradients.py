@@ -38,10 +38,7 @@ TEMPERATURES = {"sparsemixer_v2_star": 2.0}  # of the softmax that is sampled fr
 
 # The equation whose gradient each estimator is made for. Others, conventional recipes among them, are held against
 # Equation 4.
-OBJECTIVES = {
-    "sparsemixer_v2": 7,
-    "sparsemixer_v2_paper": 7,
-}
+OBJECTIVES = {"sparsemixer_v2": 7, "sparsemixer_v2_paper": 7}
 
 
 @dataclass(frozen=True)
@@ -325,16 +322,8 @@ def measure(setting: Setting, num_layers: int = 20, batch: int = 1024) -> list[d
             columns = torch.tensor([(q.bias, q.cosine, q.variance, q.signal_to_noise(batch)) for q in qualities])
             names = ("bias", "cosine", "variance", "snr")
             medians = dict(zip(names, columns.median(dim=0).values.tolist(), strict=True))
-            rows.append(
-                {
-                    **vars(setting),
-                    "batch": batch,
-                    "estimator": name,
-                    "equation": equation,
-                    "quantity": quantity,
-                    **medians,
-                }
-            )
+            measured = {"batch": batch, "estimator": name, "equation": equation, "quantity": quantity, **medians}
+            rows.append({**vars(setting), **measured})
     return rows
 
 

@@ -140,15 +140,15 @@ def activations(config: PreTrainedConfig, layout: Layout, training: Training, st
         backward = max(2 * logits + max(logits, weight), (logits / 2 + 2 * weight) * precision.autocast)
     gate_up, down = (tensor.local(layout) * precision.compute for tensor in layer_tensors(config)[-2:])
     inside, outputs = slots * config.intermediate_size * precision.compute / layout.tp, slots * config.hidden_size
-    of_layer = max(down + inside + outputs * precision.compute, gate_up - 2 * inside)
+    in_layer = max(down + inside + outputs * precision.compute, gate_up - 2 * inside)
     if precision.autocast:
         if layout.pp == 1:
             forward += dense_copies * stage.layers * training.checkpointing
         weighing = 2 * FLOAT32 * (outputs + hidden)
         cast = 2 * gate_up - down - 4 * inside - 2 * outputs * precision.compute
-        of_layer = max(of_layer, weighing * training.checkpointing, cast)
-    of_layer += layer * training.checkpointing
-    moments = (max(forward, backward) * stage.head, of_layer * (stage.layers > 0))
+        in_layer = max(in_layer, weighing * training.checkpointing, cast)
+    in_layer += layer * training.checkpointing
+    moments = (max(forward, backward) * stage.head, in_layer * (stage.layers > 0))
     return stage.in_flight * stage.layers * kept + head * stage.head + max(moments)
 
 

@@ -61,9 +61,9 @@ def communication(
         if calls and size and ranks > 1:
             result[purpose] = Collective(operation, calls, round(size), ranks, stride)
 
-    of_attention, others = (1 + again) * stage.layers, stage.embedding + (5 + again) * stage.layers + stage.head
-    size = hidden * (of_attention * precision.compute + others * precision.residual)
-    send("TP activations", "all_reduce", m * (of_attention + others), m * size, layout.tp, 1)
+    attention, others = (1 + again) * stage.layers, stage.embedding + (5 + again) * stage.layers + stage.head
+    size = hidden * (attention * precision.compute + others * precision.residual)
+    send("TP activations", "all_reduce", m * (attention + others), m * size, layout.tp, 1)
     weights = tokens * config.num_experts_per_tok * precision.residual
     send("TP routing weights", "all_reduce", m * stage.layers, m * stage.layers * weights, layout.tp, 1)
     vocabulary = ceil(config.vocab_size / layout.tp) * layout.tp * stage.head

@@ -285,10 +285,10 @@ def read_scores(evaluation: Path | None, base_evaluation: Path | None) -> Scores
     for path in filter(None, (evaluation, base_evaluation)):
         if not path.is_file():
             raise ValueError(f"{path} does not exist: give results.json of recipes/evaluate.py")
-    of_base = {}
+    base_scores = {}
     if base_evaluation is not None:
         with errors_in(base_evaluation):
-            of_base = {comparable(row): in_unit(row) for row in read_object(base_evaluation)["rows"]}
+            base_scores = {comparable(row): in_unit(row) for row in read_object(base_evaluation)["rows"]}
     with errors_in(evaluation):
         found = read_object(evaluation)
         rows = found["rows"]
@@ -302,7 +302,7 @@ def read_scores(evaluation: Path | None, base_evaluation: Path | None) -> Scores
                 for row in rows
             ],
             "this model": [in_unit(row) for row in rows],
-            "base model": [of_base.get(comparable(row), "") for row in rows],
+            "base model": [base_scores.get(comparable(row), "") for row in rows],
             "GRIN-MoE, paper": ["" if row.get("paper") is None else float(row["paper"]) for row in rows],
         }
         used = {name: cells for name, cells in columns.items() if any(value != "" for value in cells)}

@@ -44,13 +44,13 @@ def describe_source(name: str | None) -> dict[str, Any] | None:
     return {"name": Path(name).resolve().name if is_local else name, "hub": not is_local}
 
 
-def describe_data(name: str | None, dataset: Any, **of_the_hub: str | None) -> dict[str, Any] | None:
+def describe_data(name: str | None, dataset: Any, **hub_fields: str | None) -> dict[str, Any] | None:
     """`describe_source` with the number of rows, packed ones if packing is on."""
     source = describe_source(name)
     if source is None:
         return None
     rows = {"rows": len(dataset)} if hasattr(dataset, "__len__") else {}
-    return {**source, **(of_the_hub if source["hub"] else {}), **rows}
+    return {**source, **(hub_fields if source["hub"] else {}), **rows}
 
 
 def describe_hardware(trainer: "Trainer") -> dict[str, Any]:
