@@ -38,12 +38,12 @@ def upcycle(checkpoint: Checkpoint, num_experts: int, top_k: int) -> Checkpoint:
         if ROUTER_NAME.fullmatch(name):
             gate, shape = checkpoint.tensors[name], (num_experts, config.hidden_size)
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")  # whatever is read before
-            load = partial(draw_router, shape, config.initializer_range, seed, gate.dtype)
-            return replace(gate, shape=shape, load=load)
+            read = partial(draw_router, shape, config.initializer_range, seed, gate.dtype)
+            return replace(gate, shape=shape, read=read)
         if match := EXPERT_NAME.fullmatch(name):
             experts, _, _, part = match.groups()
             matrix = checkpoint.tensors[f"{experts}0.{part}.weight"]
-            return replace(matrix, load=lambda: matrix.read() / top_k) if part == "w2" else matrix
+            return replace(matrix, read=lambda: matrix.read() / top_k) if part == "w2" else matrix
         return checkpoint.tensors[name]
 
     return with_experts(checkpoint, num_experts, top_k, make_copy)
@@ -70,7 +70,7 @@ def prune(checkpoint: Checkpoint, load: torch.Tensor, num_experts: int) -> Check
     def choose(name: str) -> StoredTensor:
         if match := ROUTER_NAME.fullmatch(name):
             gate, rows = checkpoint.tensors[name], kept[int(match[1])]
-            return replace(gate, shape=(num_experts, gate.shape[1]), load=lambda: gate.read()[rows])
+            return replace(gate, shape=(num_experts, gate.shape[1]), read=lambda: gate.read()[rows])
         if match := EXPERT_NAME.fullmatch(name):
             experts, layer, expert, part = match.groups()
             return checkpoint.tensors[f"{experts}{kept[int(layer), int(expert)]}.{part}.weight"]

@@ -104,11 +104,8 @@ def inspect(
 def describe(checkpoint: Checkpoint) -> Inspection:
     """Describe an opened checkpoint by its headers."""
     config, tensors = checkpoint.config, checkpoint.tensors
-    dtypes: Counter[str] = Counter()
-    expert_parameters = 0
-    for name, tensor in tensors.items():
-        dtypes[str(tensor.dtype).removeprefix("torch.")] += numel(tensor)
-        expert_parameters += numel(tensor) if ".experts." in name else 0
+    dtypes = count_dtypes(tensors.values())
+    experts = count_dtypes(tensor for name, tensor in tensors.items() if ".experts." in name)
     return Inspection(
         path=str(checkpoint.path),
         form=checkpoint.form,
@@ -116,7 +113,7 @@ def describe(checkpoint: Checkpoint) -> Inspection:
         config={name: getattr(config, name) for name in FIELDS},
         parameters=dtypes.total(),
         active_parameters=active_parameters(
-            dtypes.total(), expert_parameters, config.num_experts_per_tok, config.num_local_experts
+            dtypes.total(), experts.total(), config.num_experts_per_tok, config.num_local_experts
         ),
         dtypes=dict(dtypes),
         files=weight_files(checkpoint),
@@ -132,8 +129,12 @@ def weight_files(checkpoint: Checkpoint) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(paths)}
 
 
-def numel(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape)
+def count_dtypes(tensors: Iterable[StoredTensor]) -> Counter[str]:
+    """Count the parameters of each dtype."""
+    dtypes: Counter[str] = Counter()
+    for tensor in tensors:
+        dtypes[str(tensor.dtype).removeprefix("torch.")] += math.prod(tensor.shape)
+    return dtypes
 
 
 def verify_tensors(tensors: Iterable[StoredTensor], found: Inspection, advance: Callable[[int], None]) -> None:
@@ -216,9 +217,7 @@ def inspect_adapter(path: Path, verify: bool, progress: Progress) -> Inspection:
     """Describe a LoRA adapter by its config and header."""
     config = read_adapter_config(path)
     tensors = read_adapter(path)
-    dtypes: Counter[str] = Counter()
-    for tensor in tensors.values():
-        dtypes[str(tensor.dtype).removeprefix("torch.")] += numel(tensor)
+    dtypes = count_dtypes(tensors.values())
     found = Inspection(
         path=str(path),
         form="adapter",

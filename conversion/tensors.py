@@ -33,22 +33,19 @@ class StoredTensor:
 
     Args:
         where: the tensor and its file, for messages.
-        load: returns the whole tensor, perhaps a view of a mapped file; it must not be changed.
+        read: returns the whole tensor, perhaps a view of a mapped file; it must not be changed.
         path: the safetensors file that holds it.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     where: str
-    load: Callable[[], torch.Tensor]
+    read: Callable[[], torch.Tensor]
     path: Path | None = None
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-    def read(self) -> torch.Tensor:
-        return self.load()
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """Yield the elements in row-major order, as 1-D tensors of at most `CHUNK_BYTES`."""
@@ -57,16 +54,16 @@ class StoredTensor:
     def part(self, start: int, shape: tuple[int, ...], where: str) -> "StoredTensor":
         """Return the elements from `start` on, in row-major order, as a tensor of its own."""
 
-        def load() -> torch.Tensor:
+        def read() -> torch.Tensor:
             return self.read().reshape(-1)[start : start + math.prod(shape)].view(shape)
 
-        return replace(self, shape=shape, where=where, load=load)
+        return replace(self, shape=shape, where=where, read=read)
 
 
 def read_tensors(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name, unread.
 
-    Each `load` maps the file anew, so that what has been read does not stay in memory.
+    Each `read` maps the file anew, so that what has been read does not stay in memory.
 
     Raises:
         ConversionError: the file is missing or damaged.
