@@ -143,9 +143,9 @@ def merge_matrices(
         squares = torch.zeros(3, dtype=torch.float64)  # of the loss, of the change, of the weight
         for matrix, (own_a, own_b) in matrices.items():
             stored = replace(checkpoint.tensors[matrix], dtype=dtype or checkpoint.tensors[matrix].dtype)
-            load = partial(add_product, stored, scaling * own_b, own_a)
-            merged[matrix] = replace(stored, load=load, path=None)
-            weight, result, change = stored.read().to(stored.dtype).float(), load().float(), scaling * own_b @ own_a
+            read = partial(add_product, stored, scaling * own_b, own_a)
+            merged[matrix] = replace(stored, read=read, path=None)
+            weight, result, change = stored.read().to(stored.dtype).float(), read().float(), scaling * own_b @ own_a
             squares += torch.stack([(result - weight - change).norm(), change.norm(), weight.norm()]).double().square()
         lost, change_norm, norm = squares.sqrt().tolist()
         try:
