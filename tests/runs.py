@@ -126,32 +126,34 @@ def resume_case(output_dir, resumed_at: int, trainer_class=GrinMoeTrainer, confi
 
 # Moments of the third step's save, by the audit event that comes just before: what the run does, and to which path.
 MOMENTS = {
-    "nothing written": ("shutil.rmtree", 0, "_incomplete"),
     "in the files": ("open", 0, "checkpoint-3/config.json"),
     "all written": ("os.rename", 1, "run/checkpoint-3"),
     "named": ("shutil.rmtree", 0, "_incomplete"),
 }
 
 
-def save_until_killed(output_dir, trainer_class=GrinMoeTrainer, moment: str | None = None) -> None:
-    """Save after every step, until SIGKILL at one of MOMENTS of the third step's save."""
+class KillInSave(TrainerCallback):
+    """SIGKILL for this process at one of MOMENTS of the third step's save."""
 
-    def hook(event: str, args: tuple) -> None:
-        if started and event == wanted and str(args[place]).endswith(path):
-            if moment == "named" and not Path(output_dir, "checkpoint-3").is_dir():
-                return
+    def __init__(self, moment: str):
+        self.moment, self.output_dir = moment, None
+        sys.addaudithook(self.hook)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            self.output_dir = Path(args.output_dir)
+
+    def hook(self, event: str, args: tuple) -> None:
+        wanted, place, path = MOMENTS[self.moment]
+        if self.output_dir is None or event != wanted or not str(args[place]).endswith(path):
+            return
+        if self.moment != "named" or (self.output_dir / "checkpoint-3").is_dir():
             os.kill(os.getpid(), signal.SIGKILL)
 
-    class Start(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                started.append(True)
 
-    started: list[bool] = []
-    if moment is not None:
-        wanted, place, path = MOMENTS[moment]
-        sys.addaudithook(hook)
-    make_killed_trainer(output_dir, trainer_class, callbacks=[Start()]).train()
+def save_until_killed(output_dir, trainer_class: type, moment: str) -> None:
+    """Save after every step."""
+    make_killed_trainer(output_dir, trainer_class, callbacks=[KillInSave(moment)]).train()
 
 
 def make_killed_trainer(output_dir, trainer_class=GrinMoeTrainer, **arguments):

@@ -1,7 +1,6 @@
 """Runs that end badly: `main` on torchrun's ranks, or `save_and_go_on` in ranks that can be killed together."""
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -28,13 +27,14 @@ def make_trainer(folder: Path, output_dir: Path, **arguments):
     return runs.make_trainer(output_dir, model, **{**settings, **arguments})
 
 
-def save_and_go_on(rank: int, folder: Path, output_dir: Path, store: Path, resume: bool) -> None:
-    """One rank of a run, from the start or from its newest complete checkpoint."""
+def save_and_go_on(rank: int, folder: Path, output_dir: Path, store: Path, resume: bool, moment: str | None) -> None:
+    """One rank of a run, from the start or from its newest complete checkpoint; the first may die at a moment."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE),
                    "LOCAL_WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "localhost"}  # fmt: skip
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
-    trainer = make_trainer(folder, output_dir)
+    callbacks = [runs.KillInSave(moment)] if moment is not None and rank == 0 else []
+    trainer = make_trainer(folder, output_dir, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume or None)
     if resume:
         trainer.save_model(str(output_dir / "end"))
@@ -44,19 +44,17 @@ def save_and_go_on(rank: int, folder: Path, output_dir: Path, store: Path, resum
 class Fail(TrainerCallback):
     """At the third step, on the last rank."""
 
-    def __init__(self, kind: str, note: Path):
-        self.kind, self.note = kind, note
+    def __init__(self, note: Path):
+        self.note = note
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 2 and dist.get_rank() == WORLD_SIZE - 1:
             self.note.write_text(str(time.time()))
-            if self.kind == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
             raise ArithmeticError("the weights have left the room")
 
 
-def main(folder: str, kind: str) -> None:
-    make_trainer(Path(folder), Path(folder, kind), callbacks=[Fail(kind, Path(folder, f"{kind}-at"))]).train()
+def main(folder: str) -> None:
+    make_trainer(Path(folder), Path(folder, "failed"), callbacks=[Fail(Path(folder, "failed-at"))]).train()
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from processes import ROOT, call, run
+from processes import ROOT, call
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
-
-HERE = Path(__file__).parent
 
 
 def launch(script: str | Path, world_size: int, *args: str | Path) -> str:
@@ -29,7 +27,10 @@ def run_ranks(module: str, world_size: int, *args: str) -> None:
 
 
 def launch_recipe(config: str, world_size: int, recipe: str, *args: str) -> str:
-    """Run `recipes/{recipe}.py` as `accelerate launch` does with `recipes/accelerate/{config}.yaml`."""
+    """Run `recipes/{recipe}.py` as `accelerate launch` does with `recipes/accelerate/{config}.yaml`.
+
+    accelerate itself reads the file and makes the environment; ranks are forked where everything is imported.
+    """
     return call(run_recipe, config, world_size, recipe, *args)
 
 
@@ -66,9 +67,3 @@ def options(config: str, world_size: int, args: tuple[str, ...]) -> list[str]:
     sizes = [arg for arg in args if arg.startswith("--parallelism_config")]
     file = ROOT / "recipes" / "accelerate" / f"{config}.yaml"
     return ["--config_file", str(file), "--num_machines", "1", "--num_processes", str(world_size), *sizes]
-
-
-def accelerate_launch(config: str, world_size: int, recipe: str, *args: str) -> str:
-    """Run `recipes/{recipe}.py` under `accelerate launch` itself, as on GPUs."""
-    scripts = [HERE / "on_cpu.py", ROOT / "recipes" / f"{recipe}.py"]
-    return run(["-m", "accelerate.commands.launch", *options(config, world_size, ()), *scripts, *args])

@@ -1,7 +1,4 @@
-"""Run a script on CPU ranks as it runs on GPUs: `on_cpu.py SCRIPT [ARGUMENTS]`; or import `as_on_gpus`."""
-
-import runpy
-import sys
+"""Run training on CPU ranks as it runs on GPUs."""
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -23,9 +20,3 @@ def as_on_gpus() -> None:
 
     PartialState.set_device = set_device_and_type
     CPUOffloadPolicy.__init__.__defaults__ = (False,)
-
-
-if __name__ == "__main__":
-    as_on_gpus()
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -130,18 +130,14 @@ def errors(folder: Path, name: str, checkpoint: str) -> dict[str, str]:
     tied = GrinMoeConfig.from_pretrained(folder / checkpoint, tie_word_embeddings=True)
     attempts = {
         "schedule": lambda: make({"schedule": "1f1b"}),
-        "chunks": lambda: make({"chunks_per_rank": 2}),
         "folder": lambda: make(checkpoint="nowhere"),
         "processes": lambda: make({"pp_size": 3}),
-        "one stage": lambda: make({"pp_size": 1}),
         "layers": lambda: make({"schedule": "Interleaved1F1B", "chunks_per_rank": 3}),
-        "heads": lambda: make({"tp_size": 3}),
         "tied": lambda: make(config=tied),
         "exact_balance": lambda: make_trainer(exact_balance=True),
         "accumulation": lambda: make_trainer(accumulation=1),
         "interleaved accumulation": lambda: make_trainer(make({"schedule": "Interleaved1F1B"}), accumulation=5),
         "smoothing": lambda: make_trainer(label_smoothing_factor=0.1),
-        "averages": lambda: make_trainer(average_tokens_across_devices=False),
         "dpo": lambda: GrinMoeDPOTrainer(make()),
         "callback": train_with_callback,
         "forward": lambda: make()(input_ids=torch.ones(1, 4, dtype=torch.long)),

@@ -27,7 +27,7 @@ from modeling_grin.training import GrinMoeTrainer, add_lora, sharded
 
 STEPS, SAVED_AT = 3, 1
 GLOBAL_MICRO_BATCH = 4  # rows of a micro-batch over all data-parallel ranks
-TRAINING = {"max_steps": STEPS, "accumulation": 4, "optim": "adamw_torch", "learning_rate": 1e-2, "logging_steps": 1,
+TRAINING = {"max_steps": STEPS, "accumulation": 2, "optim": "adamw_torch", "learning_rate": 1e-2, "logging_steps": 1,
             "max_grad_norm": 0.5, "lr_scheduler_type": "linear", "weight_decay": 0.1,
             # Gradients that are all but 0 are left out of it: Adam makes their rounding as large as anything.
             "adam_epsilon": 1e-3}  # fmt: skip

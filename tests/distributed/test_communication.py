@@ -16,14 +16,9 @@ from modeling_grin.planning.setting import Layout, Training, micro_batches
 from modeling_grin.planning.time import communication
 
 CONFIG = released_config(
-    vocab_size=VOCABULARY,
-    intermediate_size=32,
-    num_hidden_layers=4,
-    router_aux_loss_coef=0.01,
-    torch_dtype="float32",
-    eos_token_id=2,
-    pad_token_id=2,
-)
+    vocab_size=VOCABULARY, intermediate_size=32, num_hidden_layers=4, router_aux_loss_coef=0.01, torch_dtype="float32",
+    eos_token_id=2, pad_token_id=2,
+)  # fmt: skip
 INTERLEAVED = "Interleaved1F1B"
 SCRIPT = Path(__file__).with_name("communication.py")
 NATIVE = {"fsdp": "fsdp_size", "tp": "tp_size", "dp_replicate": "dp_replicate_size"}
@@ -53,12 +48,9 @@ def pipeline(precision: str = "float32", checkpointing: bool = False, **sizes: i
 CASES = {
     "ddp-mixed": Case(Layout(dp_replicate=2), "ddp", {}, True, 2, "mixed"),
     "tp-mixed": native("mixed", checkpointing=True, tp=2),
-    "fsdp": native(fsdp=2),
     "fsdp-mixed-checkpointing": native("mixed", checkpointing=True, fsdp=2),
-    "pp-mixed": pipeline("mixed", checkpointing=True),
     "pp-interleaved": pipeline(interleave=2),
     "hsdp": native(dp_replicate=2, fsdp=2),
-    "fsdp-tp-mixed": native("mixed", checkpointing=True, fsdp=2, tp=2),
     "fsdp-pp-mixed": pipeline("mixed", fsdp=2),
 }
 
