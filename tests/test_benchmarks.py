@@ -1,4 +1,4 @@
-"""Each benchmark runs at debug size and records a table of numbers."""
+"""Each benchmark, but `compiled_step`, runs at debug size and records a table of numbers."""
 
 import importlib
 import re
@@ -17,7 +17,6 @@ STEP = f"{SMALL} --vocab-size 96 --tokens 64"
 CASES = {  # arguments, and rows of the table
     "accumulation": ("--experts 4 --repeats 1", 9),
     "callback_cost": (f"{SMALL} --tokens 64 --rounds 2 --dtype float32", 4),
-    "compiled_step": (f"{STEP} --dtype float32 --repeats 2", 1),
     "conversion": ("--layers 1 --gguf-layers 1 --vocab-size 300 --hidden-size 512 --repeats 1", None),
     "decoding": ("--layers 1 --vocab-size 300 --hidden-size 512 --prompt-length 8 --repeats 2", 3),
     "expert_scaling": (
@@ -48,10 +47,7 @@ def in_small(monkeypatch, tmp_path):
     monkeypatch.setattr(quantized_memory, "MODES", modes)
 
 
-SLOW = {"compiled_step"}
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_it_runs_and_records_numbers(name, monkeypatch, tmp_path):
     module = importlib.import_module(f"benchmarks.{name.split()[0]}")
     if hasattr(module, "run_with"):

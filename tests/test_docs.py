@@ -111,15 +111,12 @@ def shrink(config):
 @pytest.mark.parametrize(
     ("example", "arguments", "written"),
     [
-        ("watch_experts_specialise", ["--max-steps", "10"], ["specialisation.png", "model.safetensors"]),
-        ("compare_estimators", ["--max-steps", "10", "--estimator", "gshard"], ["losses.png", "losses.csv"]),
-        ("convert_and_run_in_llama_cpp", ["--max-steps", "10"], ["model.gguf", "trained/model.safetensors"]),
+        ("watch_experts_specialise", ["--max-steps", "4"], ["specialisation.png", "model.safetensors"]),
+        ("compare_estimators", ["--max-steps", "4", "--estimator", "gshard"], ["losses.png", "losses.csv"]),
     ],
 )
-def test_examples_run(example, arguments, written, tmp_path, monkeypatch, capsys):
-    """As their commands, on part of their texts."""
-    if "llama" in example:
-        pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+def test_examples_run(example, arguments, written, tmp_path, monkeypatch):
+    """As their commands, on part of their texts; the third needs llama.cpp."""
     monkeypatch.chdir(tmp_path)
     texts, config = demo.read_standard_library()[:60], demo.tiny_config
     monkeypatch.setattr(demo, "read_standard_library", lambda: texts)
@@ -128,9 +125,6 @@ def test_examples_run(example, arguments, written, tmp_path, monkeypatch, capsys
     main = runpy.run_path(str(ROOT / "examples" / f"{example}.py"))["main"]
     typer.main.get_command(_typer(main)).main(["--output-dir", "out", *arguments], standalone_mode=False)
     assert all(Path("out", name).stat().st_size > 0 for name in written)
-    if "llama" in example:
-        error = float(re.search(r"differ by ([\d.e+-]+) of the largest", capsys.readouterr().out).group(1))
-        assert error < 1e-3
 
 
 def test_quoted_errors_are_those_of_the_code():

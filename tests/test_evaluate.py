@@ -13,8 +13,6 @@ import pytest
 import torch
 import yaml
 from checkpoints import released_config, released_tensors, write_checkpoint
-from distributed.launch import run as run_python
-from huggingface_hub.repocard_data import model_index_to_eval_results
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
@@ -22,7 +20,6 @@ from modeling_grin import GrinMoeForCausalLM
 from recipes import data, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "recipes" / "configs").glob("evaluate_*.yaml"))
 PAPER = ROOT / "recipes" / "configs" / "evaluate_paper.yaml"
 MAX_NEW_TOKENS = 12
 
@@ -95,34 +92,12 @@ def test_the_suite_is_table_2_and_the_harness_has_it(registry, at_root):
         assert len({config["task"] for config in leaf_configs(registry, name)}) == number
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_config_says_what_launch_override_limits_and_each_source(path, at_root):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert [line.partition(":")[0] for line in lines[:4]] == ["# What", "# Launch", "# Override", "# Limits"]
-    assert f"recipes/evaluate.py --config recipes/configs/{path.name}" in lines[1]
-    given = [word for option in re.findall(r"--\w+", lines[2]) for word in (option, "1")]
-    given[given.index("--rows") + 1] = next(iter(evaluate.parse(["--config", str(path)])[1]["metadata"]["rows"]))
-    evaluate.parse(["--config", str(path), *given])
-    assert all(re.search(r"  # .*\b(paper|ours)\b", line) for line in lines[4:])
-
-
 def test_rows_are_chosen_by_name(at_root, capsys):
     config, group = evaluate.parse(["--config", str(PAPER), "--rows", "MATH", "PIQA", "--limit", "0.5"])
     assert list(group["metadata"]["rows"]) == ["PIQA", "MATH"] and len(group["task"]) == 2 and config.limit == 0.5
     with pytest.raises(SystemExit):
         evaluate.parse(["--config", str(PAPER), "--rows", "wrod"])
     assert "error: --rows must be of MMLU, HellaSwag" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [({"suite": {}}, "must only have options of --help; got suite"), ({"tasks": "none"}, "Config file not found")],
-)
-def test_a_wrong_config_is_one_sentence(given, message, tmp_path, capsys):
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(given))
-    with pytest.raises(SystemExit):
-        evaluate.parse(["--config", str(tmp_path / "mine.yaml")])
-    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- A tiny model on tasks of our own ----
@@ -139,26 +114,6 @@ doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-WORD = """
-task: word
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/word.jsonl}}}}
-output_type: loglikelihood
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{target}}}}"
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-"""
-TEXT = """
-task: text
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/text.jsonl}}}}
-output_type: loglikelihood_rolling
-test_split: test
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: bits_per_byte}}]
 """
 WRITE = """
 task: {name}
@@ -178,11 +133,10 @@ aggregate_metric_list: [{{metric: acc_norm, weight_by_size: true}}]
 """
 SUITE = {
     "group": "suite",
-    "task": [{"group": "group", "num_fewshot": 2}, {"task": "word"}, {"task": "text"}, {"task": "write"}],
+    "task": [{"group": "group", "num_fewshot": 2}, {"task": "write"}],
     "metadata": {"version": 1.0, "rows": {
         "choice": {"task": "group", "metric": "acc_norm", "paper": 40.0, "differs": "these are | random"},
-        "word": {"task": "word", "metric": "acc"},
-        "text": {"task": "text", "metric": "bits_per_byte", "unit": "bits per byte"},
+
         "write": {"task": "write", "metric": "exact_match"},
     }},
 }  # fmt: skip
@@ -211,14 +165,11 @@ class Reference:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
-    def score(self, context, whole):
-        """Log-likelihood of what follows `context` in `whole`, both ids, and whether each token is the likeliest."""
-        logits = self.model(torch.tensor([whole])).logits[0, len(context) - 1 : -1].double().log_softmax(-1)
-        targets = torch.tensor(whole[len(context) :])
-        return logits.gather(1, targets[:, None]).sum().item(), bool((logits.argmax(1) == targets).all())
-
     def answer_score(self, prompt, answer):
-        return self.score(self.ids(prompt), self.ids(prompt + answer))
+        """Log-likelihood of the answer."""
+        context, whole = self.ids(prompt), self.ids(prompt + answer)
+        logits = self.model(torch.tensor([whole])).logits[0, len(context) - 1 : -1].double().log_softmax(-1)
+        return logits.gather(1, torch.tensor(whole[len(context) :])[:, None]).sum().item()
 
     @torch.no_grad()
     def write(self, prompt):
@@ -279,19 +230,12 @@ def workdir(trained_tokenizer, tmp_path_factory):
                 (tasks / f"{name}.yaml").write_text(CHOICE.format(name=name, folder="tasks"))
         reference = Reference("GRIN-MoE")
         questions = [say(3, 12) for _ in range(10)]
-        write_lines(tasks / "text.jsonl", [{"text": say(4, 30)} for _ in range(5)])
-        likeliest = [reference.tokenizer.decode(int(reference.model(torch.tensor([reference.ids(chat(question))]))
-                     .logits[0, -1].argmax())) for question in questions]  # fmt: skip
-        write_lines(tasks / "word.jsonl", [
-            {"question": question, "target": word if i % 2 else say(2, 3)}
-            for i, (question, word) in enumerate(zip(questions, likeliest, strict=True))])  # fmt: skip
         answers = [reference.write(chat(question)) for question in questions]
         assert {stopped for _, stopped in answers} == {True, False}
         write_lines(tasks / "write.jsonl", [
             {"question": question, "target": answer if i % 3 else "no"}
             for i, (question, (answer, _)) in enumerate(zip(questions, answers, strict=True))])  # fmt: skip
-        for name, text in (("word", WORD), ("text", TEXT), ("write", WRITE)):
-            (tasks / f"{name}.yaml").write_text(text.format(name=name, folder="tasks", new=MAX_NEW_TOKENS))
+        (tasks / "write.yaml").write_text(WRITE.format(name="write", folder="tasks", new=MAX_NEW_TOKENS))
         # One group in the other, as MMLU's.
         (tasks / "group.yaml").write_text(GROUP.format(name="group", tasks="[choice_a, inner]"))
         (tasks / "inner.yaml").write_text(GROUP.format(name="inner", tasks="[choice_b]"))
@@ -334,7 +278,7 @@ def test_choices_are_ranked_as_by_plain_forward_passes(evaluated, reference, wor
         samples = read_samples(evaluated, name)
         for number, row in enumerate(rows):
             prompt = chat(*shots, row["question"])
-            scores = [reference.answer_score(prompt, choice)[0] for choice in row["choices"]]
+            scores = [reference.answer_score(prompt, choice) for choice in row["choices"]]
             measured = [float(response[0][0]) for response in samples[number]["resps"]]
             assert measured == pytest.approx(scores, abs=1e-3)
             per_character = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
@@ -350,24 +294,6 @@ def test_choices_are_ranked_as_by_plain_forward_passes(evaluated, reference, wor
     assert (result["num_samples"], result["shots"], result["paper"]) == (16, [2], 40.0)
 
 
-def test_a_target_is_the_greedy_answer_or_not(evaluated, reference, workdir):
-    rows = read_lines(workdir / "tasks/word.jsonl")
-    own = [reference.answer_score(chat(row["question"]), row["target"]) for row in rows]
-    samples = read_samples(evaluated, "word")
-    assert [float(sample["resps"][0][0][0]) for sample in samples] == pytest.approx([x for x, _ in own], abs=1e-3)
-    assert read_rows(evaluated)["word"]["score"] == pytest.approx(100 * sum(greedy for _, greedy in own) / len(own))
-    assert 0 < sum(greedy for _, greedy in own) < len(own)
-
-
-def test_bits_per_byte_of_plain_text(evaluated, reference, workdir):
-    texts = [row["text"] for row in read_lines(workdir / "tasks/text.jsonl")]
-    start = [reference.tokenizer.bos_token_id]  # which the first token is predicted from
-    nats = -sum(reference.score(start, start + reference.ids(text))[0] for text in texts)
-    result = read_rows(evaluated)["text"]
-    assert result["score"] == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in texts), rel=1e-5)
-    assert result["stderr"] is None
-
-
 def test_answers_are_greedy_and_end_at_the_end_of_turn(evaluated, reference, workdir):
     rows = read_lines(workdir / "tasks/write.jsonl")
     own = [reference.write(chat(row["question"]))[0] for row in rows]
@@ -377,20 +303,6 @@ def test_answers_are_greedy_and_end_at_the_end_of_turn(evaluated, reference, wor
     assert 0 < expected < 100 and read_rows(evaluated)["write"]["score"] == pytest.approx(expected)
 
 
-def test_tables_say_the_same_and_have_no_paths(evaluated, workdir):
-    rows, document = read_rows(evaluated), json.loads((evaluated / "results.json").read_text(encoding="utf-8"))
-    text, choice = (evaluated / "results.md").read_text(encoding="utf-8"), rows["choice"]
-    assert list(rows) == list(SUITE["metadata"]["rows"]) and document["model"] == "GRIN-MoE"
-    assert f"| choice | group | 2 | acc_norm | {choice['score']:.1f} ± {choice['stderr']:.1f} | 40.0 |" in text
-    assert f"| text | text | 0 | bits_per_byte | {rows['text']['score']:.3f} bits per byte |  |" in text
-    assert "- choice: these are | random" in text and "float32, prompts in the chat format" in text
-    assert "Not for comparison" not in text and str(workdir) not in text + json.dumps(document)
-    results = model_index_to_eval_results(document["model-index"])[1]
-    assert {one.dataset_name: one.metric_value for one in results} == {
-        k: round(v["score"], 2) for k, v in rows.items()
-    }
-
-
 def test_the_same_command_resumes(evaluated, workdir, monkeypatch):
     """Answers are computed again only for another model or another prompt."""
     forward, calls = GrinMoeForCausalLM.forward, []
@@ -398,7 +310,7 @@ def test_the_same_command_resumes(evaluated, workdir, monkeypatch):
     before = read_rows(evaluated)
     run("--log_samples", "true")
     assert calls == [] and read_rows(evaluated) == before
-    run("--rows", "word", "--limit", 3, "--apply_chat_template", "false", "--output_path", "out/plain")
+    run("--rows", "write", "--limit", 3, "--apply_chat_template", "false", "--output_path", "out/plain")
     assert calls
     assert "limited to 3 examples" in Path("out/plain/results.md").read_text()
     first, config = next(Path("GRIN-MoE").glob("*.safetensors")), evaluate.parse(["--config", "config.yaml"])[0]
@@ -407,25 +319,6 @@ def test_the_same_command_resumes(evaluated, workdir, monkeypatch):
     assert evaluate.identify(config.model_args) != identity
     os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert evaluate.identify(config.model_args | {"dtype": "bfloat16"}) != identity
-
-
-@pytest.mark.slow
-def test_two_processes_measure_what_one_does(evaluated, workdir):
-    """As a script: Python then looks in recipes/ first, and a task may still import the package `evaluate`, as the
-    harness's HumanEval and MBPP do."""
-    text = (workdir / "tasks" / "text.yaml").read_text()
-    (workdir / "tasks" / "text.yaml").write_text(text.replace('"{{text}}"', "!function u.f"))
-    (workdir / "tasks" / "u.py").write_text(
-        "import evaluate\n\nassert hasattr(evaluate, 'combine')\n\n\ndef f(doc):\n    return doc['text']\n"
-    )
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "recipes/evaluate.py"]
-    run_python([*command, "--config", "config.yaml", "--output_path", "two", "--rows", "text", "write"])
-    (workdir / "tasks" / "text.yaml").write_text(text)
-    one, two = read_rows(evaluated), read_rows("two")
-    for name in ("text", "write"):
-        assert two[name]["score"] == pytest.approx(one[name]["score"], rel=1e-6)
-        assert two[name]["num_samples"] == one[name]["num_samples"]
-    assert len(list(Path("two").glob("cache_*_rank*.db"))) == 2
 
 
 # ---- The page ----

@@ -1,6 +1,5 @@
 """The wheel: what it holds, what it asks for, and that it works where the checkout is out of sight."""
 
-import functools
 import importlib.metadata
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from snippets import DOCUMENTS, Interpreter, bash_lines, snippets
+from snippets import Interpreter, bash_lines, snippets
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("modeling_grin", "conversion", "grin_moe_cli", "recipes", "model_cards")
@@ -86,78 +85,14 @@ def test_tested_versions_satisfy_the_declared_ranges(metadata):
     assert pins[0].name == "torch", "torch is installed first"
 
 
-def test_extras(metadata):
-    assert set(metadata.get_all("Provides-Extra")) == {
-        "train",
-        "quantized",
-        "flash",
-        "gguf",
-        "llama",
-        "eval",
-        "docs",
-        "dev",
-        "upstream",
-    }
-
-
-OUTSIDE = """
-import sys
-from pathlib import Path
-
-import torch
-import modeling_grin
-
-site = Path(sys.argv[1]).resolve()
-assert Path(modeling_grin.__file__).resolve().is_relative_to(site), modeling_grin.__file__
-missing = [name for name in modeling_grin.__all__ if not hasattr(modeling_grin, name)]
-assert modeling_grin.__all__ and not missing, missing
-
-config = modeling_grin.GrinMoeConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)
-model = modeling_grin.GrinMoeForCausalLM(config).eval()
-with torch.no_grad():
-    logits = model(input_ids=torch.arange(10).reshape(2, 5)).logits
-assert logits.shape == (2, 5, 64) and logits.isfinite().all()
-ours = ("modeling_grin", "conversion", "grin_moe_cli", "recipes")
-outside = [name for name, module in sys.modules.items()
-           if name.split(".")[0] in ours and getattr(module, "__file__", None)
-           and not Path(module.__file__).resolve().is_relative_to(site)]
-assert not outside, outside
-print("works outside the checkout")
-"""
-
-
-def test_wheel_works_outside_the_checkout(wheel, tmp_path):
-    site = tmp_path / "site"
-    pip("install", "--no-deps", "--target", site, wheel, cwd=tmp_path)
-    environment = {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    output = run(sys.executable, "-c", OUTSIDE, site, cwd=tmp_path, **environment)
-    assert "works outside the checkout" in output
-
-
-# The README's install line, then every Python snippet, with the newest versions that setup.py allows.
+# The README's install lines, then its Python snippet, with the newest versions that setup.py allows.
 
 README = ROOT / "README.md"
-BESIDE = {"llama"}  # extras whose installation takes minutes
-
-
-def install_lines(document):
-    """Arguments of the `pip install` lines of a document."""
-    return [shlex.split(line)[2:] for line in bash_lines(document) if line.startswith("pip install")]
-
-
-def extras(document):
-    """The extras that a page needs beyond the README's."""
-    named = {extra for line in install_lines(document) for word in line for extra in re.findall(r"\w+(?=[\],])", word)}
-    return sorted(named - BESIDE - {"train"})
 
 
 @pytest.fixture(scope="module")
 def fresh_environment(wheel, tmp_path_factory):
-    """An environment made by the README's install lines, and a function that adds the extras of the pages.
+    """The Python of an environment made by the README's install lines.
 
     The wheel stands for the repository's address. The build of torch depends on the machine and can be GBs, so the one
     that runs this test is linked. Compiling unused modules is left out. Needs a package registry.
@@ -174,42 +109,23 @@ def fresh_environment(wheel, tmp_path_factory):
             pytest.skip(f"the package registry cannot be reached: {done.stderr.strip().splitlines()[-1]}")
         assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
 
-    torch_line, grin_line = install_lines(README)
+    lines = [shlex.split(line)[2:] for line in bash_lines(README) if line.startswith("pip install")]
+    torch_line, grin_line = lines
     assert torch_line == ["torch"]
     torch = importlib.metadata.distribution("torch")
     for name in {file.parts[0] for file in torch.files if file.parts[0] != ".."}:
         (site / name).symlink_to(torch.locate_file(name))
     assert grin_line[0].endswith("@ git+REPOSITORY")
     install(*[word.replace("git+REPOSITORY", wheel.as_uri()) for word in grin_line])
-    more = ",".join(sorted({extra for document in DOCUMENTS for extra in extras(document) if snippets(document)}))
-    yield python, functools.cache(lambda: install(f"grin-moe[{more}] @ {wheel.as_uri()}"))
+    yield python
     shutil.rmtree(folder)  # pytest would keep three of these, a GB each
 
 
-@pytest.fixture(scope="module")
-def fresh_interpreter(fresh_environment, tiny_release):
-    interpreter = Interpreter(fresh_environment[0], tiny_release, PYTHONPATH="", HF_HUB_OFFLINE="1")
-    yield interpreter
+@pytest.mark.slow
+def test_readme_works_in_a_fresh_environment(fresh_environment, tiny_release, tmp_path):
+    interpreter = Interpreter(fresh_environment, tiny_release, PYTHONPATH="", HF_HUB_OFFLINE="1")
+    (snippet,) = snippets(README)
+    status, output = interpreter.run(snippet, tmp_path)
     interpreter.close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "document",  # those that need more than the README's line come last
-    [pytest.param(page, id=page.name) for page in sorted(DOCUMENTS, key=extras) if snippets(page)],
-)
-def test_snippets_run_in_a_fresh_environment(document, fresh_environment, fresh_interpreter, tmp_path):
-    blocks = snippets(document)
-    if blocks and extras(document):
-        fresh_environment[1]()
-    for number, snippet in enumerate(blocks):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        status, output = fresh_interpreter.run(snippet, folder)
-        assert status == 0, f"{document.name}, snippet {number}\n{output}"
-
-
-@pytest.mark.slow
-def test_command_runs_in_a_fresh_environment(fresh_environment, tmp_path):
-    command = fresh_environment[0].with_name("grin-moe")
-    assert "convert" in run(command, "--help", cwd=tmp_path, PYTHONPATH="")
+    assert status == 0, output
+    assert "convert" in run(fresh_environment.with_name("grin-moe"), "--help", cwd=tmp_path, PYTHONPATH="")

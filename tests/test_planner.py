@@ -88,15 +88,9 @@ MEASURED = [  # sizes, sequences, tokens of each, precision, activation checkpoi
     ({}, 2, 64, "float32", False),
     ({}, 2, 64, "float32", True),
     ({"num_local_experts": 32}, 2, 128, "float32", False),
-    ({"num_local_experts": 32}, 2, 128, "float32", True),
-    ({"num_hidden_layers": 8}, 4, 256, "float32", True),
     ({"num_experts_per_tok": 1}, 4, 64, "float32", False),
-    ({"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}, 4, 64, "float32", False),
-    ({"vocab_size": 4096, "num_hidden_layers": 1}, 1, 64, "float32", True),
-    ({}, 4, 128, "bfloat16", False),
     ({}, 4, 128, "bfloat16", True),
     ({}, 2, 64, "mixed", False),
-    ({}, 2, 64, "mixed", True),
     ({"num_local_experts": 32}, 2, 128, "mixed", True),
     ({"num_hidden_layers": 8}, 4, 128, "mixed", True),
     ({"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}, 4, 64, "mixed", True),
@@ -232,24 +226,6 @@ def test_experts_are_dealt_out_whole():
     assert in_pipelines[0] == in_pipelines[1]
 
 
-def test_hsdp_sums_over_replicas_once_a_step():
-    config, training = GrinMoeConfig(), Training(global_batch=256)  # 4 micro-batches
-    sent = communication(config, Layout(dp_replicate=4, fsdp=16), training)
-    assert (sent["FSDP gradients"].calls, sent["HSDP gradients"].calls) == (4 * 34, 34)
-    # A sixteenth of the float32 gradients, between ranks that are 16 apart.
-    parameters = sum(whole(config).parameters(config))
-    assert sent["HSDP gradients"][2:] == (pytest.approx(parameters / 16 * 4, rel=1e-4), 4, 16)
-
-
-def test_balance_loss_counts_over_all_ranks_or_those_of_a_stage():
-    config, training = GrinMoeConfig(router_aux_loss_coef=0.01), Training(global_batch=16)
-    ranks = {
-        layout: communication(config, layout, training)["balance loss"][3:]
-        for layout in (Layout(fsdp=4, tp=2), Layout(tp=2), Layout(fsdp=4, tp=2, pp=2))
-    }
-    assert list(ranks.values()) == [(8, 1), (2, 1), (4, 4)]
-
-
 def test_plan_has_layouts_that_recipes_train_only():
     estimates, left_out = plan(GrinMoeConfig(), 64, Training(global_batch=64), Assumptions())
     found = {str(one.layout) for one in estimates}
@@ -293,30 +269,18 @@ def test_plan_puts_the_fastest_that_fits_first():
     [
         (["--sequence", "0"], "sequence must be at least 1; got 0"),
         (["--precision", "int3"], "precision must be one of float32, bfloat16, mixed; got 'int3'"),
-        (["--devices", "0"], "devices must be at least 1; got 0"),
-        (
-            ["--devices", "7", "--num-hidden-layers", "2", "--global-batch", "3"],
-            "no layout of 7 devices is possible; DDP=7: global_batch must be a multiple of 7 (7 data-parallel ranks",
-        ),
-        (["--config", "nowhere"], "config must be a config.json, or a folder with one; nowhere does not exist"),
+        (["--devices", "7", "--num-hidden-layers", "2", "--global-batch", "3"],
+         "no layout of 7 devices is possible; DDP=7: global_batch must be a multiple of 7 (7 data-parallel ranks"),
         (["--config", str(EMPTY)], f"{EMPTY / 'config.json'} does not exist"),
         (["--assume", "speed=3"], "assume must be NAME=NUMBER with one of bandwidth_efficiency"),
         (["--assume", "memory=40"], "memory has its own option; use --memory instead of --assume memory=40"),
         (["--assume", "peak_flops=nan"], "peak_flops must be a number above 0; got nan"),
         (["--assume", "overlap=1.5"], "overlap must be a number at least 0 and at most 1; got 1.5"),
-        (["--assume", "matmul_efficiency=60"], "matmul_efficiency must be a number above 0 and at most 1; got 60.0"),
-        (
-            ["--assume", "bandwidth_efficiency=0"],
-            "bandwidth_efficiency must be a number above 0 and at most 1; got 0.0",
-        ),
         (["--assume", "latency=-1"], "latency must be a number at least 0; got -1.0"),
-        (["--memory", "nan"], "memory must be a number above 0; got nan"),
         (["--memory", "7"], "memory must be above the reserve of 7 GB; got 7"),
         (["--assume", "overlap=much"], "; got 'overlap=much'"),
-        (["--memory", "-1"], "memory must be a number above 0; got -1000000000.0"),
-        (["--num-experts-per-tok", "17"], "num_experts_per_tok=17 must not exceed"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_one_sentence(arguments, message):
     result = CliRunner().invoke(app, ["plan", *arguments])
     assert isinstance(result.exception, ValueError)
@@ -328,7 +292,6 @@ def test_bad_input_is_one_sentence(arguments, message):
     [
         (Layout(tp=3), "num_attention_heads=32 is not divisible by tp_size=3"),
         (Layout(tp=16), "num_key_value_heads=8 is not divisible by tp_size=16"),
-        (Layout(pp=33), "num_hidden_layers=32 layers do not make 33 pipeline stages"),
         (Layout(pp=32, interleave=2), "num_hidden_layers=32 layers do not make 64 pipeline stages"),
         (Layout(tp=0), "tp must be at least 1; got 0"),
         (Layout(fsdp=12), "num_local_experts=16 gives experts to 8 of fsdp_size=12 ranks"),
@@ -359,32 +322,3 @@ def test_command_reads_a_config_and_prints_json(tmp_path):
         assert sum(one["seconds"].values()) == pytest.approx(one["step_time"])
         parts = {"weights", "gradients", "optimizer", "activations", "communication", "buffers"}
         assert sum(one["memory"][part] for part in parts) == pytest.approx(one["memory"]["total"])
-
-
-def test_command_prints_a_table_and_every_assumption():
-    result = CliRunner().invoke(app, ["plan", "--rows", "74"])
-    assert result.exit_code == 0, result.output
-    for text in ("FSDP2=8 PP=8", "over 73.0 GB", "layouts fit", "others cannot be trained", "peak_flops=",
-                 "micro_batch=1", "router_aux_loss_coef=0.0"):  # fmt: skip
-        assert text in result.output
-
-
-@pytest.mark.parametrize(
-    ("stated", "option", "counted"),
-    [(0.0, [], False), (0.02, [], True), (0.02, ["--no-balance-loss"], False), (0.0, ["--balance-loss"], True)],
-)
-def test_command_takes_the_balance_loss_from_the_config(stated, option, counted, tmp_path):
-    GrinMoeConfig(**released_config(router_aux_loss_coef=stated)).save_pretrained(tmp_path)
-    result = CliRunner().invoke(app, ["plan", "--config", str(tmp_path), "--devices", "2", "--json", *option])
-    printed = json.loads(result.stdout)
-    assert all(("balance loss" in one["communication"]) == counted for one in printed["layouts"]
-               if "PP" not in one["layout"]["name"])  # fmt: skip
-
-
-def test_scale_study_writes_its_tables_and_images(tmp_path, monkeypatch, capsys):
-    small = {name: (label, values[:2], find) for name, (label, values, find) in scaling.SWEEPS.items()}
-    monkeypatch.setattr(scaling, "SWEEPS", small)
-    scaling.main(tmp_path)
-    assert "| DDP=2 PP=32 (64) | 32 | 32 |" in capsys.readouterr().out
-    for name in small:
-        assert (tmp_path / f"scaling_{name}.png").read_bytes().startswith(b"\x89PNG")
