@@ -12,11 +12,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from checkpoints import fused, released_config, released_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PhimoeForCausalLM, PhimoeForSequenceClassification, PhimoeModel
+from transformers import AutoTokenizer, PhimoeForCausalLM, PhimoeForSequenceClassification
 
-from conversion import ConversionError, convert, open_checkpoint
+from conversion import ConversionError, convert
 from conversion.phimoe_config import phimoe_notes
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification
 
 CONFIGS = {
     "released": {},
@@ -27,16 +27,10 @@ CONFIGS = {
     "tied head": {"tie_word_embeddings": True},
     "head_dim x heads != hidden_size": {"head_dim": 10, "sliding_window": 5},
     "one layer, one head, no window": {
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "sliding_window": None,
+        **{"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "sliding_window": None}
     },
 }
-REFUSED = {
-    ("top-1", "phimoe"): "num_experts_per_tok",
-    ("head_dim x heads != hidden_size", "gguf"): "head_dim",
-}
+REFUSED = {("top-1", "phimoe"): "num_experts_per_tok", ("head_dim x heads != hidden_size", "gguf"): "head_dim"}
 FORMS = ("hub", "fused", "phimoe", "dcp", "pickle")
 TARGETS = ("hub", "fused", "phimoe", "gguf")
 CASES = [(form, to, "released") for form in FORMS for to in TARGETS]
@@ -137,14 +131,8 @@ def test_every_form_to_every_other(tmp_path, form, to, name):
 @pytest.mark.parametrize("to", ["fused", "phimoe"])
 def test_there_and_back_is_the_identity(tmp_path, to):
     """Weights, and every field of the config."""
-    config = released_config(
-        sliding_window=9,
-        router_jitter_noise=0.05,
-        expert_dropout=0.1,
-        router_sampling=False,
-        eos_token_id=2,
-        pad_token_id=5,
-    )
+    changes = {"sliding_window": 9, "router_jitter_noise": 0.05, "expert_dropout": 0.1, "router_sampling": False}
+    config = released_config(**changes, eos_token_id=2, pad_token_id=5)
     tensors = released_tensors(config)
     source = write_checkpoint(tmp_path / "source", config, tensors)
     convert(source, tmp_path / "there", to=to)
@@ -156,23 +144,17 @@ def test_there_and_back_is_the_identity(tmp_path, to):
     assert back == first
 
 
-@pytest.mark.parametrize(
-    ("model_class", "stock_class", "to"),
-    [
-        (GrinMoeForSequenceClassification, PhimoeForSequenceClassification, "fused"),
-        (GrinMoeForSequenceClassification, PhimoeForSequenceClassification, "phimoe"),
-        (GrinMoeModel, PhimoeModel, "phimoe"),
-    ],
-)
-def test_other_heads(tmp_path, model_class, stock_class, to):
+@pytest.mark.parametrize("to", ["fused", "phimoe"])
+def test_classifiers(tmp_path, to):
     values = released_config(torch_dtype="float32", pad_token_id=0, eos_token_id=3, sliding_window=4)
     torch.manual_seed(0)
-    model = model_class(GrinMoeConfig(**values, num_labels=3)).eval()
+    model = GrinMoeForSequenceClassification(GrinMoeConfig(**values, num_labels=3)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "result", to=to)
-    converted = (stock_class if to == "phimoe" else model_class).from_pretrained(tmp_path / "result").eval()
+    model_class = PhimoeForSequenceClassification if to == "phimoe" else GrinMoeForSequenceClassification
+    converted = model_class.from_pretrained(tmp_path / "result").eval()
     ids = torch.randint(1, 131, (2, 10))
     torch.testing.assert_close(converted(ids)[0], model(ids)[0], rtol=1e-4, atol=1e-5)
     convert(tmp_path / "result", tmp_path / "back", to="hub")
@@ -193,14 +175,8 @@ def test_dtype(tmp_path):
     ("change", "message"),
     [
         (lambda t: t.pop("model.layers.1.block_sparse_moe.experts.2.w3.weight"), "experts.2.w3.weight is missing"),
-        (
-            lambda t: t.update({"model.layers.7.norm.weight": torch.ones(3)}),
-            r"model\.layers\.7\.norm\.weight in .* not part",
-        ),
-        (
-            lambda t: t.update({"model.norm.bias": torch.ones(3)}),
-            r"model.norm.bias in .* has shape \[3\].*says \[32\]",
-        ),
+        (lambda t: t.update({"model.layers.7.norm": torch.ones(3)}), r"model\.layers\.7\.norm in .* not part"),
+        (lambda t: t.update({"model.norm.bias": torch.ones(3)}), r"model.norm.bias in .* has shape \[3\].*says \[32"),
         (lambda t: t.update({"model.norm.bias": torch.ones(32, dtype=torch.int8)}), "model.norm.bias .*int8"),
         (lambda t: t["model.norm.bias"].fill_(torch.nan), "model.norm.bias in .*NaN"),
         (lambda t: t["lm_head.weight"][0].fill_(-torch.inf), "lm_head.weight in .* infinite"),
@@ -274,14 +250,6 @@ def test_dtypes_are_those_of_the_files(tmp_path):
     assert_same(read_all(tmp_path / "phimoe"), tensors)
 
 
-def test_a_model_whose_head_is_zero(tmp_path):
-    config = released_config(lm_head_bias=False)
-    tensors = released_tensors(config)
-    tensors["lm_head.weight"].zero_()
-    source = write_checkpoint(tmp_path / "source", config, tensors)
-    assert convert(source, tmp_path / "result", to="fused").difference == 0
-
-
 HEAD_BIAS = "vLLM leaves out the head's bias"
 
 
@@ -290,11 +258,6 @@ HEAD_BIAS = "vLLM leaves out the head's bias"
     [
         ({"sliding_window": None}, [HEAD_BIAS]),
         ({}, ["SGLang has no sliding window: right up to 2048 tokens", HEAD_BIAS]),
-        (
-            {"sliding_window": 4095, "router_jitter_noise": 0.05},
-            ["vLLM and SGLang compute with router_jitter_noise=0.01", HEAD_BIAS],
-        ),
-        ({"sliding_window": None, "lm_head_bias": False}, ["vLLM and SGLang build a bias of the head"]),
         ({"sliding_window": None, "attention_bias": False}, [HEAD_BIAS, "vLLM builds biases of the attention"]),
         ({"sliding_window": None, "tie_word_embeddings": True}, [HEAD_BIAS, "vLLM builds a head of its own"]),
     ],
@@ -302,16 +265,6 @@ HEAD_BIAS = "vLLM leaves out the head's bias"
 def test_what_the_readers_of_phimoe_compute_otherwise_is_said(changes, notes):
     found = phimoe_notes(GrinMoeConfig.from_dict(released_config(**changes)))
     assert len(found) == len(notes) and all(map(str.startswith, found, notes))
-
-
-def test_configs_of_absurd_sizes(tmp_path):
-    """Refused before anything of that size is made."""
-    config = released_config()
-    tensors = released_tensors(config)
-    for field in ("num_hidden_layers", "num_local_experts"):
-        source = write_checkpoint(tmp_path / field, {**config, field: 90_000}, tensors)
-        with pytest.raises(ConversionError, match=f"the config says {field}=90000"):
-            open_checkpoint(source)
 
 
 def test_folds_that_are_wrong_are_refused(tmp_path, source, monkeypatch):
@@ -353,24 +306,16 @@ def source(tmp_path):
 @pytest.mark.parametrize(
     ("destination", "arguments", "message"),
     [
-        ("source", {}, "lies in the source"),
         ("source/result", {}, "lies in the source"),
         ("full", {}, "full exists"),
         ("result", {"to": "onnx"}, "to must be one of hub, fused, phimoe, gguf; got 'onnx'"),
         ("result", {"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16; got 'int8'"),
         ("result", {"num_experts": 3}, "of 6 experts the 3 most used .* --calibration"),
-        ("result", {"calibration": "nowhere.txt"}, "nowhere.txt"),
         ("result", {"config": "nowhere"}, "nowhere"),
         ("result", {"to": "gguf"}, "ends with .gguf"),
-        ("folder.gguf", {"to": "gguf"}, "folder.gguf exists"),
-        *(
-            ("result", {"max_shard_size": size}, "max_shard_size must be a size such as")
-            for size in ("0", "-1GB", "5 apples", 0)
-        ),
+        ("result", {"max_shard_size": "5 apples"}, "max_shard_size must be a size such as"),
         ("x.gguf", {"to": "gguf", "max_shard_size": "1GB"}, "max_shard_size=1GB would have no effect"),
-        ("result", {"top_k": 3}, "top_k=3 would have no effect.*num_experts"),
         ("result", {"base": "."}, "base=. would have no effect: the source is not an adapter"),
-        ("result", {"calibration": __file__}, "calibration=.* would have no effect"),
         ("result", {"calibration": __file__, "num_experts": 3, "top_k": 1}, "no --top-k"),
     ],
 )
@@ -382,12 +327,6 @@ def test_arguments_that_are_wrong(tmp_path, source, destination, arguments, mess
     with pytest.raises(ConversionError, match=message):
         convert(source, tmp_path / destination, **{"to": "hub", **arguments})
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_an_empty_destination_is_taken(tmp_path, source):
-    (tmp_path / "empty").mkdir()
-    convert(source, tmp_path / "empty", to="fused")
-    assert read_all(tmp_path / "empty")
 
 
 def test_what_lies_beside_the_weights(tmp_path, source, trained_tokenizer):
@@ -415,8 +354,6 @@ def link(path: Path, target: Path) -> None:
 LINKS_OUT = {
     "LICENSE": "secret",
     "README.md": "../secret",  # as it lies beside the folder
-    "tokenizer.json": "/etc/hostname",
-    "generation_config.json": "secret",
     "config.json": "config.json",
     "model.safetensors": "model.safetensors",
     "additional_chat_templates/tools.jinja": "secret",
@@ -495,12 +432,8 @@ def test_the_first_layer_that_differs_is_named(tmp_path, source, monkeypatch):
     original = conversion.outputs
 
     def exchange(groups, tensors, dtype):
-        names = {
-            name: name.replace(".w1.", ".w!.").replace(".w3.", ".w1.").replace(".w!.", ".w3.")
-            if ".layers.1." in name
-            else name
-            for name in tensors
-        }
+        other = {"w1": "w3", "w3": "w1"}
+        names = {name: re.sub(r"(layers\.1\..*)(w[13])", lambda m: m[1] + other[m[2]], name) for name in tensors}
         return original(groups, {name: tensors[other] for name, other in names.items()}, dtype)
 
     monkeypatch.setattr(conversion, "outputs", exchange)
@@ -513,12 +446,3 @@ def test_big_models_are_not_checked_unless_asked(tmp_path, source, monkeypatch):
     monkeypatch.setattr("conversion.verify.SMALL", 1000)
     assert convert(source, tmp_path / "a", to="fused").difference is None
     assert convert(source, tmp_path / "b", to="fused", check=True).difference == 0
-
-
-def test_opening_reads_no_tensor(source):
-    """Only headers: a file whose tensors are garbage opens."""
-    checkpoint = open_checkpoint(source)
-    assert checkpoint.form == "hub"
-    assert all(tensor.dtype == torch.bfloat16 for tensor in checkpoint.tensors.values())
-    name = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
-    assert torch.equal(checkpoint.tensors[name].read(), load_file(source / "model.safetensors")[name])

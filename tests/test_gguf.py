@@ -3,7 +3,6 @@
 llama.cpp is there by `pip install llama-cpp-python`, which builds it (CMAKE_ARGS=-DGGML_NATIVE=OFF).
 """
 
-import itertools
 import json
 import random
 import re
@@ -17,7 +16,7 @@ import pytest
 import torch
 from checkpoints import released_config, released_tensors
 from test_tokenization import HARD_TEXTS, NAMES, PLAIN_TEXTS, USER
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import Tokenizer
 
 from conversion import gguf_export
 from conversion.checkpoint import Checkpoint
@@ -142,14 +141,6 @@ def test_router_shift_follows_the_weights(tmp_path: Path, scale: float) -> None:
     )
     assert max(abs(a - b) for a, b in zip(report.router_shifts, calibrated.router_shifts, strict=True)) <= 1
     assert calibrated.near_tie_rate == 0
-
-
-def test_routers_of_zeros_are_no_error(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path)
-    tensors = read_tensors(checkpoint)
-    tensors |= {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if ".gate." in name}
-    report = export_gguf(open_checkpoint(tmp_path, checkpoint.config, tensors), tmp_path / "model")
-    assert report.router_shifts == [12, 12]
 
 
 def test_router_std_is_that_of_a_large_sample() -> None:
@@ -303,11 +294,6 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path, overrides: d
     assert not (tmp_path / "model").exists()
 
 
-def test_unknown_type_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match=r"dtype must be one of f32, .* for GGUF; got 'q6_k'"):
-        export_gguf(make_checkpoint(tmp_path), tmp_path / "model", file_type="q6_k")
-
-
 def test_tensors_that_are_missing_or_left_over_are_refused(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path)
     for name in ("lm_head.weight", "model.layers.1.block_sparse_moe.experts.2.w2.weight"):
@@ -320,18 +306,16 @@ def test_tensors_that_are_missing_or_left_over_are_refused(tmp_path: Path) -> No
 
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
-GATE, NORM = "model.layers.0.block_sparse_moe.gate.weight", "model.layers.0.post_attention_layernorm.weight"
+NORM = "model.layers.0.post_attention_layernorm.weight"
 
 
 @pytest.mark.parametrize(
     ("file_type", "name", "value"),
     [
         ("f16", "lm_head.weight", 1e6),
-        ("q8_0", "lm_head.weight", 1e9),
         ("bf16", "lm_head.weight", 3.4e38),
         ("f32", EXPERT, float("nan")),
         ("q4_0", EXPERT, float("-inf")),
-        ("f16", GATE, float("nan")),
         ("f16", NORM, float("inf")),
     ],
 )
@@ -339,20 +323,9 @@ def test_values_out_of_range_are_refused(tmp_path: Path, file_type: str, name: s
     checkpoint = make_checkpoint(tmp_path)
     tensors = read_tensors(checkpoint)
     tensors[name].view(-1)[7] = value
-    stored_as = "F32" if name in (GATE, NORM) else file_type.upper()
+    stored_as = "F32" if name == NORM else file_type.upper()
     with pytest.raises(ConversionError, match=f"^{name} cannot be stored as {stored_as} "):
         export_gguf(open_checkpoint(tmp_path, checkpoint.config, tensors), tmp_path / "model", file_type=file_type)
-
-
-def test_file_of_another_architecture_is_refused(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "model", "llama")
-    writer.add_block_count(1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    with pytest.raises(ConversionError, match=r"has no phimoe\..*: it is not a GGUF file of this architecture"):
-        load_gguf(tmp_path / "model")
 
 
 # --- Vocabularies ---------------------------------------------------------------------------------------------------
@@ -396,46 +369,6 @@ def test_vocabulary(tokenizer_folder: Path, tmp_path: Path) -> None:
     assert report.notes == []
 
 
-def test_a_token_that_the_class_adds_needs_an_embedding(tmp_path: Path) -> None:
-    """`tokenizer.json` of 320 tokens without the release's special ones: our class adds them, from id 320 on."""
-    plain = GrinMoeTokenizer.train_from_iterator([__doc__ * 50], 320, [AddedToken("<pad>", special=True)])
-    path = tmp_path / "tokenizer.json"
-    kept = json.loads(plain.backend_tokenizer.to_str())
-    kept["added_tokens"] = [token for token in kept["added_tokens"] if token["content"] == "<pad>"]
-    path.write_text(json.dumps(kept))
-    size = Tokenizer.from_file(str(path)).get_vocab_size()
-    checkpoint = make_checkpoint(tmp_path, vocab_size=size, hidden_size=32)
-    with pytest.raises(ConversionError, match=r"gives the token id \d+ \('<.*>'\), .*if GrinMoeTokenizer has added"):
-        export_gguf(checkpoint, tmp_path / "model")
-    settings = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<pad>")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))  # as the message says
-    export_gguf(checkpoint, tmp_path / "model")
-
-
-def test_several_chat_templates(trained_tokenizer: GrinMoeTokenizer, tmp_path: Path) -> None:
-    trained_tokenizer.save_pretrained(tmp_path)
-    loaded = GrinMoeTokenizer.from_pretrained(tmp_path)
-    marked = "{% generation %}{{ 2 }}{%- endgeneration -%}"  # which no other reader knows
-    loaded.chat_template = {"default": "{{ 1 }}", "tools": marked}
-    loaded.save_pretrained(tmp_path)
-    export_gguf(small_checkpoint(tmp_path), tmp_path / "model")
-    written = metadata(tmp_path / "model")
-    assert (written["tokenizer.chat_template"], written["tokenizer.chat_template.tools"]) == (
-        "{{ 1 }}",
-        "{% if true %}{{ 2 }}{%- endif -%}",
-    )
-
-
-def test_added_tokens_that_llama_cpp_reads_otherwise_are_noted(tmp_path: Path) -> None:
-    """It knows white space behind added tokens by the names of Phi-3's."""
-    tokens = [*NAMES[:4], AddedToken("<|end|>", rstrip=True), AddedToken("<|own|>")]
-    tokens = [AddedToken(token) if isinstance(token, str) else token for token in tokens]
-    GrinMoeTokenizer.train_from_iterator(["text"], 300, tokens).save_pretrained(tmp_path)
-    report = export_gguf(small_checkpoint(tmp_path), tmp_path / "model")
-    assert report.notes == ["llama.cpp treats white space beside these tokens differently: <|end|>"]
-    assert metadata(tmp_path / "model")["general.name"] == "GRIN-MoE"
-
-
 def edit_tokenizer(folder: Path, tokenizer: GrinMoeTokenizer, edit: Callable[[dict], None]) -> Path:
     tokenizer.save_pretrained(folder)
     parts = json.loads((folder / "tokenizer.json").read_text())
@@ -469,9 +402,7 @@ BEGIN_WITH_BOS = {
     ("edit", "message"),
     [
         (lambda parts: parts["pre_tokenizer"].update(use_regex=False), "no tokenizer like this BPE"),
-        (lambda parts: parts["pre_tokenizer"].update(add_prefix_space=True), "no tokenizer like this BPE"),
         (lambda parts: parts.update(normalizer={"type": "NFC"}), "no tokenizer like this BPE"),
-        (lambda parts: parts["model"].update(ignore_merges=True), "no tokenizer like this BPE"),
         (lambda parts: add_llama_parts(parts, [["a", "b"], ["a", "a"]]), r"'aab' but no merge of \('a', 'ab'\)"),
         (lambda parts: add_llama_parts(parts, MERGES[:2] + MERGES[:1:-1]), "come back to 'aab'"),
         (lambda parts: parts.update(post_processor=BEGIN_WITH_BOS), "adds tokens to every text"),
@@ -495,12 +426,6 @@ def test_llama_merges_become_scores(trained_tokenizer: GrinMoeTokenizer, tmp_pat
     assert scores["a"] == scores["<0x00>"] == scores["<|end|>"] < -1000
 
 
-def test_other_models_of_tokenizers_are_refused(tmp_path: Path) -> None:
-    Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, "<unk>")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ConversionError, match="no tokenizer like this WordLevel"):
-        export_gguf(make_checkpoint(tmp_path), tmp_path / "model")
-
-
 def test_more_tokens_than_embeddings_are_refused(trained_tokenizer: GrinMoeTokenizer, tmp_path: Path) -> None:
     trained_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConversionError, match=r"token id \d+ \(.*\), the model has only vocab_size=131 embeddings"):
@@ -515,18 +440,9 @@ class Llama:
 
     def __init__(self, path: Path):
         llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
-        float32 = llama_cpp.GGML_TYPE_F32
-        threads = {"n_threads": 1, "n_threads_batch": 1}
-        self.llama = llama_cpp.Llama(
-            str(path),
-            n_ctx=256,
-            n_batch=256,
-            logits_all=True,
-            type_k=float32,
-            type_v=float32,
-            verbose=False,
-            **threads,
-        )
+        types = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+        settings = {"n_ctx": 256, "n_batch": 256, "n_threads": 1, "n_threads_batch": 1, "logits_all": True}
+        self.llama = llama_cpp.Llama(str(path), **settings, **types, verbose=False)
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`[batch, sequence]` -> `[batch, sequence, vocab_size]`."""
@@ -562,10 +478,7 @@ def test_llama_cpp_computes_the_model(tmp_path: Path, naive: Callable[[], None])
     naive()
     export_gguf(checkpoint, tmp_path / "naive", file_type="f32")
     naive_logits = Llama(tmp_path / "naive").logits(ids)
-    for name, values in (("clear", logits[clear]), ("all", logits), ("naive", naive_logits)):
-        wanted = expected[clear] if name == "clear" else expected
-        error = f"error {relative_error(values, wanted):.1e}, top-1 {agreement(values, wanted):.2%}"
-        print(f"{name}, {values.shape[0] * values.shape[1]} tokens: {error}")
+
     assert ids[clear].numel() >= 1000 and clear.double().mean() > 0.8
     assert relative_error(logits[clear], expected[clear]) <= 1e-3
     assert agreement(logits[clear], expected[clear]) >= 0.999
@@ -582,27 +495,6 @@ def test_llama_cpp_computes_every_form(tmp_path: Path, name: str) -> None:
     export_gguf(checkpoint, tmp_path / "model", file_type="f32")
     ids = random_ids(checkpoint.config, 2, 24)
     assert relative_error(Llama(tmp_path / "model").logits(ids), reference(checkpoint)(ids).logits) <= 1e-3
-
-
-@torch.inference_mode()
-@pytest.mark.slow
-def test_llama_cpp_up_to_the_first_near_tie(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path, router_jitter_noise=0.01)
-    model = reference(checkpoint)
-    export_gguf(checkpoint, tmp_path / "model", file_type="f32")
-    llama = Llama(tmp_path / "model")
-    compared = 0
-    ids = random_ids(checkpoint.config, 10, 20)
-    for row in ids.split(1):
-        tied = [calibrate(model, list(row[:, : n + 1])).near_tie_rate > 0 for n in range(row.shape[1])]
-        same = tied.index(True) if True in tied else len(tied)
-        logits, expected = llama.logits(row), model(row).logits
-        if same:
-            assert relative_error(logits[:, :same], expected[:, :same]) <= 1e-3
-        if same < len(tied):
-            assert relative_error(logits[:, same], expected[:, same]) > 1e-3
-        compared += same
-    assert 40 < compared < ids.numel()
 
 
 @torch.inference_mode()
@@ -629,9 +521,8 @@ def test_llama_cpp_reads_every_type(tmp_path: Path, file_type: str, bound: float
     ids = random_ids(checkpoint.config, 10, 50)
     expected, ours = reference(checkpoint)(ids).logits, load_gguf(tmp_path / "model")(ids).logits
     errors = []
-    for name, logits in (("llama.cpp", Llama(tmp_path / "model").logits(ids)), ("the weights alone", ours)):
+    for logits in (Llama(tmp_path / "model").logits(ids), ours):
         errors.append(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item())
-        print(f"{file_type}, {name}: median error {errors[-1]:.1e}, top-1 {agreement(logits, expected):.1%}")
     assert errors[0] < bound
     assert errors[0] < 2 * errors[1]
 
@@ -640,23 +531,7 @@ def hard_texts(seed: int, count: int) -> list[str]:
     """Pieces of hard texts beside each other, without what llama.cpp does not know: that an added token takes in white
     space beyond ASCII, too."""
     rng = random.Random(seed)
-    pieces = [
-        *NAMES,
-        *NAMES,
-        *PLAIN_TEXTS,
-        " ",
-        "  ",
-        "\n",
-        "\n\n",
-        "\t",
-        "'s",
-        "'LL",
-        "don't",
-        "12",
-        "...",
-        "ü",
-        "中",
-    ]
+    pieces = [*NAMES, *NAMES, *PLAIN_TEXTS, " ", "  ", "\n", "\n\n", "\t", "'s", "'LL", "don't", "12", "...", "ü"]
     texts = (
         "".join(rng.choice(pieces)[:16] if rng.random() < 0.8 else chr(rng.randint(1, 0x2FF)) for _ in range(6))
         for _ in range(count)
@@ -675,32 +550,3 @@ def test_llama_cpp_tokenizes_alike(tokenizer_folder: Path, tmp_path: Path) -> No
     assert not wrong
     chat = GrinMoeTokenizer.from_pretrained(tokenizer_folder).apply_chat_template([USER], tokenize=False)
     assert llama.tokenize(chat, add_special=False) == raw.encode(chat).ids
-
-
-@pytest.mark.slow
-def test_llama_cpp_generates_and_stops(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """A model whose head knows which token follows which: it says a sentence and ends its turn."""
-    checkpoint = small_checkpoint(tokenizer_folder, hidden_size=64)
-    tokenizer = GrinMoeTokenizer.from_pretrained(tokenizer_folder)
-    sentence = tokenizer.encode("<|assistant|>\nquickly<|end|>")
-    chain = sentence + tokenizer.encode("zebra")  # not to be said
-    tensors = read_tensors(checkpoint)
-    embeddings = tensors["model.embed_tokens.weight"]
-    for name in tensors:
-        if name.endswith(("o_proj.weight", "o_proj.bias", "w2.weight")):  # the last token's embedding decides
-            tensors[name] = tensors[name] * 0.02
-    tensors["lm_head.weight"] *= 0.1
-    assert len(set(chain)) == len(chain)
-    for token_id, following in itertools.pairwise(chain):
-        tensors["lm_head.weight"][following] += embeddings[token_id]
-    checkpoint = open_checkpoint(tokenizer_folder, checkpoint.config, tensors)
-    export_gguf(checkpoint, tmp_path / "model", file_type="q8_0")
-
-    prompt = tokenizer.apply_chat_template([USER], add_generation_prompt=True, return_tensors="pt")
-    model = reference(checkpoint, torch.float32)
-    generated = model.generate(**prompt, do_sample=False, max_new_tokens=30, eos_token_id=tokenizer.stop_token_ids)
-    assert generated[0, prompt["input_ids"].shape[1] :].tolist() == sentence[1:]
-    completion = Llama(tmp_path / "model").llama.create_chat_completion([USER], temperature=0, max_tokens=30)
-    (choice,) = completion["choices"]
-    assert choice["finish_reason"] == "stop"
-    assert choice["message"]["content"].strip() == "quickly"

@@ -12,8 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import released_config, released_tensors, write_checkpoint
-from peft import LoraConfig
+from checkpoints import released_config
 from safetensors.torch import save, save_file
 
 from conversion import gguf_reader
@@ -70,21 +69,16 @@ def tensor_file(header, data=bytes(8), length=None):
 
 DAMAGED = {
     "empty": b"",
-    "huge header": tensor_file({}, length=2**63),
     "cut in the header": tensor_file({}, b"", length=3),
     "no JSON": tensor_file(b"{" * 100),
     "deep": tensor_file(b"[" * 100_000),
-    "a list": tensor_file(b"[1]"),
     "unknown dtype": tensor_file({"a": {**ENTRY, "dtype": "F5"}}),
-    "dtype that torch lacks": tensor_file({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}, bytes(3)),
     "negative size": tensor_file({"a": {**ENTRY, "shape": [-2]}}),
-    "wrong size": tensor_file({"a": {**ENTRY, "shape": [3]}}),
     "overflow": tensor_file({"a": {**ENTRY, "shape": [2**62] * 64}}),
     "hole": tensor_file({"a": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12)),
     "overlap": tensor_file({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12)),
     "cut off": tensor_file({"a": ENTRY}, bytes(7)),
     "bytes left over": tensor_file({"a": ENTRY}, bytes(9)),
-    "metadata": tensor_file({"__metadata__": {"format": 1}, "a": ENTRY}),
     "twice": tensor_file(b'{"a":%s,"a":%s}' % ((json.dumps(ENTRY).encode(),) * 2)),
     "long number": tensor_file(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"x":1' + b"0" * 5000 + b"}}"),
 }
@@ -108,29 +102,12 @@ def test_a_file_that_changes_after_it_was_opened(tmp_path):
 # ---- indexes and folders
 
 
-@pytest.mark.parametrize("num_shards", [1, 3])
-def test_folders_are_read(tmp_path, num_shards):
-    """Also the Hub's cache, whose files are links."""
-    config = released_config()
-    tensors = released_tensors(config)
-    folder = write_checkpoint(tmp_path / "blobs", config, tensors, num_shards)
-    (tmp_path / "linked").mkdir()
-    for path in folder.iterdir():
-        (tmp_path / "linked" / path.name).symlink_to(path)
-    for path in (folder, tmp_path / "linked"):
-        found = find_tensors(path)
-        assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[name].read(), tensor) for name, tensor in tensors.items())
-
-
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
         *(({"a": file}, f"puts tensor 'a' in |{file.strip()}|not a safetensors file in its own folder") for file in (
-            "../x.safetensors", "/x.safetensors", "sub/x.safetensors", "c:x.safetensors", "..", ".safetensors",
-            "x.bin", " " * 300 + ".safetensors")),
+            "../x.safetensors", "/x.safetensors", "sub/x.safetensors", "c:x.safetensors", "..", "x.bin")),
         ({"a": r"..\x.safetensors"}, "its own folder"),
-        ({"a": "x\0.safetensors"}, "its own folder"),
         ({"a": 1}, "'a' in 1"),
         ({"a": "missing.safetensors"}, "missing.safetensors is missing, or not a file"),
         ({"a": "folder.safetensors"}, "folder.safetensors is missing, or not a file"),
@@ -149,7 +126,7 @@ def test_bad_indexes_are_refused(tmp_path, weight_map, message):
 
 
 def test_other_faults_of_an_index_are_refused(tmp_path):
-    for metadata in ([], None, {"total_size": "1"}, {"total_size": -1}, {"total_size": True}):
+    for metadata in (None, {"total_size": "1"}, {"total_size": True}):
         index = {"weight_map": WEIGHT_MAP, "metadata": metadata}
         refused("has metadata|total_size", find_tensors, write_shards(tmp_path, index))
     twice = json.dumps({"weight_map": WEIGHT_MAP}).replace('"b":', '"a.weight":')
@@ -182,11 +159,9 @@ def test_ambiguous_folders_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "JSON"),
         (b"{", "JSON"),
         (b"\xef\xbb\xbf{}", "JSON|BOM"),
         ('{"a": "ß"}'.encode("utf-16"), "JSON|utf-8"),
-        (b"[]", "JSON list"),
         (b'{"a":1,"b":{"c":1,"c":1}}', "'c' occurs 2 times"),
         (b'{"a":' * 50_000, "JSON|recursion"),
         (b'{"a":' * 800 + b"1" + b"}" * 800, "recursion"),
@@ -197,13 +172,6 @@ def test_ambiguous_folders_are_refused(tmp_path):
 def test_bad_json_is_refused(tmp_path, data, message):
     (tmp_path / "x.json").write_bytes(data)
     refused(f"x.json|{message}", read_json, tmp_path / "x.json")
-
-
-def test_json_files_have_a_limit(tmp_path):
-    file = tmp_path / "x.json"
-    file.write_text(json.dumps({"a": "\U0001f600" * 10}))  # escaped as a pair of surrogates
-    assert read_json(file, max_bytes=file.stat().st_size) == {"a": "\U0001f600" * 10}
-    refused("x.json must have at most|bytes", read_json, file, file.stat().st_size - 1)
 
 
 def test_files_that_cannot_be_opened_are_refused(tmp_path):
@@ -217,13 +185,9 @@ def test_files_that_cannot_be_opened_are_refused(tmp_path):
 
 LONGROPE = {
     **released_config(model_type="phimoe", sliding_window=None, architectures=["PhiMoEForCausalLM"]),
-    "original_max_position_embeddings": 64,
     "rope_scaling": {
-        "type": "longrope",
-        "short_factor": [1.0, 1.5, 2.0, 2.5],
-        "long_factor": [1.0, 2.5, 4.0, 6.5],
-        "short_mscale": 1.2,
-        "long_mscale": 1.3,
+        **{"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 2.5, 4.0, 6.5]},
+        **{"short_mscale": 1.2, "long_mscale": 1.3, "original_max_position_embeddings": 64},
     },
 }
 
@@ -240,76 +204,6 @@ def test_how_a_model_was_run_is_not_taken_from_its_config(tmp_path):
     config = read_config(tmp_path)
     assert config._attn_implementation is None and config._experts_implementation is None
     assert not hasattr(config, "transformers_weights")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "llama"}, "model_type='llama'"),
-        ({"model_type": ["grinmoe"]}, "model_type=['grinmoe']"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config|dequantize"),
-        ({"num_hidden_layers": 10**18}, "num_hidden_layers must be at most 100000; got 1000000000000000000"),
-        ({"num_local_experts": 10**6}, "num_local_experts must be at most"),
-        ({"num_experts": 10**6}, "num_experts must be at most"),
-        ({"num_labels": 10**9}, "num_labels must be at most"),
-        ({"max_position_embeddings": 10**18}, "max_position_embeddings must be at most"),
-        ({"hidden_size": 4 * 10**18}, "1e+14 parameters"),
-        ({"vocab_size": 10**18}, "1e+14 parameters"),
-        ({"num_attention_heads": 2 * 10**18, "head_dim": 8}, "1e+14 parameters"),
-        ({"head_dim": 10**18}, "1e+14 parameters"),
-        ({"hidden_size": "32"}, "hidden_size"),
-        ({"hidden_size": 32.0}, "hidden_size"),
-        ({"num_attention_heads": 5}, "hidden_size"),
-        ({"num_attention_heads": 0}, "num_attention_heads"),
-        ({"rms_norm_eps": float("nan")}, "JSON compliant"),
-        ({"router_jitter_noise": float("inf")}, "JSON compliant"),
-        ({"rope_theta": "x"}, "rope_theta"),
-        ({"rope_scaling": 5}, "rope_parameters"),
-        ({"id2label": {"x": 1}}, "not a usable config|'x'"),
-        ({"auto_map": [1]}, "not a usable config|list"),
-        ({"torch_dtype": "load"}, "torch_dtype must be a dtype of torch|'load'"),
-        ({"dtype": ["bfloat16"]}, "dtype must be a dtype of torch|['bfloat16']"),
-        ({"to_dict": 1}, "'to_dict' is not a field"),
-        ({"__dict__": {}}, "'__dict__' is not a field"),
-        ({"self": 1}, "not a usable config|'self'"),
-    ],
-)
-def test_bad_configs_are_refused(tmp_path, changes, message):
-    (tmp_path / "config.json").write_text(json.dumps(released_config(**changes)))
-    refused(f"config.json|{message}", read_config, tmp_path)
-
-
-ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "microsoft/GRIN-MoE", "r": 8}
-
-
-def test_adapter_configs_of_peft_are_read(tmp_path):
-    written = {"r": 7, "lora_alpha": 3, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 3},
-               "target_parameters": ["experts.gate_up_proj"], "base_model_name_or_path": "x"}  # fmt: skip
-    LoraConfig(task_type="CAUSAL_LM", **written).save_pretrained(tmp_path)
-    config = read_adapter_config(tmp_path)
-    assert {name: config[name] for name in written} == written
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({name: None} for name in ADAPTER if name != "base_model_name_or_path"),
-        *({"peft_type": value} for value in ("LOHA", ["LORA"])),
-        *({"base_model_name_or_path": value} for value in (7, ["x"])),
-        *({"r": value} for value in (0, 8.0, 2**60)),
-    ],
-    ids=lambda changes: f"{changes}"[:40],
-)
-def test_bad_adapter_configs_are_refused(tmp_path, changes):
-    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER | changes))
-    refused(f"adapter_config.json: {next(iter(changes))} must be |; got ", read_adapter_config, tmp_path)
-
-
-@pytest.mark.parametrize("field", ADAPTER)
-def test_adapter_configs_without_a_needed_field_are_refused(tmp_path, field):
-    values = {name: value for name, value in ADAPTER.items() if name != field}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
-    refused(f"has no {field}", read_adapter_config, tmp_path)
 
 
 # ---- GGUF
@@ -362,20 +256,15 @@ def test_gguf_files_are_read(tmp_path):
 BAD_GGUF = {
     "empty": b"",
     "another file": b"GGML" + bytes(100),
-    "version": gguf_bytes(version=4),
     "big-endian": gguf_bytes(version=3 << 24),
     "tensors without end": gguf_bytes(counts=(2**60, 0)),
     "keys without end": gguf_bytes(counts=(0, 2**60)),
     "a long text": gguf_bytes([text("a") + struct.pack("<IQ", 8, 2**63)]),
-    "a long array": gguf_bytes([text("a") + struct.pack("<IIQ", 9, 4, 2**60)]),
     "an array of arrays": gguf_bytes([text("a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000]),
-    "type of a key": gguf_bytes([text("a") + struct.pack("<I", 13)]),
-    "no UTF-8": gguf_bytes([text(b"\xff") + struct.pack("<IB", 7, 1)]),
     "a key twice": gguf_bytes([text("a") + struct.pack("<IB", 7, 1)] * 2),
     "alignment": gguf_bytes([text("general.alignment") + struct.pack("<II", 4, 48)]),
     "a tensor twice": gguf_bytes([], [tensor_info()] * 2),
     "type of a tensor": gguf_bytes([], [tensor_info(tensor_type=4)]),
-    "blocks": gguf_bytes([], [tensor_info(dimensions=(48,), tensor_type=8)]),
     "cut off": gguf_bytes([], [tensor_info(dimensions=(33,))]),
     "overflow": gguf_bytes([], [tensor_info(dimensions=(2**32, 2**32))]),
     "a far offset": gguf_bytes([], [tensor_info(offset=2**63)]),

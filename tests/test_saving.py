@@ -64,8 +64,7 @@ def save_and_die(model, folder, moment, **settings):
     return os.waitpid(pid, 0)[1] != 0
 
 
-@pytest.mark.parametrize("new", ["1GB", SHARDS], ids=["to one file", "to shards"])
-@pytest.mark.parametrize("old", ["1GB", SHARDS], ids=["one file", "shards"])
+@pytest.mark.parametrize(("old", "new"), [("1GB", SHARDS), (SHARDS, "1GB")], ids=["file to shards", "shards to file"])
 def test_killed_at_every_moment(old, new, models, tmp_path):
     models[1].save_pretrained(tmp_path / "old", max_shard_size=old)
     found, moment, killed = [], 0, True

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from transformers import AutoModelForCausalLM
 
-from conversion import ConversionError, convert, open_checkpoint
+from conversion import ConversionError, open_checkpoint
 from conversion.pickles import ShardedTensor, find_dcp_folder, find_pickles, read_dcp, read_pickles
 
 # 5 experts and 131 words on 2 ranks: their parts differ in size.
@@ -104,13 +104,6 @@ def test_shards_are_the_released_tensors(saved, name, monkeypatch):
             open_checkpoint(saved / name, config=saved / "whole")
 
 
-def test_shards_are_converted(saved, tmp_path):
-    convert(saved / "checkpoint-3", tmp_path / "hub", to="hub", config=saved / "whole", weights_only=True)
-    converted, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hub", saved / "whole"))
-    assert converted.keys() == expected.keys()
-    assert all(torch.equal(converted[name], expected[name]) for name in expected)
-
-
 # ---- Damaged shards
 
 
@@ -157,30 +150,10 @@ def overlapping(index):
     index.storage_data[type(place_of(index))(EMBEDDINGS, [1, 0])] = index.storage_data[place_of(index)]
 
 
-def shifted(index):
-    """Neither overlap nor too few elements."""
-    key = type(place_of(index))
-    index.state_dict_metadata[EMBEDDINGS].chunks[1].offsets = torch.Size([67, 0])
-    index.storage_data[key(EMBEDDINGS, [67, 0])] = index.storage_data[key(EMBEDDINGS, [66, 0])]
-
-
-def beyond(index):
-    index.state_dict_metadata[EMBEDDINGS].size = torch.Size([130, 32])
-
-
 def absurd_size(index):
     stored = index.state_dict_metadata[EMBEDDINGS]
     stored.size = torch.Size([2**40, 32])
     stored.chunks = [ChunkStorageMetadata(torch.Size([0, 0]), stored.size)]
-
-
-def absurd_length(index):
-    index.storage_data[place_of(index)].length = 2**40
-
-
-def misplaced(index):
-    place = place_of(index)
-    index.storage_data[type(place)(EMBEDDINGS, torch.Size([1, 1]))] = index.storage_data.pop(place)
 
 
 def in_file(file_name):
@@ -188,18 +161,6 @@ def in_file(file_name):
         index.storage_data[place_of(index)].relative_path = file_name
 
     return change
-
-
-def compressed(index):
-    index.storage_data[place_of(index)].transform_descriptors = ["stream.zstd"]
-
-
-def wrong_type(index):
-    index.state_dict_metadata[EMBEDDINGS].properties.dtype = "float32"
-
-
-def no_shape(index):
-    index.state_dict_metadata[EMBEDDINGS].size = ("a", "b")
 
 
 def nested_tuple() -> tuple:
@@ -210,27 +171,8 @@ def nested_tuple() -> tuple:
     return value
 
 
-def nested_place(index):
-    index.storage_data[place_of(index)].relative_path = nested_tuple()
-
-
-def nested_encoding(index):
-    index.storage_data[place_of(index)].transform_descriptors = nested_tuple()
-
-
 def nested_name(index):
     object.__setattr__(place_of(index), "fqn", nested_tuple())
-
-
-def nested_offsets(index):
-    object.__setattr__(place_of(index), "offset", nested_tuple())
-
-
-def many_parts(index):
-    """One list of parts for all tensors, each compared with every other."""
-    parts = index.state_dict_metadata[EMBEDDINGS].chunks * 50_000
-    for stored in index.state_dict_metadata.values():
-        stored.chunks = parts
 
 
 NO_INDEX = r"\.metadata is not an index as torch writes it"
@@ -242,23 +184,10 @@ NO_INDEX = r"\.metadata is not an index as torch writes it"
     [
         (hole, rf"{EMBEDDINGS} in .*: its parts do not cover shape \[131, 32\] exactly once \(2080 elements\)"),
         (overlapping, r"do not cover shape \[131, 32\] exactly once \(4192 elements\)"),
-        (shifted, r"do not cover shape \[131, 32\] exactly once \(4192 elements\)"),
-        (beyond, r"do not cover shape \[130, 32\]"),
         (absurd_size, rf"puts {EMBEDDINGS} at byte \d+ of __0_0\.distcp, where it does not fit"),
-        (absurd_length, rf"puts {EMBEDDINGS} at byte \d+ of __\d_0\.distcp, where it does not fit"),
-        (misplaced, rf"lacks a part of {EMBEDDINGS}, at \[0, 0\]"),
         (in_file("../secret.distcp"), r"names '\.\./secret\.distcp', which is not a \.distcp file beside it"),
-        (in_file("/etc/passwd"), "names '/etc/passwd', which is not"),
-        (in_file(".metadata"), r"names '\.metadata', which is not a \.distcp file"),
         (in_file("elsewhere.distcp"), r"names elsewhere\.distcp, which is missing"),
-        (compressed, rf"says that {EMBEDDINGS} is encoded"),
-        (wrong_type, NO_INDEX),
-        (no_shape, NO_INDEX),
-        (nested_place, NO_INDEX),
-        (nested_encoding, NO_INDEX),
         (nested_name, NO_INDEX),
-        (nested_offsets, NO_INDEX),
-        (many_parts, NO_INDEX),
     ],
 )
 def test_an_index_that_is_wrong(copy, change, message):
@@ -269,21 +198,6 @@ def test_an_index_that_is_wrong(copy, change, message):
     with pytest.raises(ConversionError, match=message) as error:
         read_dcp(copy, weights_only=True)
     assert str(error.value).startswith(str(copy / ".metadata")) or EMBEDDINGS in str(error.value)
-
-
-def test_files_of_another_save(copy):
-    """The index has the shape of the files' parts turned around: the numbers are as many."""
-    index = read_index(copy)
-    stored, key = index.state_dict_metadata[EMBEDDINGS], type(place_of(index))
-    stored.size = torch.Size(reversed(stored.size))
-    for chunk in stored.chunks:
-        place = index.storage_data.pop(key(EMBEDDINGS, chunk.offsets))
-        chunk.offsets, chunk.sizes = torch.Size(reversed(chunk.offsets)), torch.Size(reversed(chunk.sizes))
-        index.storage_data[key(EMBEDDINGS, chunk.offsets)] = place
-    write_index(copy, index)
-    tensors = read_dcp(copy, weights_only=True)
-    with pytest.raises(ConversionError, match=r"a part is torch.float32 \[66, 32\], the index says .* \[32, 66\]"):
-        tensors[EMBEDDINGS].read()
 
 
 def test_safetensors_shards_that_are_wrong(saved, tmp_path):
@@ -306,8 +220,8 @@ def test_safetensors_shards_that_are_wrong(saved, tmp_path):
 @pytest.mark.parametrize(
     ("offsets", "message"),
     [
-        *((offsets, "does not say which parts") for offsets in ("[1e999]", "[0.5]", "3", str(2**80))),
-        *((offsets, "do not cover shape") for offsets in ("[-1]", "[1]", "[0, 0]", "[]", f"[{2**80}]")),
+        *((offsets, "does not say which parts") for offsets in ("[1e999]", "3")),
+        *((offsets, "do not cover shape") for offsets in ("[-1]", "[1]", f"[{2**80}]")),
     ],
 )
 def test_offsets_that_are_wrong(tmp_path, offsets, message):
@@ -342,12 +256,11 @@ class Malicious:
         return self.function, self.arguments
 
 
-@pytest.mark.parametrize("function", [os.system, eval, torch.hub.load])
+@pytest.mark.parametrize("function", [os.system, torch.hub.load])
 def test_an_index_that_runs_code_runs_none(copy, tmp_path, function):
     marker = tmp_path / "it_ran"
     index = read_index(copy)
-    argument = f"__import__('pathlib').Path({str(marker)!r}).touch()" if function is eval else f"touch {marker}"
-    index.planner_data = Malicious(function, argument)
+    index.planner_data = Malicious(function, f"touch {marker}")
     write_index(copy, index)
     if function is torch.hub.load:  # a record without code takes its place, as of all names of torch's
         read_dcp(copy, weights_only=True)
@@ -361,16 +274,11 @@ def test_an_index_that_runs_code_runs_none(copy, tmp_path, function):
     "data",
     [
         b"",
-        b".",
-        b"\x80\x04N.",
         b"\x80\x04}.",
-        b"garbage",
         b"\x80\x04Nr\xff\xff\xff\x7f.",  # a memo of 2^31 entries, 32 GB in C
         b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",  # 2^63 bytes
         b"\x80\x04\x8c\x05torch\x8c\x04Size\x93)R.",
         b"\x80\x04\x8c\x05torch\x8c\x04Size\x93N}\x8c\x01ak\x01s\x86b.",  # sets an attribute of the class
-        b"\x80\x04\x82\x01.",
-        b"\x80\x02Q.",
     ],
 )
 def test_files_that_are_no_index(tmp_path, data):
@@ -382,10 +290,7 @@ def test_files_that_are_no_index(tmp_path, data):
 NESTED = b"K\x01" + b"2\x86" * 60  # each tuple holds the one before twice: 2^60 steps to hash, compare or print
 BOMBS = {
     "a key": b"\x80\x04}" + NESTED + b"K\x01s.",
-    "keys": b"\x80\x04}(" + NESTED + b"K\x01u.",
-    "a set": b"\x80\x04\x8f(" + NESTED + b"\x90.",
     "a frozen set": b"\x80\x04(" + NESTED + b"\x91.",
-    "a dictionary": b"\x80\x04(" + NESTED + b"K\x01d.",
     "an ordered one": b"\x80\x04\x8c\x0bcollections\x8c\x0bOrderedDict\x93]" + NESTED + b"K\x01\x86a\x85R.",
     # The string of entry 0 is replaced by a tuple: MEMOIZE goes by the entries that are there.
     "a replaced entry": b"\x80\x04\x8c\x01aq\x01\x8c\x01a\x94\x8c\x01a\x94K\x01\x85\x94h\x01h\x01\x86.",

@@ -7,11 +7,8 @@ release's form (`released_layout`), so that they run where the release is absent
 import inspect
 import itertools
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,14 +24,7 @@ from modeling_grin.tokenization_grinmoe import CHAT_TEMPLATE, RELEASED_CHAT_TEMP
 NAMES = [token.content for token in SPECIAL_TOKENS]
 
 PLAIN_TEXTS = [
-    "",
-    " ",
-    "\n",
-    "\t\t",
-    "Hello, world!",
-    " leading",
-    "trailing  ",
-    "runs   of    spaces     inside",
+    *("", " ", "\n", "\t\t", "Hello, world!", " leading", "trailing  ", "runs   of    spaces     inside"),
     "        eight spaces, then text",
     "tabs\tand\t\tmore\n\n\nblank lines\r\nand\rreturns\v\f",
     "def f(x: int) -> str:\n    if x:\n        return f'{x!r}'  # done\n\treturn ''\n",
@@ -57,13 +47,8 @@ PLAIN_TEXTS = [
     "\U0010ffff\U0001f9ff",
 ]
 SPECIAL_TEXTS = [
-    "<|end|>",
-    "<|end|>text",
-    "<|end|> text",
-    "text<|end|>   text",
-    "text <|end|>\n\n\ttext",
-    "<|user|><|assistant|><|system|>",
-    "<|user|> <|assistant|>\n<|system|>",
+    *("<|end|>", "<|end|>text", "<|end|> text", "text<|end|>   text", "text <|end|>\n\n\ttext"),
+    *("<|user|><|assistant|><|system|>", "<|user|> <|assistant|>\n<|system|>"),
     "<|user|>\nHello<|end|>\n<|assistant|>\n",
     "<|user|>\n  indented<|end|>\n<|assistant|>\n def f():\n    pass<|end|>\n",
     "<|endoftext|> after <|endoftext|>after",
@@ -82,7 +67,6 @@ ANSWERS = [
     "\n\n  4\n",
     "   ",
     "😀 é",
-    "日本",
     "\u00a0\u3000x",
     "def f():\n    return 4\n",
     "a <b> {{ c }} {% d %}",
@@ -159,7 +143,7 @@ def assert_same_ids(ids: list[list[int]], expected: list[list[int]], texts: list
 
 
 @pytest.mark.parametrize("loader", [GrinMoeTokenizer, AutoTokenizer])
-@pytest.mark.parametrize("saves", [0, 1, 2])
+@pytest.mark.parametrize("saves", [0, 2])
 def test_ids_are_those_of_tokenizer_json(folder: Path, tmp_path: Path, loader: type, saves: int) -> None:
     source = folder
     for n in range(saves):
@@ -195,21 +179,6 @@ def test_tokenizer_config_cannot_change_ids(folder: Path, tmp_path: Path) -> Non
     (copy / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": contradiction}))
     loaded = AutoTokenizer.from_pretrained(copy)
     assert_same_ids(loaded(HARD_TEXTS)["input_ids"], raw_ids(folder, HARD_TEXTS), HARD_TEXTS)
-
-
-def test_registration_touches_no_other_model_type() -> None:
-    """In a fresh process; the second registration stands for a second import."""
-    script = """
-import importlib, transformers.models.auto.tokenization_auto as auto
-names, wrong = dict(auto.TOKENIZER_MAPPING_NAMES), set(auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS)
-import modeling_grin
-importlib.reload(modeling_grin)
-assert dict(auto.TOKENIZER_MAPPING_NAMES) == names | {"grinmoe": "GrinMoeTokenizer"}
-assert auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS == wrong | {"grinmoe"}
-assert list(auto.TOKENIZER_MAPPING._extra_content) == [modeling_grin.GrinMoeConfig]
-assert list(auto.REGISTERED_TOKENIZER_CLASSES) == ["GrinMoeTokenizer"]
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "mixtral"])
@@ -276,12 +245,6 @@ def test_chat_text_is_the_released_one(tokenizer: GrinMoeTokenizer, chat: list, 
     assert text.endswith("<|assistant|>\n" if generation_prompt else "<|endoftext|>")
 
 
-def test_continued_answer_keeps_the_released_text(tokenizer: GrinMoeTokenizer) -> None:
-    chat = [USER, {"role": "assistant", "content": "  The answer is "}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
-    assert text == "<|user|>\nWhat is 2 + 2?<|end|>\n<|assistant|>\n  The answer is "
-
-
 def expected_mask(tokenizer: GrinMoeTokenizer, ids: list[int]) -> Iterator[int]:
     """1 after `<|assistant|>`, up to and with `<|end|>`."""
     start, end = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
@@ -306,14 +269,6 @@ def test_mask_marks_the_answer_and_its_end(tokenizer: GrinMoeTokenizer, chat: li
     said = [tokenizer.decode(marked[start:stop]) for start, stop in itertools.pairwise([0, *ends])]
     answers = [message["content"].lstrip() for message in chat if message["role"] == "assistant"]
     assert said == [answer + "<|end|>" for answer in answers]
-
-
-def test_mask_of_a_padded_batch(tokenizer: GrinMoeTokenizer) -> None:
-    batch = tokenizer.apply_chat_template(CHATS, return_assistant_tokens_mask=True, padding=True, return_tensors="pt")
-    answered = [any(message["role"] == "assistant" for message in chat) for chat in CHATS]
-    assert batch["assistant_masks"].any(dim=1).tolist() == answered
-    for ids, mask in zip(batch["input_ids"].tolist(), batch["assistant_masks"].tolist(), strict=True):
-        assert mask == list(expected_mask(tokenizer, ids))
 
 
 @pytest.mark.parametrize("content", ["hi", ""])
@@ -349,10 +304,7 @@ IMAGE = {"type": "image", "url": "x.png"}
         ({}, {"documents": [{"title": "a", "text": "b"}]}, "has no tools and no documents"),
         ({"content": None}, {}, "content of a message must be text"),
         ({"content": {"type": "text", "text": "a"}}, {}, "content of a message must be text"),
-        ({"content": 3}, {}, "content of a message must be text"),
-        ({"content": [IMAGE]}, {}, "Parts of a message must be"),
         ({"content": [{"type": "text", "text": "a"}, IMAGE]}, {}, "Parts of a message must be"),
-        ({"content": ["a"]}, {}, "Parts of a message must be"),
         ({"content": [{"type": "text", "text": None}]}, {}, "Parts of a message must be"),
         ({"content": [{"text": "a"}]}, {}, "Parts of a message must be"),
         ({"role": "assistant", "tool_calls": [{"id": "1"}]}, {}, "has no tool calls"),
@@ -375,20 +327,17 @@ OWN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     [
         (None, CHAT_TEMPLATE),
         (RELEASED_CHAT_TEMPLATE, CHAT_TEMPLATE),
-        (CHAT_TEMPLATE, CHAT_TEMPLATE),
         (OWN_TEMPLATE, OWN_TEMPLATE),
         ({"default": OWN_TEMPLATE, "other": RELEASED_CHAT_TEMPLATE},) * 2,
     ],
-    ids=["none", "released", "marked", "own", "several"],
+    ids=["none", "released", "own", "several"],
 )
-@pytest.mark.parametrize("jinja_file", [False, True])
-def test_only_the_released_template_is_replaced(
-    folder: Path, tmp_path: Path, given: str | dict | None, kept: str | dict, jinja_file: bool
-) -> None:
+def test_only_the_released_template_is_replaced(folder, tmp_path, given: str | dict | None, kept: str | dict) -> None:
     saved = GrinMoeTokenizer.from_pretrained(folder)
     saved.chat_template = given
-    saved.save_pretrained(tmp_path, save_jinja_files=jinja_file)
-    assert GrinMoeTokenizer.from_pretrained(tmp_path).chat_template == kept
+    for jinja_file in (False, True):
+        saved.save_pretrained(tmp_path / str(jinja_file), save_jinja_files=jinja_file)
+        assert GrinMoeTokenizer.from_pretrained(tmp_path / str(jinja_file)).chat_template == kept
 
 
 # --- Training a vocabulary ------------------------------------------------------------------------------------------
@@ -414,14 +363,6 @@ def test_train_from_iterator(corpus: list[str], vocab_size: int) -> None:
     assert_lossless(trained)
 
 
-def test_training_takes_batches_and_is_reproducible(corpus: list[str]) -> None:
-    vocabularies = [
-        GrinMoeTokenizer.train_from_iterator(texts, 600).get_vocab()
-        for texts in (corpus, iter(corpus), (corpus[i : i + 4] for i in range(0, len(corpus), 4)))
-    ]
-    assert vocabularies[0] == vocabularies[1] == vocabularies[2]
-
-
 def test_train_new_keeps_special_tokens(tokenizer: GrinMoeTokenizer, retrained: GrinMoeTokenizer) -> None:
     assert type(retrained) is GrinMoeTokenizer
     assert sorted(retrained.get_vocab().values()) == list(range(len(retrained))) == list(range(600))
@@ -433,26 +374,6 @@ def test_train_new_keeps_special_tokens(tokenizer: GrinMoeTokenizer, retrained: 
     assert retrained.stop_token_ids == retrained.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
     assert retrained.special_tokens_map == tokenizer.special_tokens_map
     assert_lossless(retrained)
-
-
-def test_train_new_keeps_the_chat(tokenizer: GrinMoeTokenizer, retrained: GrinMoeTokenizer) -> None:
-    for chat in CHATS:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-        assert retrained.apply_chat_template(chat, tokenize=False) == text
-        encoded = retrained.apply_chat_template(chat, return_assistant_tokens_mask=True)
-        assert encoded["assistant_masks"] == list(expected_mask(retrained, encoded["input_ids"]))
-        assert encoded["input_ids"] == retrained(text)["input_ids"]
-
-
-@pytest.mark.parametrize("loader", [GrinMoeTokenizer, AutoTokenizer])
-def test_train_new_survives_saving(retrained: GrinMoeTokenizer, folder: Path, tmp_path: Path, loader: type) -> None:
-    retrained.save_pretrained(tmp_path)
-    shutil.copyfile(folder / "config.json", tmp_path / "config.json")
-    loaded = loader.from_pretrained(tmp_path)
-    assert type(loaded) is GrinMoeTokenizer
-    assert_same_ids(loaded(HARD_TEXTS)["input_ids"], retrained(HARD_TEXTS)["input_ids"], HARD_TEXTS)
-    assert loaded.chat_template == CHAT_TEMPLATE
-    assert loaded.stop_token_ids == retrained.stop_token_ids
 
 
 def test_train_new_keeps_settings_and_adds_tokens(folder: Path, corpus: list[str], tmp_path: Path) -> None:
@@ -475,34 +396,3 @@ def test_training_refuses_what_cannot_work(tokenizer: GrinMoeTokenizer) -> None:
         tokenizer.train_new_from_iterator(["text"], vocab_size=269)
     with pytest.raises(ValueError, match="special_tokens_map is not supported"):
         tokenizer.train_new_from_iterator(["text"], vocab_size=300, special_tokens_map={"<|end|>": "<|im_end|>"})
-
-
-# --- Hub ------------------------------------------------------------------------------------------------------------
-
-
-def test_travels_as_remote_code(tokenizer: GrinMoeTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saved with its code, it loads in a process that has no `modeling_grin`."""
-    monkeypatch.setattr(GrinMoeTokenizer, "_auto_class", None)  # restored when the test ends
-    GrinMoeTokenizer.register_for_auto_class("AutoTokenizer")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "grinmoe"}')
-    script = """
-import json, sys
-sys.modules["modeling_grin"] = None
-from transformers import AutoTokenizer
-folder, texts, chat = json.loads(sys.argv[1])
-loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-encoded = loaded.apply_chat_template(chat, return_assistant_tokens_mask=True)
-facts = [type(loaded).__name__, loaded(texts)["input_ids"], loaded.stop_token_ids, encoded["assistant_masks"]]
-print(json.dumps(facts))
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", script, json.dumps([str(tmp_path / "model"), SPECIAL_TEXTS, CHATS[-2]])],
-        cwd=tmp_path,
-        env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
-        check=True,
-        stdout=subprocess.PIPE,
-    )
-    mask = tokenizer.apply_chat_template(CHATS[-2], return_assistant_tokens_mask=True)["assistant_masks"]
-    expected = ["GrinMoeTokenizer", tokenizer(SPECIAL_TEXTS)["input_ids"], tokenizer.stop_token_ids, mask]
-    assert json.loads(run.stdout) == expected
