@@ -53,24 +53,18 @@ def assert_compiled_equals_eager(model, backend, **inputs):
             assert_close(layer.values, expected_layer.values)
 
 
-@pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize(
-    ("attention", "experts"),
-    [("eager", "grinmoe"), ("sdpa", "grinmoe"), ("sdpa", "grouped_mm"), ("sdpa", "batched_mm")],
+    ("attention", "experts", "use_cache"),
+    [
+        ("eager", "grinmoe", False),
+        ("sdpa", "grinmoe", True),
+        ("sdpa", "grouped_mm", True),
+        ("sdpa", "batched_mm", False),
+    ],
 )
 def test_fullgraph_equals_eager(attention, experts, use_cache):
     model = build(attention, experts)
     assert_compiled_equals_eager(model, "aot_eager", input_ids=random_ids(2, LENGTH), use_cache=use_cache)
-
-
-@pytest.mark.parametrize(("experts", "use_cache"), [("grouped_mm", True), ("batched_mm", False)])
-def test_fullgraph_in_inductor_equals_eager(experts, use_cache):
-    model = build(experts=experts, num_hidden_layers=1)
-    assert_compiled_equals_eager(model, "inductor", input_ids=random_ids(2, LENGTH), use_cache=use_cache)
-
-
-def test_fullgraph_without_a_window():
-    assert_compiled_equals_eager(build(sliding_window=None), "aot_eager", input_ids=random_ids(2, LENGTH))
 
 
 def test_fullgraph_of_a_padded_batch():
@@ -84,8 +78,7 @@ def test_fullgraph_of_packed_sequences():
     position_ids = torch.tensor([[*range(LENGTH - 8), *range(8)]])
     model, ids = build(), random_ids(1, LENGTH)
     assert_compiled_equals_eager(model, "aot_eager", input_ids=ids, position_ids=position_ids)
-    plain = torch.compile(model, fullgraph=True, backend="aot_eager")(ids).logits
-    assert (model(ids, position_ids=position_ids).logits - plain)[:, -8:].abs().max() > 1e-2
+    assert (model(ids, position_ids=position_ids).logits - model(ids).logits)[:, -8:].abs().max() > 1e-2
 
 
 def test_fullgraph_with_router_logits():
@@ -137,7 +130,7 @@ def assert_training_steps_equal(model, compiled, num_steps=1):
             torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("estimator", ["sparsemixer_v2", "sparsemixer_v2_star", "gshard", "dense"])
+@pytest.mark.parametrize("estimator", ["sparsemixer_v2", "dense"])
 @torch.enable_grad()
 def test_compiled_training_step_equals_eager(estimator):
     model = training_model(router_estimator=estimator)
@@ -147,7 +140,7 @@ def test_compiled_training_step_equals_eager(estimator):
 @torch.enable_grad()
 def test_inductor_draws_the_same_noise_in_one_graph_for_all_steps():
     """torch's own generator gives other numbers in inductor; a step's number must not be compiled in."""
-    model = training_model(num_hidden_layers=1)
+    model = training_model(num_hidden_layers=1, num_local_experts=3)
     torch._dynamo.utils.counters.clear()
     assert_training_steps_equal(model, torch.compile(model, fullgraph=True), num_steps=3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -156,6 +149,6 @@ def test_inductor_draws_the_same_noise_in_one_graph_for_all_steps():
 @torch.enable_grad()
 def test_compiled_training_step_with_the_balance_loss():
     """Its sum over ranks is Python's business, for which the graph breaks; layers are still compiled once for all."""
-    model = training_model(router_aux_loss_coef=0.5, num_hidden_layers=10, hidden_size=8, intermediate_size=4)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    model = training_model(router_aux_loss_coef=0.5, num_hidden_layers=4, hidden_size=8, intermediate_size=4)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=2):
         assert_training_steps_equal(model, torch.compile(model, backend="aot_eager"), num_steps=2)

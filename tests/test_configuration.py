@@ -5,7 +5,7 @@ import json
 from dataclasses import fields as dataclass_fields
 
 import pytest
-from checkpoints import RELEASED_CONFIG, released_config
+from checkpoints import RELEASED_CONFIG
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, DynamicCache, PhimoeConfig, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
@@ -14,55 +14,25 @@ from modeling_grin import GrinMoeConfig
 from modeling_grin.configuration_grinmoe import VisibleWindowConfig
 
 RELEASED_SIZES = {
-    "vocab_size": 32064,
-    "hidden_size": 4096,
-    "intermediate_size": 6400,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 16,
-}
+    "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 6400, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 16,
+}  # fmt: skip
 # Fields of the released file that say something about the file, not about the model.
 ABOUT_THE_FILE = {"_name_or_path", "architectures", "auto_map", "torch_dtype", "transformers_version"}
 # What another model needs, so that no value below is a default.
 UNUSUAL = {
-    "vocab_size": 77,
-    "hidden_size": 24,
-    "intermediate_size": 10,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 10,
-    "hidden_act": "gelu",
-    "max_position_embeddings": 99,
-    "initializer_range": 0.03,
-    "rms_norm_eps": 1e-4,
-    "use_cache": False,
-    "bos_token_id": 3,
-    "eos_token_id": [4, 5],
-    "pad_token_id": None,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
-    "sliding_window": None,
-    "attention_bias": False,
-    "lm_head_bias": False,
-    "attention_dropout": 0.1,
-    "expert_dropout": 0.2,
-    "num_local_experts": 5,
-    "num_experts_per_tok": 3,
-    "router_jitter_noise": 0.3,
-    "input_jitter_noise": 0.0,
-    "router_aux_loss_coef": 0.5,
-    "output_router_logits": True,
-}
-LLAMA_3 = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    "vocab_size": 77, "hidden_size": 24, "intermediate_size": 10, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "head_dim": 10, "hidden_act": "gelu", "max_position_embeddings": 99,
+    "initializer_range": 0.03, "rms_norm_eps": 1e-4, "use_cache": False, "bos_token_id": 3, "eos_token_id": [4, 5],
+    "pad_token_id": None, "tie_word_embeddings": True, "sliding_window": None, "attention_bias": False,
+    "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}, "lm_head_bias": False,
+    "attention_dropout": 0.1, "expert_dropout": 0.2, "num_local_experts": 5, "num_experts_per_tok": 3,
+    "router_jitter_noise": 0.3, "input_jitter_noise": 0.0, "router_aux_loss_coef": 0.5, "output_router_logits": True,
+}  # fmt: skip
 LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0] * 64,
-    "long_factor": [2.0] * 64,
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 64, "long_factor": [2.0] * 64,
     "original_max_position_embeddings": 4096,
-}
+}  # fmt: skip
 
 
 def write_config(folder, config):
@@ -83,18 +53,6 @@ def test_defaults_are_the_release():
     assert {name: defaults[name] for name in new} == new
 
 
-def test_old_style_fields_are_translated(tmp_path):
-    folder = write_config(tmp_path, released_config(rope_theta=1234.0, torch_dtype="float16"))
-    config = AutoConfig.from_pretrained(folder)
-    assert type(config) is GrinMoeConfig
-    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1234.0}
-    assert str(config.dtype).removeprefix("torch.") == "float16"
-    assert config.head_dim == 8
-    assert config.sliding_window == 2047
-    saved = config.to_dict()
-    assert not {"rope_theta", "torch_dtype", "auto_map"} & saved.keys()
-
-
 def test_num_experts_is_num_local_experts():
     config = GrinMoeConfig(num_experts=8)
     assert config.num_local_experts == config.num_experts == 8
@@ -102,10 +60,6 @@ def test_num_experts_is_num_local_experts():
     assert config.num_local_experts == 4
     assert config.to_dict()["num_local_experts"] == 4
     assert "num_experts" not in config.to_dict()
-
-
-def test_key_value_heads_default_to_the_heads():
-    assert GrinMoeConfig(num_key_value_heads=None).num_key_value_heads == 32
 
 
 def test_round_trip(tmp_path):
@@ -120,18 +74,6 @@ def test_round_trip(tmp_path):
     assert {name: getattr(loaded, name) for name in UNUSUAL} == UNUSUAL
 
 
-def test_config_json_is_explicit(tmp_path):
-    """Other tools have other defaults (vLLM's phimoe: no router_jitter_noise), so every field is written."""
-    GrinMoeConfig().save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert written["router_jitter_noise"] == 0.01
-    assert RELEASED_SIZES.items() <= written.items()
-    missing = RELEASED_CONFIG.keys() - ABOUT_THE_FILE - {"rope_theta"} - written.keys()
-    assert not missing
-    assert written["model_type"] == "grinmoe"
-    assert written["head_dim"] == 128
-
-
 IMPOSSIBLE = [
     ({"hidden_size": 4095}, "hidden_size=4095"),
     ({"hidden_size": 96, "num_attention_heads": 32}, "hidden_size=96"),  # 3 dimensions per head: odd
@@ -142,27 +84,14 @@ IMPOSSIBLE = [
     ({"num_experts_per_tok": 17}, "num_experts_per_tok=17"),
     ({"num_experts": 1}, "num_experts_per_tok=2"),
     *(
-        ({field: value}, f"{field}={value}")
-        for field in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "num_local_experts",
-            "num_experts_per_tok",
-            "max_position_embeddings",
-            "sliding_window",
-        )
-        for value in (0, -1)
+        ({field: 0}, f"{field}=0")
+        for field in (*RELEASED_SIZES, "num_experts_per_tok", "max_position_embeddings", "sliding_window")
     ),
     ({"hidden_act": "sillu"}, "hidden_act='sillu'"),
     ({"router_estimator": "reinforce"}, "router_estimator='reinforce'"),
     ({"router_jitter_noise": -0.01}, "router_jitter_noise=-0.01"),
     ({"router_jitter_noise": float("nan")}, "router_jitter_noise=nan"),
     ({"router_aux_loss_coef": -1}, "router_aux_loss_coef=-1"),
-    ({"input_jitter_noise": -0.01}, "input_jitter_noise=-0.01"),
     ({"input_jitter_noise": 1.0}, "input_jitter_noise=1.0"),
     ({"attention_dropout": 1.0}, "attention_dropout=1.0"),
     ({"expert_dropout": -0.5}, "expert_dropout=-0.5"),
@@ -171,45 +100,24 @@ IMPOSSIBLE = [
     ({"initializer_range": -0.02}, "initializer_range=-0.02"),
     *(
         ({"rope_theta": theta}, f"rope_theta={theta!r} must be a number above 0")
-        for theta in (-10000.0, 0, float("nan"), float("inf"), "10000", None)
+        for theta in (0, float("inf"), "10000")
     ),
-    (
-        {"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}},
-        "rope_type='nope' is unknown; use one of .*longrope",
-    ),
-    (
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
-        "rope_parameters: Missing .*'linear': {'factor'}",
-    ),
+    ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "rope_type='nope' is unknown; .*longrope"),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_parameters: Missing .*'linear': {'factor"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}}, "division by zero"),
-    ({"rope_scaling": {"type": "llama3", **dict.fromkeys(LLAMA_3)}}, "rope_parameters: .*NoneType"),
-    (
-        {"rope_scaling": {"type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}},
-        "partial_rotary_factor must be 1",
-    ),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor must be"),
     *(
         ({"rope_parameters": {**LONGROPE, **changes}}, message)
         for changes, message in (
             ({"short_factor": None}, "longrope's short_factor must be a list of numbers above 0"),
-            ({"long_factor": 2.0}, "longrope's long_factor must be a list"),
             ({"long_factor": [2.0] * 63 + ["2"]}, "longrope's long_factor must be a list"),
-            ({"long_factor": [2.0] * 63 + [0]}, "longrope's long_factor must be a list"),
             ({"short_factor": [1.0] * 63}, "longrope's short_factor has 63 numbers and must have 64"),
-            (
-                {"long_factor": [1.0] * 128},
-                "longrope's long_factor has 128 numbers and must have 64, half of head_dim=128",
-            ),
             ({"original_max_position_embeddings": 1}, "original_max_position_embeddings=1 must be at least 2"),
-            ({"original_max_position_embeddings": 4096.5}, "original_max_position_embeddings=4096.5"),
             ({"short_mscale": 1.2}, "only one of short_mscale and long_mscale"),
-            ({"long_mscale": 1.2}, "only one of short_mscale and long_mscale"),
             ({"short_mscale": 1.2, "long_mscale": -1}, "longrope's long_mscale=-1 must be a number above 0"),
-            ({"short_mscale": "1.2", "long_mscale": 1.2}, "longrope's short_mscale='1.2'"),
             ({"attention_factor": 0}, "longrope's attention_factor=0"),
-            ({"factor": "32"}, "longrope's factor='32'"),
         )
     ),
-    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 64}}, "longrope's long_factor must be a list"),
 ]
 
 
@@ -225,8 +133,6 @@ def test_impossible_values_are_refused(fields, message, tmp_path):
     ("override", "message"),
     [
         ({"num_experts_per_tok": 17}, "num_experts_per_tok=17"),
-        ({"router_estimator": "reinforce"}, "router_estimator='reinforce'"),
-        ({"hidden_dropout": 0.1}, "hidden_dropout=0.1"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope's short_factor must be a list"),
     ],
 )
@@ -262,12 +168,6 @@ def test_wrong_types_are_refused(field, value, tmp_path):
         GrinMoeConfig(**{field: value})
     with pytest.raises(StrictDataclassFieldValidationError, match=rf"'{field}'(?s:.)*{value}"):
         AutoConfig.from_pretrained(write_config(tmp_path, {"model_type": "grinmoe", field: value}))
-
-
-def test_another_model_type_is_refused(tmp_path):
-    folder = write_config(tmp_path, released_config(model_type="mixtral"))
-    with pytest.raises(ValueError, match="model_type='mixtral'"):
-        GrinMoeConfig.from_pretrained(folder)
 
 
 def test_longrope_is_read_in_either_spelling(tmp_path):
@@ -337,12 +237,6 @@ def test_a_phimoe_window_without_another_key_is_refused(window):
         GrinMoeConfig.from_dict(values)
 
 
-def test_a_phimoe_window_of_a_wrong_type_is_refused():
-    values = {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"], "sliding_window": "2047"}
-    with pytest.raises(StrictDataclassFieldValidationError, match="sliding_window"):
-        GrinMoeConfig.from_dict(values)
-
-
 @pytest.mark.parametrize(("window", "visible"), [(2047, 2048), (1, 2), (None, None)])
 def test_the_visible_window_counts_the_query(window, visible):
     config = GrinMoeConfig(sliding_window=window)
@@ -362,10 +256,5 @@ def test_caches_hold_the_visible_window():
     ] * 32
     static = StaticCache(config=config, max_cache_len=4096)
     assert [(type(layer), layer.max_cache_len) for layer in static.layers] == [(StaticSlidingWindowLayer, 2048)] * 32
-
-
-def test_caches_without_a_window_are_full():
-    config = GrinMoeConfig(sliding_window=None, num_hidden_layers=3)
-    assert [layer.is_sliding for layer in DynamicCache(config=config).layers] == [False] * 3
-    static = StaticCache(config=config, max_cache_len=4096)
+    static = StaticCache(config=GrinMoeConfig(sliding_window=None, num_hidden_layers=3), max_cache_len=4096)
     assert [(layer.is_sliding, layer.max_cache_len) for layer in static.layers] == [(False, 4096)] * 3

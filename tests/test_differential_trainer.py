@@ -25,23 +25,21 @@ CASES = {
     "label smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2, **EVALUATE},
     "sequential": {"train_sampling_strategy": "sequential", "include_num_input_tokens_seen": "all",
                    "remove_unused_columns": False},
-    "by length": {"train_sampling_strategy": "group_by_length", "length_column_name": "length", "max_grad_norm": 0.0},
+    "by length": {"train_sampling_strategy": "group_by_length", "length_column_name": "length", "max_grad_norm": 0.0,
+                  "include_num_input_tokens_seen": "non_padding", "activation_checkpointing": True},
     "seeds": {"seed": 3, "data_seed": 5, "full_determinism": True},
     "epochs": {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 6, "dataloader_drop_last": True},
     "last batch": {"max_steps": 4, "learning_rate": 0.03, "per_device_train_batch_size": 6,
                    "gradient_accumulation_steps": 2},
-    "AdamW": {"optim": "adamw_torch", "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-4},
+    "AdamW": {"optim": "adamw_torch", "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-4,
+              "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "fused AdamW": {"optim": "adamw_torch_fused", "adam_epsilon": 1e-4, "lr_scheduler_type": "linear"},
-    "Adafactor": {"optim": "adafactor"},
     "RMSprop": {"optim": "rmsprop", "optim_args": "eps=1e-3", "lr_scheduler_type": "cosine_with_min_lr",
                 "lr_scheduler_kwargs": {"min_lr": 0.01}, "warmup_steps": 1},
     "plateau": {"lr_scheduler_type": "reduce_lr_on_plateau", **EVALUATE},
     "bfloat16": {"bf16": True},
     "bfloat16 evaluation": {"bf16_full_eval": True, **EVALUATE},
-    "activation checkpointing": {"activation_checkpointing": True},
-    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "NEFTune": {"neftune_noise_alpha": 5.0, "max_steps": 1},  # Phimoe's routing advances the noise's generator
-    "tokens": {"include_num_input_tokens_seen": "non_padding"},
     "smaller batches": {"auto_find_batch_size": True},
     "workers": {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 1},
     "evaluation": {"eval_on_start": True, "eval_accumulation_steps": 2, "include_for_metrics": ["inputs", "loss"],
@@ -49,9 +47,7 @@ CASES = {
     "loss only": {"prediction_loss_only": True, **EVALUATE},
     "metrics by batch": {"batch_eval_metrics": True, "label_names": ["labels"], "use_cache": True, **EVALUATE},
     "batches apart": {"eval_do_concat_batches": False, "eval_use_gather_object": True, **EVALUATE},
-    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager", "torch_compile_mode": None},
 }  # fmt: skip
-SLOW = {"compiled", "workers", "smaller batches"}
 
 ELSEWHERE = {  # where several processes, checkpoints or a NaN have their own tests
     "distributed": "average_tokens_across_devices ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
@@ -59,6 +55,7 @@ ELSEWHERE = {  # where several processes, checkpoints or a NaN have their own te
     "test_trainer": "save_strategy save_steps save_total_limit save_only_model save_on_each_node ignore_data_skip "
                     "load_best_model_at_end metric_for_best_model greater_is_better resume_from_checkpoint "
                     "restore_callback_states_from_checkpoint logging_nan_inf_filter fp16 deepspeed",
+    "test_compile": "torch_compile torch_compile_backend torch_compile_mode",
 }  # fmt: skip
 NEED_WHAT_IS_NOT_HERE = {
     "a GPU": "fp16_full_eval tf32 torch_empty_cache_steps dataloader_pin_memory skip_memory_metrics ddp_backend",
@@ -162,9 +159,7 @@ def train(model, trainer_class, rows, output_dir, arguments):
     return logged, parameters
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_trained_as_stock_phimoe(models, rows, tmp_path, name):
     """Losses, norms, rates and metrics of two steps, and the weights after them."""
     arguments = CASES[name]

@@ -111,8 +111,8 @@ def shrink(config):
 @pytest.mark.parametrize(
     ("example", "arguments", "written"),
     [
-        ("watch_experts_specialise", ["--max-steps", "4"], ["specialisation.png", "model.safetensors"]),
-        ("compare_estimators", ["--max-steps", "4", "--estimator", "gshard"], ["losses.png", "losses.csv"]),
+        ("watch_experts_specialise", ["--max-steps", "10"], ["specialisation.png", "model.safetensors"]),
+        ("compare_estimators", ["--max-steps", "10", "--estimator", "gshard"], ["losses.png", "losses.csv"]),
     ],
 )
 def test_examples_run(example, arguments, written, tmp_path, monkeypatch):

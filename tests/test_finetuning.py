@@ -1,4 +1,4 @@
-"""Choices in fine-tuning with the real trainers: frozen routers, expert dropout, NEFTune, clipping, bf16, DPO."""
+"""Choices in fine-tuning with the real trainers: frozen routers, expert dropout, NEFTune, clipping, bf16."""
 
 import math
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     DefaultDataCollator,
@@ -15,9 +14,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from trl import DPOConfig, DPOTrainer
 
-from modeling_grin.lora import EXPERT_PARAMETERS, add_lora
+from modeling_grin.lora import add_lora
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +87,6 @@ def test_freeze_router_holds_the_routers_and_nothing_else(checkpoint, dataset, t
     unmoved = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
     routers = {f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2)}
     assert unmoved == (routers if freeze_router else set())
-
-
-@pytest.mark.parametrize("router", [False, True])
-def test_lora_leaves_the_routers_alone_unless_asked(checkpoint, dataset, tmp_path, router):
-    model = add_lora(AutoModelForCausalLM.from_pretrained(checkpoint, freeze_router=not router), router=router, r=2)
-    before = parameters_of(model)
-    train(model, dataset, tmp_path)
-    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert moved == {name for name in before if "lora_" in name}
-    assert any(".gate." in name for name in moved) == router
 
 
 # ---- Noise in training: expert dropout, NEFTune ----
@@ -210,59 +198,3 @@ def test_bf16_keeps_float32_weights_that_hold_small_updates(checkpoint, dataset,
     before = parameters_of(pure)
     train(pure, dataset, tmp_path, callback=watch, max_steps=1, learning_rate=1e-6, bf16=True)
     assert share_moved(pure, watch, before) == 0.0
-
-
-# ---- Greedy routing for DPO ----
-
-
-def first_step_of_dpo(checkpoint, tokenizer, output_dir, reference, *, sampling, **arguments):
-    """The logs of trl's first DPO step, in which policy and reference have the same weights."""
-    settings = {} if sampling else {"router_sampling": False, "input_jitter_noise": 0.0}
-    set_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, **settings)
-    peft_config = ref_model = None
-    if reference == "adapter off":
-        peft_config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=list(EXPERT_PARAMETERS))
-    elif reference == "copy of the adapter":
-        model = add_lora(model, r=2)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(std=0.1)
-    elif reference == "separate model":
-        ref_model = AutoModelForCausalLM.from_pretrained(checkpoint, **settings)
-    pairs = {
-        "prompt": ["def add(a, b):", "import"],
-        "chosen": [" return a + b", " math\nprint(math.pi)"],
-        "rejected": [" pass", " this is not Python, is it?"],
-    }
-    trainer = DPOTrainer(
-        model=model,
-        ref_model=ref_model,
-        args=DPOConfig(
-            output_dir=output_dir, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
-            max_steps=1, logging_steps=1, per_device_train_batch_size=2, **arguments,
-        ),
-        train_dataset=Dataset.from_dict(pairs),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )  # fmt: skip
-    trainer.train()
-    return trainer.state.log_history[0]
-
-
-REFERENCES = ["adapter off", "copy of the adapter", "separate model"]
-
-
-@pytest.mark.parametrize(("reference", "bf16"), [*zip(REFERENCES, (True, True, False), strict=True)])
-def test_dpo_with_greedy_routing_starts_at_a_log_ratio_of_zero(
-    checkpoint, trained_tokenizer, tmp_path, reference, bf16
-):
-    logs = first_step_of_dpo(checkpoint, trained_tokenizer, tmp_path, reference, sampling=False, bf16=bf16)
-    for name in ("chosen", "rejected", "margins"):
-        assert logs[f"rewards/{name}"] == 0.0, (name, logs)
-    assert logs["loss"] == pytest.approx(math.log(2), abs=2e-6)
-
-
-def test_dpo_with_sampled_routing_does_not(checkpoint, trained_tokenizer, tmp_path):
-    logs = first_step_of_dpo(checkpoint, trained_tokenizer, tmp_path, "adapter off", sampling=True, bf16=False)
-    assert all(abs(logs[f"rewards/{name}"]) > 1e-4 for name in ("chosen", "rejected", "margins")), logs

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -86,9 +84,7 @@ CACHES = {
 }
 STEPS = {
     "one by one": [5] + [1] * 25,
-    "from the window's edge": [WINDOW] + [1] * 23,
     "from just beyond the window's edge": [WINDOW + 1] + [1] * 22,
-    "from far beyond": [20] + [1] * 10,
     "in chunks": [5, 10, 15],
     "in mixed chunks": [1, 6, 2, 1, 9, 1, 1, 9],
 }
@@ -154,13 +150,6 @@ def test_flex_attention_with_a_static_cache_is_refused(window):
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=LENGTH))
     with pytest.raises(ValueError, match="flex_attention cannot use a static cache"):
         model.generate(ids, max_new_tokens=3, cache_implementation="static")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
-def test_offloaded_cache_without_a_gpu_is_refused(implementation):
-    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
-        build().generate(random_ids(1, 5), max_new_tokens=3, cache_implementation=implementation)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: offloaded caches move layers to and from one")
@@ -356,17 +345,10 @@ def test_beam_search_finds_the_best_of_all_continuations(cache):
     best_scores, best = scores.topk(returned)
 
     output = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=horizon,
-        num_beams=vocabulary ** (horizon - 1),
-        num_return_sequences=returned,
-        length_penalty=0.0,
-        do_sample=False,
-        cache_implementation=cache,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=horizon, do_sample=False, length_penalty=0.0,
+        num_beams=vocabulary ** (horizon - 1), num_return_sequences=returned, cache_implementation=cache,
+        output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
     assert torch.equal(output.sequences, sequences[best])
     assert_close(output.sequences_scores, best_scores)
 
@@ -380,30 +362,7 @@ def test_speculative_generation_gives_greedy_output(helper):
     assert torch.equal(generate(model, ids, mask, do_sample=False, **settings), greedy)
 
 
-@pytest.mark.parametrize(
-    ("kept", "positions"),
-    [(0, range(8)), (1, [7]), (5, range(3, 8)), (8, range(8)), (torch.tensor([2, 5]), [2, 5])],
-    ids=str,
-)
-def test_logits_to_keep(kept, positions):
-    model, ids = build(), random_ids(2, 8)
-    assert_close(model(ids, logits_to_keep=kept).logits, model(ids).logits[:, list(positions)], 1e-6)
-
-
 # --- where generation stops ------------------------------------------------------------------------------------------
-
-
-def released_folder(folder, generation_config=None, always=None):
-    """A checkpoint with the released vocabulary that generates token `always` for ever."""
-    sizes = {"vocab_size": 32064, "hidden_size": 16, "num_hidden_layers": 1}
-    config = released_config(torch_dtype="float32", **sizes)
-    tensors = released_tensors(config)
-    if always is not None:
-        tensors["lm_head.bias"][always] += 1000
-    write_checkpoint(folder, config, tensors)
-    if generation_config is not None:
-        (folder / "generation_config.json").write_text(json.dumps(generation_config))
-    return folder
 
 
 GENERATION_CONFIGS = {  # generation_config.json -> the tokens that generation stops at
@@ -417,36 +376,21 @@ GENERATION_CONFIGS = {  # generation_config.json -> the tokens that generation s
 
 
 @pytest.mark.parametrize("case", GENERATION_CONFIGS)
-def test_generation_config_of_a_loaded_checkpoint(tmp_path, case):
-    generation_config, expected = GENERATION_CONFIGS[case]
-    model = AutoModelForCausalLM.from_pretrained(released_folder(tmp_path / "released", generation_config))
-    assert model.generation_config.eos_token_id == expected
-    model.save_pretrained(tmp_path / "saved")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert reloaded.generation_config.eos_token_id == expected
-
-
-@pytest.mark.parametrize("token", [END_OF_TEXT, END_OF_TURN, ASSISTANT, USERS_OWN])
-@pytest.mark.parametrize("case", GENERATION_CONFIGS)
-def test_generation_stops_at_these_tokens_only(tmp_path, case, token):
+def test_generation_of_a_loaded_checkpoint_stops_at_these_tokens_only(tmp_path, case):
+    """With the released vocabulary; the head's bias makes the model say one token for ever."""
     generation_config, stops = GENERATION_CONFIGS[case]
-    model = AutoModelForCausalLM.from_pretrained(released_folder(tmp_path, generation_config, always=token))
-    prompt = random_ids(1, 4)
-    output = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False, pad_token_id=0
-    )
-    length = 1 if token in (stops if isinstance(stops, list) else [stops]) else 3
-    assert output[0, 4:].tolist() == [token] * length
-
-
-def test_a_stopped_row_is_padded_while_the_others_go_on(prompts):
-    model = build()
-    free = generate(model, *prompts, do_sample=False)
-    stop = free[0, 2].item()
-    stopped = generate(model, *prompts, do_sample=False, eos_token_id=stop, pad_token_id=0)
-    for row, row_free in zip(stopped.tolist(), free.tolist(), strict=True):
-        end = row_free.index(stop) + 1 if stop in row_free else NEW_TOKENS
-        assert row == (row_free[:end] + [0] * NEW_TOKENS)[: len(row)]
+    config = released_config(torch_dtype="float32", vocab_size=32064, hidden_size=16, num_hidden_layers=1)
+    folder = write_checkpoint(tmp_path / "released", config, released_tensors(config))
+    if generation_config is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation_config))
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    model, prompt = AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), random_ids(1, 4)
+    assert model.generation_config.eos_token_id == stops
+    for token in (END_OF_TEXT, END_OF_TURN, ASSISTANT, USERS_OWN):
+        model.lm_head.bias.zero_()[token] = 1000
+        output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, pad_token_id=0)
+        length = 1 if token in (stops if isinstance(stops, list) else [stops]) else 3
+        assert output[0, 4:].tolist() == [token] * length
 
 
 # --- pipeline --------------------------------------------------------------------------------------------------------
@@ -488,14 +432,3 @@ def test_continuous_batching_equals_generate(attention, window):
         ids = torch.tensor([request])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), **{**settings, "eos_token_id": None})
         assert answer.generated_tokens == expected[0, len(request) :].tolist()
-
-
-def test_selected_experts_come_with_the_logits():
-    config = released_config(torch_dtype="float32")
-    with tempfile.TemporaryDirectory() as folder:
-        model = GrinMoeForCausalLM.from_pretrained(write_checkpoint(Path(folder), config, released_tensors(config)))
-    output = model.eval()(torch.arange(6)[None], output_selected_experts=True)
-    inner = model.model(torch.arange(6)[None], output_selected_experts=True)
-    assert len(output.selected_experts) == 2
-    assert all(map(torch.equal, output.selected_experts, inner.selected_experts))
-    assert "router_logits" not in output

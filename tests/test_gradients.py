@@ -15,7 +15,6 @@ from modeling_grin import ROUTER_ESTIMATORS, Routing, draw_noise
 from modeling_grin.analysis.gradients import (
     TEMPERATURES,
     Setting,
-    compare,
     curved_loss,
     direction,
     estimator_moments,
@@ -23,7 +22,6 @@ from modeling_grin.analysis.gradients import (
     list_outcomes,
     measure,
     objective,
-    plot_sweep,
     polynomial_loss,
     random_layer,
 )
@@ -219,21 +217,6 @@ def test_what_sampling_without_replacement_leaves_out():
     assert relative(mean + missing, exact) < 1e-10
 
 
-def test_quality_and_signal_to_noise():
-    layer, loss = random_layer(4), curved_loss(0.5)
-    moments = estimator_moments(layer, loss, 1, ALL_KEPT, ROUTER_ESTIMATORS["sparsemixer_v2"])
-    itself = compare(moments, moments.mean)["router_logits"]
-    assert itself.bias == 0
-    assert itself.cosine == pytest.approx(1.0)
-    assert itself.signal_to_noise(100) == pytest.approx(10 * itself.signal_to_noise(1))
-    assert itself.signal_to_noise(1) == pytest.approx(itself.variance**-0.5)
-
-
-def test_measure_refuses_a_keep_set_without_choices():
-    with pytest.raises(ValueError, match=r"jitter_eps=0\.0"):
-        measure(Setting(jitter_eps=0.0), num_layers=2)
-
-
 def test_documented_table_is_what_is_measured():
     """The top-1 table of docs/router_gradients.md, to its two digits."""
     text = (Path(__file__).parent.parent / "docs" / "router_gradients.md").read_text(encoding="utf-8")
@@ -271,20 +254,3 @@ def test_command_writes_table_csv_and_plots(tmp_path, capsys):
     assert len(rows) == (6 + 5 + 5) * 2 * 3  # estimators at top-1, 2, 3; equations; quantities
     assert all(math.isfinite(float(row["bias"])) for row in rows)
     assert (tmp_path / "out" / "gradients_top_k.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_new_estimator_is_measured_with_the_others(monkeypatch, tmp_path):
-    monkeypatch.setitem(ROUTER_ESTIMATORS, "euler", euler)
-    rows = measure(Setting(num_experts=4), num_layers=2, batch=7)
-    new = [row for row in rows if row["estimator"] == "euler" and row["equation"] == objective("euler")]
-    assert [row["quantity"] for row in new] == ["router_logits", "experts", "input"]
-    assert new[0]["snr"] > 1
-    plot_sweep(rows, "num_experts", tmp_path / "plot.png")
-
-
-def test_command_says_what_is_wrong_in_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run_cli("gradients", "--over", "temperature") == 1
-    shown = capsys.readouterr().err
-    assert "over must be one of num_experts, top_k" in shown and "got temperature" in shown
-    assert "Traceback" not in shown and list(tmp_path.iterdir()) == []

@@ -105,13 +105,6 @@ def test_virtual_tokens_have_no_labels(tmp_path):
     assert found == pytest.approx(smoothed_loss(logits, labels), rel=2e-5)
 
 
-def test_compilation_does_not_hide_the_class(tmp_path, expected):
-    trainer = make_trainer(tmp_path, make_model(), label_smoothing_factor=EPSILON)
-    with torch.compiler.set_stance("force_eager"):
-        loss = trainer.compute_loss(torch.compile(trainer.model), batch())
-    assert float(loss) == pytest.approx(expected, rel=2e-5)
-
-
 def test_a_subclass_by_any_name_has_its_loss(tmp_path, stock):
     """Without smoothing, too: transformers takes the loss, and Trainer the number of labels, from the class's name."""
     losses = []

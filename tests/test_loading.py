@@ -1,10 +1,7 @@
 """Checkpoints in and out: every tensor, bit for bit, or an error that names what is wrong."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,7 +18,6 @@ from transformers.utils import logging
 
 from benchmarks.measure import allocations
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
-from modeling_grin.loading_grinmoe import check_names
 
 CONFIG = released_config()
 TENSORS = released_tensors(CONFIG)
@@ -86,35 +82,6 @@ def in_memory():
 # Loading
 
 
-def test_released_checkpoint_asks_no_question(released, tmp_path):
-    """In a process of its own, where nobody could answer."""
-    script = """
-import sys
-import modeling_grin
-from transformers import AutoConfig, AutoModelForCausalLM
-config = AutoConfig.from_pretrained(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print(type(config).__module__, type(model).__module__, type(model).__name__, model.dtype)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(released)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [
-        "modeling_grin.configuration_grinmoe",
-        "modeling_grin.modeling_grinmoe",
-        "GrinMoeForCausalLM",
-        "torch.bfloat16",
-    ]
-    assert "y/N" not in done.stdout + done.stderr
-    assert not list(tmp_path.iterdir()), "remote code has been copied"
-
-
 def test_released_checkpoint(released, in_memory):
     config = AutoConfig.from_pretrained(released)
     assert type(config) is GrinMoeConfig
@@ -139,14 +106,6 @@ def test_layouts(layout, num_shards, architecture, tmp_path):
     config = {**CONFIG, "architectures": [architecture]}
     folder = write_checkpoint(tmp_path, config, tensors, num_shards)
     assert_holds(AutoModelForCausalLM.from_pretrained(folder), TENSORS)
-
-
-def test_layouts_may_be_mixed(tmp_path):
-    """One layer fused, one not."""
-    whole = fused(TENSORS, CONFIG)
-    mixed = {name: tensor for name, tensor in TENSORS.items() if ".layers.0.block_sparse_moe.experts" not in name}
-    mixed |= {name: tensor for name, tensor in whole.items() if ".layers.0.block_sparse_moe.experts" in name}
-    assert_holds(AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path, CONFIG, mixed, 2)), TENSORS)
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
@@ -280,32 +239,6 @@ def test_save_writes_the_released_layout(origin, max_shard_size, dtype, tmp_path
     assert first == second
 
 
-def test_saved_config(released, tmp_path):
-    AutoModelForCausalLM.from_pretrained(released).save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert not {"auto_map", "rope_theta", "torch_dtype"} & saved.keys()
-    assert saved["architectures"] == ["GrinMoeForCausalLM"]
-    assert saved["model_type"] == "grinmoe"
-    assert saved["dtype"] == "bfloat16"
-    assert saved["router_jitter_noise"] == 0.01
-    assert saved["sliding_window"] == 2047
-    assert saved["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
-    unchanged = CONFIG.keys() - {"_name_or_path", "architectures", "auto_map", "rope_theta", "torch_dtype"}
-    unchanged -= {"transformers_version"}
-    assert {name: saved[name] for name in unchanged} == {name: CONFIG[name] for name in unchanged}
-
-
-def test_what_was_trained_is_saved(released, tmp_path):
-    """Not the tensors that were loaded."""
-    model = AutoModelForCausalLM.from_pretrained(released)
-    expected = {name: tensor * 2 for name, tensor in TENSORS.items()}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2)
-    model.save_pretrained(tmp_path)
-    assert_same_tensors(read_files(tmp_path), expected)
-
-
 # State dicts
 
 
@@ -315,35 +248,16 @@ def fresh():
 
 
 @pytest.mark.parametrize("layout", ["released", "fused"])
-def test_load_state_dict(layout, fresh):
-    given = dict(TENSORS) if layout == "released" else fused(TENSORS, CONFIG)
-    names = list(given)
-    result = fresh.load_state_dict(given, strict=True)
-    assert not result.missing_keys
-    assert not result.unexpected_keys
-    assert_holds(fresh, TENSORS)
-    assert list(given) == names, "the caller's dict has changed"
-
-
-@pytest.mark.parametrize("layout", ["released", "fused"])
-@pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_load_state_dict_assign(layout, device):
+@pytest.mark.parametrize(("device", "assign"), [("cpu", False), ("cpu", True), ("meta", True)])
+def test_load_state_dict(layout, device, assign):
     """`assign=True` keeps the checkpoint's dtype, and fills models made on the meta device."""
     with torch.device(device):
         model = GrinMoeForCausalLM(GrinMoeConfig.from_dict(dict(CONFIG)))  # float32
     given = dict(TENSORS) if layout == "released" else fused(TENSORS, CONFIG)
-    model.load_state_dict(given, strict=True, assign=True)
-    assert_holds(model, TENSORS)
-
-
-@pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_load_state_dict_assign_in_parts(device):
-    with torch.device(device):
-        model = GrinMoeForCausalLM(GrinMoeConfig.from_dict(dict(CONFIG)))
-    names = list(TENSORS)
-    for part in range(3):
-        model.load_state_dict({name: TENSORS[name] for name in names[part::3]}, strict=False, assign=True)
-    assert_holds(model, TENSORS)
+    names = list(given)
+    model.load_state_dict(given, strict=True, assign=assign)
+    assert_holds(model if assign else model.to(torch.bfloat16), TENSORS)
+    assert list(given) == names, "the caller's dict has changed"
 
 
 @pytest.mark.parametrize(
@@ -356,17 +270,15 @@ def test_load_state_dict_assign_in_parts(device):
         ({f"{EXPERT[:-1]}6.w1.weight": torch.ones(24, 32)}, rf'Unexpected key.*"{EXPERT[:-1]}6.w1.weight"'),
         ({f"{EXPERT}.w4.weight": torch.ones(24, 32)}, rf'Unexpected key.*"{EXPERT}.w4.weight"'),
         ({"model.norm.bias": None}, r'Missing key.*"model.norm.bias"'),
+        (
+            dict.fromkeys(name for name in TENSORS if ".experts." in name),
+            r'Missing key.*"model.layers.0.block_sparse_moe.experts.gate_up_proj"',
+        ),
     ],
 )
 def test_load_state_dict_names_what_is_wrong(change, message, fresh):
     given = {name: tensor for name, tensor in {**TENSORS, **change}.items() if tensor is not None}
     with pytest.raises(RuntimeError, match=message):
-        fresh.load_state_dict(given)
-
-
-def test_load_state_dict_without_any_expert(fresh):
-    given = {name: tensor for name, tensor in TENSORS.items() if ".experts." not in name}
-    with pytest.raises(RuntimeError, match=r'Missing key.*"model.layers.0.block_sparse_moe.experts.gate_up_proj"'):
         fresh.load_state_dict(given)
 
 
@@ -436,15 +348,9 @@ def full_size_shapes():
 
 
 FULL_SIZE = {
-    **RELEASED_CONFIG,
-    "vocab_size": 32064,
-    "hidden_size": 4096,
-    "intermediate_size": 6400,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 16,
-}
+    **RELEASED_CONFIG, "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 6400, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 16,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -453,24 +359,12 @@ def full_size():
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**FULL_SIZE))
 
 
-def test_full_size_names_and_shapes(full_size):
-    expected = {}
-    for name, shape in full_size_shapes().items():
-        if ".experts." not in name:
-            expected[name] = shape
-    for layer in range(32):
-        experts = f"model.layers.{layer}.block_sparse_moe.experts"
-        expected[f"{experts}.gate_up_proj"] = (16, 2 * 6400, 4096)
-        expected[f"{experts}.down_proj"] = (16, 4096, 6400)
-    assert {name: tuple(parameter.shape) for name, parameter in full_size.named_parameters()} == expected
-    assert full_size.state_dict().keys() == expected.keys(), "no buffer is saved"
-    assert {parameter.dtype for parameter in full_size.parameters()} == {torch.bfloat16}
-
-
 def test_full_size_saves_under_the_released_names(full_size):
     """`revert_weight_conversion` is what `save_pretrained` calls before it writes."""
     saved = revert_weight_conversion(full_size, full_size.state_dict())
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == full_size_shapes()
+    assert {parameter.dtype for parameter in full_size.parameters()} == {torch.bfloat16}
+    assert full_size.state_dict().keys() == dict(full_size.named_parameters()).keys(), "no buffer is saved"
 
 
 def test_full_size_parameter_counts(full_size):
@@ -487,59 +381,15 @@ def test_full_size_parameter_counts(full_size):
     assert f"{(total - unused) / 1e9:.1f}B" == "6.6B"
 
 
-def write_sparse_shards(folder, config, shapes, num_shards):
-    """A checkpoint whose bf16 tensors are holes: it takes no room on the disk, whatever its size."""
-    write_checkpoint(folder, config, {})
-    (folder / "model.safetensors").unlink()
-    weight_map = {}
-    for shard in range(num_shards):
-        file = folder / f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
-        header, end = {}, 0
-        for name in list(shapes)[shard::num_shards]:
-            begin, end = end, end + 2 * torch.Size(shapes[name]).numel()
-            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [begin, end]}
-            weight_map[name] = file.name
-        encoded = json.dumps(header).encode()
-        with file.open("wb") as stream:
-            stream.write(len(encoded).to_bytes(8, "little") + encoded)
-            stream.truncate(stream.tell() + end)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
-
-
-def test_full_size_checkpoint(full_size, tmp_path):
-    """All of 84 GB in 17 shards, by their headers, as a run that resumes checks them."""
-    shapes = full_size_shapes()
-    folder = write_sparse_shards(tmp_path, FULL_SIZE, shapes, num_shards=17)
-    files = [str(file) for file in sorted(folder.glob("*.safetensors"))]
-    check_names(full_size, files)
-    lost = "model.layers.31.block_sparse_moe.experts.15.w2.weight"
-    shapes[lost.replace("w2", "w4")] = shapes.pop(lost)
-    write_sparse_shards(tmp_path, FULL_SIZE, shapes, num_shards=17)
-    with pytest.raises(ValueError, match=rf"^2 tensor.*{lost} is missing; .*15\.w4\.weight is not part"):
-        check_names(full_size, files)
-
-
 # Kin and other model types
 
 
 def phimoe_checkpoint(folder):
     """Phi-tiny-MoE's config at tiny sizes: heads x head_dim is not hidden_size; a window shorter than the text."""
     config = released_config(
-        model_type="phimoe",
-        architectures=["PhiMoEForCausalLM"],
-        auto_map={
-            "AutoConfig": "configuration_slimmoe.PhiMoEConfig",
-            "AutoModelForCausalLM": "modeling_slimmoe.PhiMoEForCausalLM",
-        },
-        num_attention_heads=4,
-        head_dim=10,
-        expert_dropout=0.0,
-        rope_scaling=None,
-        sliding_window=5,
-        torch_dtype="float32",
-    )
+        model_type="phimoe", architectures=["PhiMoEForCausalLM"], auto_map={"AutoConfig": "x.PhiMoEConfig"},
+        head_dim=10, expert_dropout=0.0, rope_scaling=None, sliding_window=5, torch_dtype="float32",
+    )  # fmt: skip
     tensors = released_tensors(config)
     return write_checkpoint(folder, config, tensors, num_shards=2), config, tensors
 
@@ -559,69 +409,6 @@ def test_phimoe_checkpoint_gives_stock_logits(tmp_path):
     # The comparison can tell one key more from one key less.
     off_by_one = AutoModelForCausalLM.from_pretrained(folder, sliding_window=config["sliding_window"])
     assert (logits(off_by_one) - expected).norm() > 1e-2 * expected.norm()
-
-
-def test_importing_changes_no_other_model_type():
-    script = """
-import importlib
-from transformers import conversion_mapping, modeling_utils
-from transformers.integrations import moe
-from transformers.models.auto import auto_factory, configuration_auto, modeling_auto, tokenization_auto
-from transformers.models.llama import modeling_llama
-from transformers.models.phimoe import modeling_phimoe
-
-conversion_mapping.get_checkpoint_conversion_mapping("phimoe")  # build it
-
-
-def snapshot():
-    # name -> what an import could add to, as {key: value}
-    state = {}
-    for module in (configuration_auto, modeling_auto, tokenization_auto):
-        for name, value in vars(module).items():
-            if isinstance(value, auto_factory._LazyAutoMapping):
-                for part in ("_config_mapping", "_model_mapping", "_extra_content"):
-                    state[name, part] = {str(key): str(item) for key, item in getattr(value, part).items()}
-            elif isinstance(value, configuration_auto._LazyConfigMapping):
-                for part in ("_mapping", "_extra_content"):
-                    state[name, part] = {str(key): str(item) for key, item in getattr(value, part).items()}
-            elif name.isupper() and isinstance(value, dict):
-                state[name] = {str(key): str(item) for key, item in value.items()}
-            elif name.isupper() and isinstance(value, set):
-                state[name] = dict.fromkeys(value)
-    state["conversions"] = {
-        key: [(str(item._original_source_patterns), str(item._original_target_patterns)) for item in value]
-        for key, value in conversion_mapping._checkpoint_conversion_mapping_cache.items()
-    }
-    state["registered conversions"] = dict.fromkeys(conversion_mapping.USER_REGISTERED_MAPPINGS)
-    state["attention"] = dict(modeling_utils.ALL_ATTENTION_FUNCTIONS)
-    state["experts"] = dict(moe.ALL_EXPERTS_FUNCTIONS)
-    for module in (modeling_llama, modeling_phimoe):
-        for name, value in vars(module).items():
-            if isinstance(value, type):
-                state[module.__name__, name] = dict(vars(value))
-    return state
-
-
-before = snapshot()
-import modeling_grin
-importlib.reload(modeling_grin)
-after = snapshot()
-assert after.keys() == before.keys()
-changed = set()
-for name in before:
-    assert before[name].items() <= after[name].items(), (name, "something is gone or changed")
-    added = after[name].keys() - before[name].keys()
-    assert all("grinmoe" in key.lower() for key in added), (name, added)
-    changed |= {name} if added else set()
-# The snapshot sees what is meant to be added.
-expected = {"conversions", "registered conversions", ("CONFIG_MAPPING", "_extra_content")}
-expected |= {(f"MODEL{task}_MAPPING", "_extra_content") for task in ("", "_FOR_CAUSAL_LM")}
-assert expected <= changed, changed
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
-    assert done.returncode == 0, done.stderr
 
 
 # Other heads
@@ -710,19 +497,6 @@ def test_key_mapping_is_applied_before_names_are_checked(tmp_path):
         GrinMoeForCausalLM.from_pretrained(folder)
 
 
-def test_a_subclass_with_its_own_type_keeps_the_released_layout(released, tmp_path):
-    class CousinConfig(GrinMoeConfig):
-        model_type = "grinmoe_cousin"
-
-    class CousinForCausalLM(GrinMoeForCausalLM):
-        config_class = CousinConfig
-
-    model = CousinForCausalLM(CousinConfig.from_dict(GrinMoeConfig.from_pretrained(released).to_dict()))
-    model.load_state_dict(TENSORS)
-    model.save_pretrained(tmp_path)
-    assert read_files(tmp_path).keys() == TENSORS.keys()
-
-
 def test_bare_model_and_back(released, tmp_path):
     body = {name.removeprefix("model."): tensor for name, tensor in TENSORS.items() if name.startswith("model.")}
     bare = AutoModel.from_pretrained(released)
@@ -751,8 +525,6 @@ def without(*prefixes):
 @pytest.mark.parametrize(
     ("tensors", "changes", "message"),
     [
-        (without("model.norm.weight"), {}, r"model\.norm\.weight is missing"),
-        (without("model.layers.0.self_attn.k_proj.bias"), {}, r"model\.layers\.0\.self_attn\.k_proj\.bias is missing"),
         (without("model.layers.1.block_sparse_moe.gate"), {}, r"layers\.1\.block_sparse_moe\.gate\.weight is missing"),
         (
             without(f"{EXPERT}.w1"),
@@ -766,24 +538,14 @@ def without(*prefixes):
             r"2 tensor.*layers\.1.*experts\.gate_up_proj is missing",
         ),
         (without("lm_head.weight"), {}, r"lm_head\.weight is missing"),
-        (without("lm_head.bias"), {}, r"lm_head\.bias is missing"),
-        (without("model.embed_tokens"), {}, r"model\.embed_tokens\.weight is missing"),
         (without("model.embed_tokens"), {"tie_word_embeddings": True}, r"model\.embed_tokens\.weight is missing"),
         ({"model.norm.weight": torch.ones(5)}, {}, r"norm\.weight has shape \[5\], the config says \[32\]"),
         ({f"{EXPERT}.w1.weight": torch.ones(32, 24)}, {}, rf"{EXPERTS}\.gate_up_proj: .*different sizes.*\(32, 24\)"),
-        (
-            {f"{EXPERT}.w2.weight": torch.ones(1)},
-            {},
-            rf"{EXPERTS}\.down_proj: .*different sizes: \[\(1,\), \(32, 24\)",
-        ),
         ({f"{EXPERT[:-1]}6.w1.weight": torch.ones(24, 32)}, {}, rf"{EXPERTS}\.gate_up_proj: an expert lacks a matrix"),
         ({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}, {}, r"self_attn\.q_norm\.weight is not part"),
         ({}, {"attention_bias": False}, r"8 tensor.*self_attn\.\w_proj\.bias is not part of the model"),
-        ({}, {"lm_head_bias": False}, r"1 tensor.*lm_head\.bias is not part of the model"),
         ({}, {"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is missing"),
-        ({}, {"num_hidden_layers": 1}, r"model\.layers\.1\..* is not part of the model"),
         ({}, {"num_local_experts": 7}, r"experts\.down_proj has shape \[6, 32, 24\], the config says \[7, 32, 24\]"),
-        ({}, {"num_local_experts": 5}, r"experts\.down_proj has shape \[6, 32, 24\], the config says \[5, 32, 24\]"),
         ({}, {"vocab_size": 132}, r"embed_tokens\.weight has shape \[131, 32\], the config says \[132, 32\]"),
     ],
     ids=lambda value: value.replace("\\", "") if isinstance(value, str) else "",
@@ -815,10 +577,10 @@ SHARD = "model-00002-of-00003.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, GrinMoeForCausalLM.from_pretrained])
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
+        ("model.safetensors", lambda content: content[:-1]),
         (SHARD, lambda content: content[:-100]),
         (SHARD, lambda content: content[:100]),
         (SHARD, lambda content: b""),
@@ -833,44 +595,14 @@ INDEX = "model.safetensors.index.json"
         (INDEX, lambda content: b'{"metadata": {}, "weight_map": ["a"]}'),
         (INDEX, lambda content: b'{"weight_map": {"model.norm.weight": "a.safetensors"}}'),
     ],
-    ids=[
-        "truncated",
-        "truncated-header",
-        "empty",
-        "garbage",
-        "too-long",
-        "index-truncated",
-        "index-empty",
-        "index-binary",
-        "index-list",
-        "index-without-map",
-        "index-empty-map",
-        "index-map-list",
-        "index-without-metadata",
-    ],
 )
-def test_damaged_files(load, name, damage, tmp_path):
-    folder = write_checkpoint(tmp_path, CONFIG, TENSORS, num_shards=3)
+def test_damaged_files(name, damage, tmp_path):
+    folder = write_checkpoint(tmp_path, CONFIG, TENSORS, num_shards=1 if name == "model.safetensors" else 3)
     (folder / name).write_bytes(damage((folder / name).read_bytes()))
     with pytest.raises(ValueError, match=rf"{tmp_path}/{name}: damaged \(\w+: .*\)") as error:
-        load(folder)
+        AutoModelForCausalLM.from_pretrained(folder)
     others = {SHARD, SHARD.replace("2", "1", 1), SHARD.replace("-00002", "-00003"), INDEX} - {name}
     assert not [other for other in others if other in str(error.value)], "files that are whole"
-
-
-def test_damaged_single_file(tmp_path):
-    folder = write_checkpoint(tmp_path, CONFIG, TENSORS)
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{file}: damaged"):
-        AutoModelForCausalLM.from_pretrained(folder)
-
-
-def test_index_naming_a_missing_file(tmp_path):
-    folder = write_checkpoint(tmp_path, CONFIG, TENSORS, num_shards=3)
-    (folder / SHARD).unlink()
-    with pytest.raises(FileNotFoundError, match=SHARD):
-        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_no_weights(tmp_path):
@@ -878,11 +610,6 @@ def test_no_weights(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match=rf"no file named model\.safetensors .*{folder}"):
         AutoModelForCausalLM.from_pretrained(folder)
-
-
-def test_no_such_folder(tmp_path):
-    with pytest.raises(OSError, match="absent"):
-        GrinMoeForCausalLM.from_pretrained(tmp_path / "absent")
 
 
 class Bomb:
@@ -895,9 +622,8 @@ class Bomb:
         return Path.touch, (self.marker,)
 
 
-@pytest.mark.parametrize("use_safetensors", [None, False, True])
-@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, GrinMoeForCausalLM.from_pretrained])
-def test_pickles_are_never_read(use_safetensors, load, tmp_path):
+@pytest.mark.parametrize("use_safetensors", [None, False])
+def test_pickles_are_never_read(use_safetensors, tmp_path):
     marker = tmp_path / "marker"
     folder = write_checkpoint(tmp_path / "model", CONFIG, TENSORS)
     (folder / "model.safetensors").unlink()
@@ -906,7 +632,7 @@ def test_pickles_are_never_read(use_safetensors, load, tmp_path):
     refused = use_safetensors is False
     message = "use_safetensors=False would load a pickle" if refused else r"no file named model\.safetensors"
     with pytest.raises(ValueError if refused else OSError, match=message):
-        load(folder, weights_only=False, **options)
+        AutoModelForCausalLM.from_pretrained(folder, weights_only=False, **options)
     assert not marker.exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes())
     assert marker.exists(), "the bomb works"
@@ -919,17 +645,10 @@ def test_another_model_type(model_type, tmp_path):
         GrinMoeForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, GrinMoeForCausalLM.from_pretrained])
-def test_config_that_is_not_json(load, tmp_path):
+def test_config_that_is_not_json(tmp_path):
     folder = write_checkpoint(tmp_path, CONFIG, TENSORS)
     (folder / "config.json").write_text('{"model_type": ')
     with pytest.raises(OSError, match=rf"{tmp_path}/config\.json.*not a valid JSON"):
-        load(folder)
-
-
-def test_impossible_config(tmp_path):
-    folder = write_checkpoint(tmp_path, {**CONFIG, "num_experts_per_tok": 7}, TENSORS)
-    with pytest.raises(ValueError, match="num_experts_per_tok=7"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -9,7 +9,7 @@ import torch
 from checkpoints import released_tensors, write_checkpoint
 from parity import LIMIT, LONGROPE_SCALING, longrope_logits
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, DynamicCache, PhimoeConfig, PhimoeForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, PhimoeConfig, PhimoeForCausalLM
 from transformers import PhimoeForSequenceClassification as StockClassifier
 
 from conversion.phimoe_config import phimoe_config
@@ -22,30 +22,14 @@ ORIGINAL_LENGTH = LONGROPE_SCALING["original_max_position_embeddings"]
 
 # Fields of the siblings' config.json, at small sizes.
 FAMILY = {
-    "architectures": ["PhiMoEForCausalLM"],
-    "attention_bias": True,
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 32000,
-    "hidden_act": "silu",
-    "hidden_dropout": 0.0,
-    "initializer_range": 0.02,
-    "input_jitter_noise": 0.01,
-    "lm_head_bias": True,
-    "model_type": "phimoe",
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 2,
-    "num_local_experts": 6,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 10000.0,
-    "router_aux_loss_coef": 0.0,
+    "architectures": ["PhiMoEForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 32000, "hidden_act": "silu", "hidden_dropout": 0.0, "initializer_range": 0.02,
+    "input_jitter_noise": 0.01, "lm_head_bias": True, "model_type": "phimoe", "num_experts_per_tok": 2,
+    "num_hidden_layers": 2, "num_local_experts": 6, "output_router_logits": False, "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0, "router_aux_loss_coef": 0.0, "tie_word_embeddings": False, "torch_dtype": "float32",
     "router_jitter_noise": 0.3,  # 0.01 in the releases: here, many near-ties
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-    "use_cache": True,
-    "vocab_size": 131,
-}
+    "use_cache": True, "vocab_size": 131,
+}  # fmt: skip
 
 
 def phi_35(**overrides):
@@ -157,13 +141,8 @@ UNUSUAL = {
     "another activation": {"hidden_act": "gelu"},
     "padding and stop tokens": {"pad_token_id": 5, "eos_token_id": [2, 7]},
     "training settings": {
-        "expert_dropout": 0.1,
-        "attention_dropout": 0.2,
-        "router_estimator": "sparsemixer_v2_paper",
-        "router_sampling": False,
-        "freeze_router": True,
-        "router_aux_loss_coef": 0.03,
-        "input_jitter_noise": 0.2,
+        **{"expert_dropout": 0.1, "attention_dropout": 0.2, "router_estimator": "sparsemixer_v2_paper"},
+        **{"router_sampling": False, "freeze_router": True, "router_aux_loss_coef": 0.03, "input_jitter_noise": 0.2},
     },
     "longrope": {"rope_scaling": phi_35()["rope_scaling"]},
     "longrope with a length of its own": {
@@ -198,20 +177,11 @@ def test_the_translation_is_explicit():
     """vLLM's default of the one and transformers' of the others are not ours; transformers 4 knows this RoPE alone."""
     translated = phimoe_config(GrinMoeConfig(num_hidden_layers=1))
     expected = {
-        "model_type": "phimoe",
-        "architectures": ["PhimoeForCausalLM", "PhiMoEForCausalLM"],
-        "router_jitter_noise": 0.01,
-        "input_jitter_noise": 0.01,
-        "head_dim": 128,
-        "sliding_window": 2048,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "attention_bias": True,
-        "lm_head_bias": True,
-        "router_aux_loss_coef": 0.0,
-        "eos_token_id": 32000,
-        "pad_token_id": 32000,
-    }
+        "model_type": "phimoe", "architectures": ["PhimoeForCausalLM", "PhiMoEForCausalLM"], "head_dim": 128,
+        "router_jitter_noise": 0.01, "input_jitter_noise": 0.01, "sliding_window": 2048, "rope_theta": 10000.0,
+        "rope_scaling": None, "attention_bias": True, "lm_head_bias": True, "router_aux_loss_coef": 0.0,
+        "eos_token_id": 32000, "pad_token_id": 32000,
+    }  # fmt: skip
     assert {name: translated[name] for name in expected} == expected
     assert "rope_parameters" not in translated
     missing = {field.name for field in fields(PhimoeConfig)} - translated.keys() - {"rope_parameters"}
@@ -221,13 +191,6 @@ def test_the_translation_is_explicit():
     assert "auto_map" not in phimoe_config(config)
     rope = phimoe_config(config)["rope_scaling"]
     assert rope == {"rope_type": "longrope", **without(phi_35()["rope_scaling"], "type")}
-
-
-def test_a_padding_token_beyond_the_vocabulary():
-    config = GrinMoeConfig(vocab_size=131, num_hidden_layers=1)
-    translated = phimoe_config(config)
-    assert config.pad_token_id == 32000
-    assert translated["pad_token_id"] is None
 
 
 def test_longrope_without_the_releases_scales(tmp_path):
@@ -256,10 +219,7 @@ def test_longrope_without_the_releases_scales(tmp_path):
     [
         ({"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
         ({"num_experts_per_tok": 3}, "num_experts_per_tok=3"),
-        *(
-            ({"router_estimator": name}, f"router_estimator='{name}'")
-            for name in ("sparsemixer_v2_star", "gshard", "dense")
-        ),
+        ({"router_estimator": "gshard"}, "router_estimator='gshard'"),
         ({"router_estimator": "sparsemixer", "num_experts_per_tok": 1}, "num_experts_per_tok=1"),
         ({"moe_output_scale": True}, "moe_output_scale=True"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='linear'"),
@@ -339,8 +299,7 @@ def with_positions(mask, length):
     return {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
-@pytest.mark.parametrize("window", [WINDOW + 3, None])
-@pytest.mark.parametrize("padding", [(0, 0), (0, 5), (3, 1), (6, 11)], ids=str)
+@pytest.mark.parametrize(("padding", "window"), [((0, 0), WINDOW + 3), ((3, 1), None), ((6, 11), WINDOW + 3)], ids=str)
 @pytest.mark.parametrize("settings", GENERATION, ids=str)
 def test_generation_across_the_boundary(settings, padding, window, longrope):
     """`generate` computes the cache anew at the boundary, as the releases do: as without a cache. By the positions of
@@ -404,20 +363,7 @@ def test_speculative_generation_across_the_boundary(padding, helper, longrope):
             assert sequences[0, length] == expected[0, -1].argmax(), f"token {length}, seed {seed}"
 
 
-@pytest.mark.parametrize("settings", GENERATION, ids=str)
-def test_generation_from_a_long_prompt(settings, longrope):
-    folder, config, _ = longrope
-    model = GrinMoeForCausalLM.from_pretrained(folder, sliding_window=None)
-    prompt = random_ids(config, LONG_LENGTH)
-    common = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    common.update(eos_token_id=None, num_beams=settings.get("num_beams", 1))
-    expected = model.generate(prompt, **common, use_cache=False)
-    outputs = model.generate(prompt, **{**common, **settings}, return_dict_in_generate=True)
-    assert torch.equal(outputs.sequences, expected)
-    assert isinstance(outputs.past_key_values, StaticCache if "cache_implementation" in settings else DynamicCache)
-
-
-@pytest.mark.parametrize("restart", ["all tokens", "new tokens", "chunks"])
+@pytest.mark.parametrize("restart", ["all tokens", "new tokens"])
 def test_crossing_the_boundary_within_a_prompt(restart, longrope):
     """A prompt after a cache: its keys are computed anew if the tokens are all there, and otherwise kept, not lost."""
     folder, config, _ = longrope
@@ -439,12 +385,8 @@ def test_crossing_the_boundary_within_a_prompt(restart, longrope):
 
     settings = {"attention_mask": whole["attention_mask"], "max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
     settings.update(eos_token_id=None, return_dict_in_generate=True, output_logits=True)
-    if restart == "chunks":
-        settings["prefill_chunk_size"] = width
-        expected, _ = pieces([width, width, width])
-    else:
-        settings["past_key_values"] = pieces([width])[1]
-        expected, _ = pieces([width + new] if restart == "all tokens" else [width, new])
+    settings["past_key_values"] = pieces([width])[1]
+    expected, _ = pieces([width + new] if restart == "all tokens" else [width, new])
     outputs = model.generate(ids[:, width:] if restart == "new tokens" else ids, **settings)
     assert relative_error(outputs.logits[0], expected) < LIMIT
     anew = logits(model, ids, **whole)[:, -1]
@@ -494,28 +436,3 @@ def test_longrope_however_it_is_loaded(settings, longrope, tmp_path):
     if "dtype" not in settings:
         ids = random_ids(config, LONG_LENGTH)
         assert relative_error(logits(model, ids)[0], longrope_logits(config, tensors, ids[0].tolist())) < LIMIT
-
-
-def test_longrope_saved_and_loaded(longrope, tmp_path):
-    folder, config, _ = longrope
-    model = GrinMoeForCausalLM.from_pretrained(folder)
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again) is GrinMoeForCausalLM
-    assert again.config.rope_parameters == model.config.rope_parameters
-    assert again.config.sliding_window == config["sliding_window"]
-    for length in (ORIGINAL_LENGTH, LONG_LENGTH):
-        ids = random_ids(config, length)
-        assert torch.equal(logits(again, ids), logits(model, ids))
-
-
-def test_longrope_compiled(longrope):
-    folder, config, _ = longrope
-    model = GrinMoeForCausalLM.from_pretrained(folder).eval()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for length in (LONG_LENGTH, ORIGINAL_LENGTH, LONG_LENGTH):
-        ids = random_ids(config, length)
-        expected = logits(model, ids)
-        with torch.no_grad():
-            assert relative_error(compiled(ids).logits, expected) < LIMIT

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DefaultDataCollator, Trainer, TrainingArguments, set_seed
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
-from modeling_grin.analysis import expert_load, plot_expert_load
+from modeling_grin.analysis import expert_load
 
 
 @pytest.fixture(scope="module")
@@ -69,65 +69,6 @@ def test_trainer_learns_evaluates_and_saves(checkpoint, dataset, tmp_path):
     assert make_trainer(reloaded, dataset, tmp_path).evaluate()["eval_loss"] == last
 
 
-def test_trainer_in_bfloat16_with_the_balance_loss_and_metrics(checkpoint, dataset, tmp_path):
-    set_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, router_aux_loss_coef=0.01, output_router_logits=True)
-    trainer = make_trainer(model, dataset, tmp_path, bf16=True)
-    trainer.compute_metrics = lambda prediction: {"vocabulary": prediction.predictions.shape[-1]}
-    first = trainer.evaluate()
-    trainer.train()
-    last = trainer.evaluate()
-    assert last["eval_loss"] < first["eval_loss"] - 1.0
-    assert last["eval_vocabulary"] == model.config.vocab_size
-
-
-def test_resumed_run_equals_the_uninterrupted_one(checkpoint, dataset, tmp_path):
-    """Routing and input noise on; Trainer's own resume gives every tensor, experts included, back bit for bit."""
-    arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    set_seed(1)
-    whole = make_trainer(AutoModelForCausalLM.from_pretrained(checkpoint), dataset, tmp_path / "whole", **arguments)
-    whole.train()
-
-    set_seed(2)
-    other = write_checkpoint(tmp_path / "other", *_other_weights(checkpoint))
-    resumed = make_trainer(AutoModelForCausalLM.from_pretrained(other), dataset, tmp_path / "resumed", **arguments)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    for (name, expected), (_, actual) in zip(
-        whole.model.named_parameters(), resumed.model.named_parameters(), strict=True
-    ):
-        assert torch.equal(expected, actual), name
-
-
-def _other_weights(checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    return config, released_tensors(config, seed=99)
-
-
-@pytest.mark.parametrize("experts_implementation", ["eager", "batched_mm"])
-def test_experts_implementations_agree_in_gradients(checkpoint, experts_implementation):
-    """The same draws through another implementation, experts without a token included (one row of few tokens)."""
-    ids = torch.randint(0, 131, (1, 3), generator=torch.Generator().manual_seed(0))
-    gradients = []
-    for implementation in ("grouped_mm", experts_implementation):
-        model = GrinMoeForCausalLM.from_pretrained(checkpoint, experts_implementation=implementation).train()
-        torch.manual_seed(5)
-        model(ids, labels=ids).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-7, msg=name)
-
-
-@pytest.mark.parametrize("experts_implementation", ["grouped_mm", "batched_mm"])
-def test_expert_dropout_acts_in_training_only(checkpoint, experts_implementation):
-    model = GrinMoeForCausalLM.from_pretrained(
-        checkpoint, experts_implementation=experts_implementation, expert_dropout=0.5,
-        router_jitter_noise=0.0, input_jitter_noise=0.0,
-    )  # fmt: skip
-    ids = torch.arange(12)[None]
-    assert not torch.equal(model.train()(ids).logits, model(ids).logits)
-    assert torch.equal(model.eval()(ids).logits, model(ids).logits)
-
-
 def test_an_experts_implementation_without_dropout_is_refused():
     settings = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(ValueError, match="'sonicmoe' has no dropout"):
@@ -159,27 +100,6 @@ def test_lora_on_attention(checkpoint, dataset, tmp_path):
         adapted = reloaded.eval()(ids).logits
         merged = reloaded.merge_and_unload()
         torch.testing.assert_close(merged(ids).logits, adapted, rtol=1e-4, atol=1e-5)
-
-
-def test_expert_load_counts_each_decision_once(checkpoint, tmp_path):
-    """Against the routing of the layers' own logits; padding is left out, and the model's mode is restored."""
-    model = GrinMoeForCausalLM.from_pretrained(checkpoint).train()
-    ids = torch.arange(24).reshape(2, 12)
-    mask = torch.ones_like(ids)
-    mask[1, :4] = 0
-    load = expert_load(model, [{"input_ids": ids, "attention_mask": mask}] * 2)
-    assert model.training
-    assert load.shape == (2, 6)
-    torch.testing.assert_close(load.sum(1), torch.ones(2, dtype=torch.float64))
-    with torch.no_grad():
-        logits = model.eval()(ids, attention_mask=mask, output_router_logits=True).router_logits
-    for row, router_logits in zip(load, logits, strict=True):
-        chosen = router_logits[mask.flatten().bool()].topk(2).indices.flatten()  # inference: the two largest
-        torch.testing.assert_close(row, torch.bincount(chosen, minlength=6).double() / len(chosen))
-    plot_expert_load(load, tmp_path / "load.png")
-    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="no tokens"):
-        expert_load(model, [])
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
