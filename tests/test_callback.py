@@ -164,13 +164,6 @@ def test_every_metric_is_that_of_plain_loops_over_the_routing(run):
         assert entry["routing/load_max_worst"] > entry["routing/load_max"] > 1
 
 
-def test_evaluation_and_the_summary_have_no_routing_keys(run):
-    trainer, _, _ = run
-    others = [entry for entry in trainer.state.log_history if "loss" not in entry]
-    assert len(others) == 7 and not any(key.startswith("routing/") for entry in others for key in entry)
-    assert trainer.model.get_decoder().routing_observer is None
-
-
 def test_file_holds_every_layer(run):
     _, witness, folder = run
     lines = [json.loads(line) for line in (folder / "out" / "routing" / "layers.jsonl").read_text().splitlines()]

@@ -40,7 +40,6 @@ CASES = {
     "bfloat16": {"bf16": True},
     "bfloat16 evaluation": {"bf16_full_eval": True, **EVALUATE},
     "NEFTune": {"neftune_noise_alpha": 5.0, "max_steps": 1},  # Phimoe's routing advances the noise's generator
-    "smaller batches": {"auto_find_batch_size": True},
     "workers": {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 1},
     "evaluation": {"eval_on_start": True, "eval_accumulation_steps": 2, "include_for_metrics": ["inputs", "loss"],
                    "eval_delay": 1, **EVALUATE},
@@ -58,9 +57,10 @@ ELSEWHERE = {  # where several processes, checkpoints or a NaN have their own te
     "test_compile": "torch_compile torch_compile_backend torch_compile_mode",
 }  # fmt: skip
 NEED_WHAT_IS_NOT_HERE = {
-    "a GPU": "fp16_full_eval tf32 torch_empty_cache_steps dataloader_pin_memory skip_memory_metrics ddp_backend",
+    "a GPU": "fp16_full_eval tf32 torch_empty_cache_steps dataloader_pin_memory skip_memory_metrics ddp_backend "
+             "auto_find_batch_size",
     "other packages": "optim_target_modules use_liger_kernel liger_kernel_config",
-}
+}  # fmt: skip
 NOT_OF_THE_LOSS = {
     "what is logged": "logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica "
                       "disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
@@ -123,17 +123,6 @@ class Measure:
         return {"total": self.total} if compute_result else {}
 
 
-class FailOnce:
-    """A first forward pass that finds no memory."""
-
-    has_failed = False
-
-    def __call__(self, module, args):
-        if not self.has_failed:
-            self.has_failed = True
-            raise RuntimeError("CUDA out of memory.")
-
-
 def train(model, trainer_class, rows, output_dir, arguments):
     """What is logged but times, and the weights by Phimoe's names."""
     defaults = {
@@ -148,8 +137,7 @@ def train(model, trainer_class, rows, output_dir, arguments):
         model, args, collate, rows, eval_dataset=rows.select(range(7)) if args.eval_strategy != "no" else None,
         compute_metrics=None if args.prediction_loss_only or args.eval_strategy == "no" else Measure(),
     )  # fmt: skip
-    if args.auto_find_batch_size:
-        model.register_forward_pre_hook(FailOnce())
+
     trainer.train()
     timed = ("train_", "total_flos", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
     logged = [{k: v for k, v in log.items() if not k.startswith(timed)} for log in trainer.state.log_history]

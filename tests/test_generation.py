@@ -152,16 +152,6 @@ def test_flex_attention_with_a_static_cache_is_refused(window):
         model.generate(ids, max_new_tokens=3, cache_implementation="static")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: offloaded caches move layers to and from one")
-@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
-def test_offloaded_cache_on_a_gpu(implementation):
-    model, ids = build().cuda(), random_ids(2, 5).cuda()
-    mask = torch.ones_like(ids)
-    settings = {"max_new_tokens": 20, "do_sample": False, "attention_mask": mask, "disable_compile": True}
-    expected = model.generate(ids, **settings, use_cache=False)
-    assert torch.equal(model.generate(ids, **settings, cache_implementation=implementation), expected)
-
-
 class WithHead(GrinMoePreTrainedModel):
     """A user's own head."""
 

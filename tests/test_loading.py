@@ -108,19 +108,6 @@ def test_layouts(layout, num_shards, architecture, tmp_path):
     assert_holds(AutoModelForCausalLM.from_pretrained(folder), TENSORS)
 
 
-@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("asked", [None, "auto", torch.bfloat16, torch.float16, torch.float32])
-def test_dtypes(stored, asked, tmp_path):
-    config = {**CONFIG, "torch_dtype": stored}
-    tensors = released_tensors(config)
-    folder = write_checkpoint(tmp_path, config, tensors, num_shards=2)
-    model = AutoModelForCausalLM.from_pretrained(folder, **({} if asked is None else {"dtype": asked}))
-    if asked not in (None, "auto"):
-        tensors = {name: tensor.to(asked) for name, tensor in tensors.items()}
-    assert_holds(model, tensors)
-    assert logits(model).isfinite().all()
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -650,11 +637,3 @@ def test_config_that_is_not_json(tmp_path):
     (folder / "config.json").write_text('{"model_type": ')
     with pytest.raises(OSError, match=rf"{tmp_path}/config\.json.*not a valid JSON"):
         AutoModelForCausalLM.from_pretrained(folder)
-
-
-def test_state_dict_in_memory_is_complete_too():
-    config = GrinMoeConfig.from_dict(dict(CONFIG))
-    model = GrinMoeForCausalLM.from_pretrained(None, config=config, state_dict=dict(TENSORS), dtype=torch.bfloat16)
-    assert_holds(model, TENSORS)
-    with pytest.raises(ValueError, match=r"model\.norm\.bias"):
-        GrinMoeForCausalLM.from_pretrained(None, config=config, state_dict=without("model.norm.bias"))

@@ -246,26 +246,3 @@ def test_implementations_equal_the_reference(attention, experts):
     model = build(attention, experts, sliding_window=7)
     assert (model.config._attn_implementation, model.config._experts_implementation) == (attention, experts)
     assert_close(model(ids).logits[0], expected)
-
-
-def test_outputs_on_request():
-    model = build("eager")
-    batch, config = 2, model.config
-    ids = random_ids(batch, LENGTH)
-    plain = model(ids)
-    assert plain.hidden_states is plain.attentions is plain.router_logits is plain.aux_loss is None
-    outputs = model(ids, output_attentions=True, output_hidden_states=True, output_router_logits=True)
-    inner = model.model(ids, output_router_logits=True, output_selected_experts=True)
-
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    assert [x.shape for x in outputs.hidden_states] == [(batch, LENGTH, config.hidden_size)] * (layers + 1)
-    assert [x.shape for x in outputs.attentions] == [(batch, heads, LENGTH, LENGTH)] * layers
-    assert [x.shape for x in outputs.router_logits] == [(batch * LENGTH, config.num_local_experts)] * layers
-    assert [x.shape for x in inner.selected_experts] == [(batch * LENGTH, config.num_experts_per_tok)] * layers
-    assert outputs.aux_loss.shape == ()
-
-    assert torch.equal(outputs.logits, plain.logits)
-    assert torch.equal(outputs.hidden_states[0], model.model.embed_tokens(ids))
-    assert torch.equal(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
-    for from_head, from_model in zip(outputs.router_logits, inner.router_logits, strict=True):
-        assert torch.equal(from_head, from_model)

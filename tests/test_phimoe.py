@@ -270,19 +270,6 @@ def test_longrope_with_a_cache(length, prefill, longrope):
     assert relative_error(outputs, longrope_logits(config, tensors, ids[0].tolist(), length > ORIGINAL_LENGTH)) < LIMIT
 
 
-def test_crossing_with_a_cache_keeps_the_keys(longrope):
-    """As documented: a forward pass does not know the tokens, and finds the keys of the short factors."""
-    folder, config, tensors = longrope
-    model = GrinMoeForCausalLM.from_pretrained(folder)
-    ids = random_ids(config, ORIGINAL_LENGTH + 1)
-    cache = DynamicCache(config=model.config)
-    logits(model, ids[:, :-1], past_key_values=cache)
-    kept = cache.layers[0].keys[:, :, -3:].clone()
-    last = logits(model, ids[:, -1:], past_key_values=cache)[0, -1]
-    assert torch.equal(cache.layers[0].keys[:, :, -4:-1], kept)
-    assert relative_error(last, longrope_logits(config, tensors, ids[0].tolist())[-1]) > 1e-2
-
-
 GENERATION = [{}, {"cache_implementation": "static"}, {"num_beams": 2}]
 REAL_LENGTH = ORIGINAL_LENGTH - 2  # of the longest prompt in a batch
 

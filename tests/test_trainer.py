@@ -105,14 +105,6 @@ def finished(tmp_path_factory):
 NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
-def test_complete_checkpoints_have_no_problems(finished):
-    folder, _ = finished
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-7", "checkpoint-8", "checkpoint-9"]
-    for path in folder.iterdir():
-        assert find_problems(path) == []
-    assert last_complete_checkpoint(folder) == (str(folder / "checkpoint-9"), {})
-
-
 @pytest.mark.parametrize("name", NEEDED)
 def test_a_file_that_is_missing_or_cut_off_is_named(finished, tmp_path, name):
     checkpoint = tmp_path / "checkpoint-9"
@@ -688,16 +680,6 @@ def test_a_sequence_beyond_the_context_is_refused(tmp_path):
         row.pop("attention_mask")
     trainer.train()
     assert trainer.state.global_step == 2
-
-
-def test_counting_beforehand_costs_nothing_where_there_is_nothing_to_count_for(tmp_path):
-    trainer = runs.make_trainer(
-        tmp_path, runs.make_model(router_aux_loss_coef=0.0), exact_balance=True, accumulation=4, micro_batch=2
-    )
-    calls = []
-    trainer.model.register_forward_pre_hook(lambda *args: calls.append(1))
-    trainer.train()
-    assert len(calls) == 4 * runs.STEPS
 
 
 def test_what_cannot_be_right_is_refused(tmp_path, monkeypatch):
