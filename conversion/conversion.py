@@ -41,17 +41,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # Files that are copied from beside the weights. Remote code is skipped: the release's no longer imports.
 COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
-)
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "generation_config.json", "README.md", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 
 
 @dataclass
