@@ -13,15 +13,10 @@ FORM, MODEL_CHANGE, SAFETY = "Result", "Number of experts", "Safety"
 """Panels of `convert`'s options."""
 
 
-def check_exists(path: Path) -> None:
-    """Raise ValueError for a mistyped path or a name on the Hub, before anything heavy is imported."""
-    if not path.exists():
-        hint = "`hf download OWNER/NAME --local-dir FOLDER` fetches a checkpoint from the Hub"
-        raise ValueError(f"{path} does not exist: give the folder of a checkpoint; {hint}")
-
-
 def convert(
-    source: Annotated[Path, typer.Argument(help="folder of a checkpoint, a sharded one, or a LoRA adapter")],
+    source: Annotated[
+        Path, typer.Argument(exists=True, help="folder of a checkpoint, a sharded one, or a LoRA adapter")
+    ],
     destination: Annotated[Path, typer.Argument(help="folder to make; for gguf, the file")],
     to: Annotated[str, typer.Option(help="hub, fused, phimoe or gguf", rich_help_panel=FORM)],
     dtype: Annotated[
@@ -78,7 +73,6 @@ def convert(
     Example: grin-moe convert GRIN-MoE GRIN-MoE-phimoe --to phimoe
     """
     options = dict(locals())
-    check_exists(source)
     import conversion
 
     del options["as_json"]
@@ -107,7 +101,7 @@ def convert(
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="folder of a checkpoint of any form, or a GGUF file")],
+    path: Annotated[Path, typer.Argument(exists=True, help="folder of a checkpoint of any form, or a GGUF file")],
     verify: Annotated[bool, typer.Option("--verify", help="read every tensor; find NaN and infinite values")] = False,
     against: Annotated[Path | None, typer.Option(help="another checkpoint to compare with, bit by bit")] = None,
     config: Annotated[
@@ -120,7 +114,6 @@ def inspect(
 
     Example: grin-moe inspect GRIN-MoE-fused --against GRIN-MoE
     """
-    check_exists(path)
     import conversion
 
     with transfer("reading", as_json) as progress:

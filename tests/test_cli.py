@@ -46,7 +46,7 @@ def run_in_process(*arguments: str) -> tuple[int, str, set[str]]:
         (["--help"], 0, "convert"),
         (["inspekt"], 2, "inspect"),
         (["recipes", "ls"], 0, "sft"),
-        (["inspect", "microsoft/GRIN-MoE"], 1, "microsoft/GRIN-MoE does not exist: give the folder"),
+        (["inspect", "microsoft/GRIN-MoE"], 2, "does not exist"),
     ],
 )
 def test_nothing_heavy_is_imported_before_there_is_work(arguments, code, text):
