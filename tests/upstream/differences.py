@@ -30,7 +30,9 @@ DIFFERENCES = {
     "test_transformers.py::CausalLM::test_tp_backward": (
         "It compares two passes in training, and each draws its own routing noise; Phimoe fails alike."
     ),
-    "test_trl.py::TestDPOTrainer::test_train[[]*": "The released load-balance coefficient is 0, so trl logs no such loss.",
+    "test_trl.py::TestDPOTrainer::test_train[[]*": (
+        "The released load-balance coefficient is 0, so trl logs no such loss."
+    ),
     "test_trl.py::TestRewardTrainer::test_train*": (
         "They expect every parameter to move. SparseMixer gives a router a gradient at near ties alone, and the last "
         "layer's often has none. Phimoe fails as well, on the bias of its last norm."
