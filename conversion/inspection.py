@@ -3,10 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,45 +15,11 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .forms import model_class_of
 from .headers import ADAPTER_CONFIG_FILE, read_adapter_config
 from .pickles import find_dcp_folder, find_pickles
+from .summary import COMPLETE, FIELDS, Inspection
 from .tensors import ConversionError, StoredTensor, is_finite
 from .writing import Progress
 
-COMPLETE = "every tensor that the config asks for is there once, with its shape, and no other"
 VERIFIED = "every tensor is readable, and no value is NaN or infinite"
-FIELDS = (  # of the config, which decide what a model computes
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
-    "sliding_window", "hidden_act", "rms_norm_eps", "attention_bias", "lm_head_bias", "router_estimator",
-    "router_jitter_noise", "moe_output_scale", "tie_word_embeddings", "rope_parameters",
-)  # fmt: skip
-
-
-@dataclass
-class Inspection:
-    """Facts about a checkpoint.
-
-    Args:
-        config: the fields that decide what it computes; of a GGUF file its metadata, of an adapter peft's config.
-        parameters, active_parameters: in all, and used by one token.
-        dtypes: of the weights: name -> parameters.
-        files: of the weights: name -> bytes.
-        checks: what was found right, in words.
-        problems: what was found wrong, in sentences.
-        difference: from the checkpoint it was compared with: released tensors that differ -> largest absolute
-            difference; None where one is missing or has another shape, 0 where only dtype or signs of 0 differ.
-    """
-
-    path: str
-    form: str
-    model: str
-    config: dict[str, Any]
-    parameters: int
-    active_parameters: int
-    dtypes: dict[str, int]
-    files: dict[str, int]
-    checks: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    difference: dict[str, float | None] | None = None
 
 
 def inspect(

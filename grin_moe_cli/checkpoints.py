@@ -115,9 +115,11 @@ def inspect(
     Example: grin-moe inspect GRIN-MoE-fused --against GRIN-MoE
     """
     import conversion
+    from conversion.summary import summarize
 
-    with transfer("reading", as_json) as progress:
-        found = conversion.inspect(
+    is_plain = not (verify or against or config or weights_only)
+    with transfer("reading", as_json or is_plain) as progress:
+        found = (summarize(path) if is_plain else None) or conversion.inspect(
             path, verify=verify, against=against, config=config, weights_only=weights_only, progress=progress
         )
     if as_json:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from conversion import ConversionError, convert, inspect
+from conversion.summary import summarize
 from grin_moe_cli import app
 from modeling_grin import GrinMoeForCausalLM
 from modeling_grin.training import add_lora
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +50,42 @@ def test_what_is_there(folder, tensors):
     assert found.config["num_local_experts"] == 6
     assert found.config["sliding_window"] == 2047
     assert found.problems == [] and found.difference is None
+
+
+def test_a_summary_is_what_inspect_says(tmp_path, folder, tensors):
+    """Of the plain cases; of anything else there is none."""
+    model = GrinMoeForCausalLM.from_pretrained(folder, dtype="float32")
+    model.config.eos_token_id = model.config.pad_token_id = 3
+    model.save_pretrained(tmp_path / "saved")
+    convert(folder, tmp_path / "fused", to="fused", check=False)
+    changes = {"tied": {"tie_word_embeddings": True}, "no biases": {"attention_bias": False, "lm_head_bias": False}}
+    for name, change in {**changes, "heads": {"head_dim": 10, "sliding_window": None}}.items():
+        config = released_config(**change)
+        write_checkpoint(tmp_path / name, config, released_tensors(config))
+    for path in (folder, *tmp_path.iterdir()):
+        assert summarize(path) == inspect(path)
+
+    for number, change in enumerate((
+        {"model_type": "phimoe"}, {"architectures": ["PhimoeForCausalLM"]}, {"hidden_act": "gelu"},
+        {"vocab_size": 130}, {"hidden_size": "32"}, {"num_hidden_layers": 10**9}, {"rope_theta": None},
+        {"rope_scaling": {"type": "longrope"}}, {"quantization_config": {}}, {"text_config": {}},
+        {"num_experts_per_tok": 7}, {"router_estimator": "dense"}, {"hidden_act": ["silu"]},
+    )):  # fmt: skip
+        write_checkpoint(tmp_path / str(number), released_config(**change), tensors)
+        assert summarize(tmp_path / str(number)) is None, change
+    (tmp_path / "saved" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "fused" / "other.safetensors").write_bytes(b"")
+    assert all(summarize(tmp_path / name) is None for name in ("saved", "fused", "nowhere"))
+
+
+def test_a_summary_needs_no_torch(folder):
+    code = f"""
+import sys
+from pathlib import Path
+from conversion.summary import summarize
+assert summarize(Path({str(folder)!r})).form == "hub" and not {{"torch", "transformers"}} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def test_verify_finds_damage(tmp_path, tensors):

@@ -53,7 +53,7 @@ REFERENCE = {  # page: what it says, and the modules it shows
         "modeling_grin.planning.time", "modeling_grin.planning.parameters",
     ]),
     "conversion": ("Conversion", "Checkpoints of every form, read and written.", [
-        "conversion.conversion", "conversion.inspection", "conversion.checkpoint",
+        "conversion.conversion", "conversion.inspection", "conversion.summary", "conversion.checkpoint",
         "conversion.forms", "conversion.gguf_export", "conversion.adapters", "conversion.experts",
     ]),
     "publishing": ("Publishing", "Model cards, and the way to the Hub.", [
