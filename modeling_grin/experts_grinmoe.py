@@ -46,7 +46,11 @@ def run_experts(
     if any(p.shape[-1] * dtype.itemsize % ROW_BYTES for p in local):
         return module(tokens, top_k_index, top_k_weights, **keywords)
     cast = {name: parameter.to(dtype) for name, parameter in parameters.items()}
-    return functional_call(module, cast, (tokens, top_k_index, top_k_weights), keywords)
+    if tokens.device.type == "cpu":
+        return functional_call(module, cast, (tokens, top_k_index, top_k_weights), keywords)
+    # As linear layers do: CUDA's autocast leaves a LayerNorm's output in float32.
+    inputs = tokens.to(dtype), top_k_index, top_k_weights.to(dtype)
+    return functional_call(module, cast, inputs, keywords).to(tokens.dtype)
 
 
 def mix_experts(experts: nn.Module, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -8,13 +8,13 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .compat_grinmoe import CACHE, cache_name
 from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
+from .window_attention_grinmoe import can_use_flash
 
 SMALL_HEAD_DIMS = (8, 16)  # torch's flex_attention is wrong with these on CPUs that have AVX2 and no AVX512
 
 
 def create_mask(
     config: GrinMoeConfig,
-    *,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cache: Cache | None,
@@ -22,7 +22,8 @@ def create_mask(
 ) -> Any:
     """Create the causal mask with the released window, in the form that the attention implementation takes.
 
-    Where the window hides no key, it is left out: SDPA then gets no mask, and runs its flash kernel.
+    Where the window hides no key, or torch's flash kernel can apply it, it is left out: without padding and packing
+    there is no mask then.
     """
     if config._attn_implementation == "flex_attention":
         check_flex_attention(config, cache, inputs_embeds.device)
@@ -33,14 +34,14 @@ def create_mask(
     else:
         num_keys = inputs_embeds.shape[1] if attention_mask is None else attention_mask.shape[-1]
     window = visible.sliding_window
-    create = create_causal_mask if window is None or num_keys <= window else create_sliding_window_causal_mask
-    return create(
-        config=visible,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        **{CACHE: mask_cache},
-    )
+    given: dict[str, Any] = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+    given |= {"config": visible, "position_ids": position_ids, CACHE: mask_cache}
+    if window is None or num_keys <= window:
+        return create_causal_mask(**given)
+    is_first = num_keys == inputs_embeds.shape[1] and not getattr(cache, "is_compileable", False)
+    if is_first and can_use_flash(config, inputs_embeds) and create_causal_mask(**given) is None:
+        return None
+    return create_sliding_window_causal_mask(**given)
 
 
 def check_flex_attention(config: GrinMoeConfig, cache: Cache | None, device: torch.device) -> None:

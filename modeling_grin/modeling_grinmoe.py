@@ -38,6 +38,7 @@ from .routing_grinmoe import jitter_input, noise_settings, route
 from .saving_grinmoe import AtomicSavingMixin
 from .tables_grinmoe import list_adapter_targets
 from .training_grinmoe import LayerPass, OptimizerStepMixin
+from .window_attention_grinmoe import AttentionConfig
 
 
 @dataclass
@@ -49,6 +50,10 @@ class GrinMoeCausalLMOutput(MoeCausalLMOutputWithPast):
 
 class GrinMoeAttention(LlamaAttention):
     """Grouped-query attention with RoPE, optional biases and the released sliding window."""
+
+    def __init__(self, config: GrinMoeConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.config: Any = AttentionConfig(config)
 
     def forward(self, *args, **kwargs):
         # Masks carry the window for every implementation except FlashAttention, which takes it as an argument.
@@ -287,13 +292,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             past_length = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(past_length, past_length + inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = positions[None]
-        mask = create_mask(
-            self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache=cache,
-            position_ids=position_ids,
-        )
+        mask = create_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         if use_cache and cache is None:
             # Only now: transformers does not look for packed sequences if there is a cache.
             cache = DynamicCache(config=self.config)
