@@ -90,10 +90,8 @@ class Chunk(nn.Module):
         with self.autocast():
             output = self.decoder(**inputs, use_cache=False).last_hidden_state
             if self.is_last:
-                logits = self.lm_head(output)
-        if self.is_last:
-            assert self.loss_function is not None
-            return self.loss_function(logits, micro_batch)
+                assert self.loss_function is not None
+                return self.loss_function(output, micro_batch)
         rows, tokens, _ = self.shape
         return nn.functional.pad(output, (0, 0, 0, tokens - length, 0, rows - batch_size))
 
@@ -172,7 +170,7 @@ class Pipeline:
 
         Args:
             micro_batches: model inputs and labels, on the device; sizes may differ.
-            loss_function: takes logits and their micro-batch, and returns a scalar.
+            loss_function: takes the last hidden states and their micro-batch, and returns a scalar.
             autocast: the context of each forward pass.
         """
         sizes = torch.tensor([batch["input_ids"].shape for batch in micro_batches])

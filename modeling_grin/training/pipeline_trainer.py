@@ -59,14 +59,14 @@ class PipelineTrainerMixin(_Base):
         model, dp_size = self._pipeline.model, self._pipeline.mesh["dp"].size()
         num_items = num_items_in_batch.clamp(min=1)  # as in trl, where a step may have no labels
 
-        def loss_function(logits: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-            loss = model.loss_function(
-                logits,
-                inputs["labels"],
-                model.config.vocab_size,
-                num_items_in_batch=num_items,
-                shift_labels=inputs.get("shift_labels"),
-            )
+        def loss_function(hidden_states: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+            labels = inputs["labels"]
+            settings = {"num_items_in_batch": num_items, "shift_labels": inputs.get("shift_labels")}
+            computed = model.loss_without_logits(hidden_states, labels, **settings)
+            if computed is not None:
+                loss, _ = computed
+            else:
+                loss = model.loss_function(model.lm_head(hidden_states), labels, model.config.vocab_size, **settings)
             return loss * dp_size  # gradients are averaged
 
         return loss_function

@@ -201,28 +201,35 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
             )
         config = self._grin_model.config
         num_virtual, num_embedded = count_virtual_tokens(self._grin_model)
-        num_tokens, longest, ids = 0, 0, [0]
+        num_tokens: Any = 0
+        lengths: list[Any] = [0]
+        ids: list[Any] = [0]
         for batch in batches:
             for prefix in self._token_prefixes(batch):
                 input_ids, positions = batch[f"{prefix}input_ids"], batch.get(f"{prefix}position_ids")
                 batch_size, length = input_ids.shape
                 mask = batch.get(f"{prefix}attention_mask")
                 counted = counted_tokens(mask, batch_size, length, input_ids.device)
-                num_tokens += int(counted.sum()) + batch_size * num_embedded
+                num_tokens = num_tokens + counted.sum() + batch_size * num_embedded
                 # Rows may be several sequences one after the other, each with positions from 0.
-                length = length if positions is None else int(positions.max()) + 1
-                longest = max(longest, length + num_virtual)
-                ids += [int(input_ids.min()), int(input_ids.max())] if input_ids.numel() else []
-        num_labels = 1 if num_items_in_batch is None or not batches else int(num_items_in_batch)
+                length = length if positions is None else positions.max() + 1
+                lengths.append(length + num_virtual)
+                ids += input_ids.aminmax() if input_ids.numel() else []
+        num_labels = 1 if num_items_in_batch is None or not batches else num_items_in_batch
         is_first = self.state.global_step == self._first_step
         settings = self._common_settings() if is_first else {}
         fingerprint = int.from_bytes(hashlib.sha256(repr(settings).encode()).digest()[:7])
-        of_rank = torch.tensor(
-            [num_tokens, longest, num_labels, min(ids), max(ids), fingerprint],
-            dtype=torch.int64,
-            device=self.args.device,
+        device = self.args.device
+        of_rank = torch.stack(
+            [
+                put_number(num_tokens, device),
+                torch.stack([put_number(length, device) for length in lengths]).amax(),
+                put_number(num_labels, device),
+                *torch.stack([put_number(id, device) for id in ids]).aminmax(),
+                put_number(fingerprint, device),
+            ]
         )
-        of_ranks = self.accelerator.gather(of_rank[None])  # [ranks, 6]
+        of_ranks = self.accelerator.gather(of_rank[None]).cpu()  # [ranks, 6]; the host waits for a GPU here alone
 
         if (of_ranks[:, 5] != of_ranks[0, 5]).any():
             raise_on_differences(gather_object([settings]))
@@ -323,6 +330,13 @@ def count_virtual_tokens(model: nn.Module) -> tuple[int, int]:
     config = model.active_peft_config
     is_cached = config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
     return config.num_virtual_tokens, 0 if is_cached else config.num_virtual_tokens
+
+
+def put_number(number: torch.Tensor | int, device: torch.device) -> torch.Tensor:
+    """Return an integer as an int64 scalar on `device`; one that is there already is not waited for."""
+    if isinstance(number, torch.Tensor):
+        return number.to(device, torch.int64)
+    return torch.full((), number, dtype=torch.int64, device=device)
 
 
 def smoothed_next_token_loss(

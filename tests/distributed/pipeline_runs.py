@@ -46,10 +46,7 @@ def make_model(folder: Path, layout: dict[str, Any] | None, checkpoint: str, **s
     TrainingArguments(output_dir=folder, use_cpu=True)  # starts the process group
     settings = {"dtype": torch.float32, **settings}
     if layout is None:
-        model = GrinMoeForCausalLM.from_pretrained(folder / checkpoint, **settings)
-        # A head with a hook has whole logits, as in a pipeline: chunks round differently, and comparisons are of bits.
-        model.lm_head.register_forward_hook(lambda *_: None)
-        return model
+        return GrinMoeForCausalLM.from_pretrained(folder / checkpoint, **settings)
     return pipeline_model(folder / checkpoint, **layout, **settings)
 
 
