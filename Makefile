@@ -98,6 +98,9 @@ test-upstream: $(READY) ## Run the tests of transformers, peft and trl on ours a
 	$(PY) -m pip install -q -c constraints.txt -e ".[dev,upstream]"
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -c tests/upstream/pytest.ini -n $(WORKERS) tests/upstream $(PYTEST_ARGS)
 
+gpu: ## Measure everything on a GPU, in under ten minutes (PY=python where torch with CUDA is; GPU_ARGS="--debug")
+	PYTHONPATH=$(CURDIR) $(PY) -m benchmarks.gpu.run $(GPU_ARGS)
+
 lint: $(READY) ## Check style, formatting and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
