@@ -221,6 +221,17 @@ def infer(folder: Path, name: str, checkpoint: str, layout: dict[str, int] | Non
     }
 
 
+def replay(folder: Path, name: str, checkpoint: str, layout: dict[str, int] | None, routes: list) -> dict[str, Any]:
+    """One pass in training on `routes`, `[batch, sequence, layers, K]`: gradients, and the `experts` it chose."""
+    model = load(folder, checkpoint, layout).train()
+    ids, experts = torch.arange(5, 5 + 2 * runs.LENGTH).reshape(2, -1), torch.tensor(routes)
+    with model.replay_routing(experts):
+        outputs = model(ids, labels=ids, output_selected_experts=True)
+    outputs.loss.backward()
+    gradients = {name: full(parameter.grad) for name, parameter in model.named_parameters()}
+    return {"gradients": gradients, "experts": torch.stack(outputs.selected_experts, dim=1)}
+
+
 def refusals(folder: Path, name: str, attempts: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The messages of the ValueErrors that training runs end with, by the attempt's name."""
     messages = {}
@@ -232,7 +243,7 @@ def refusals(folder: Path, name: str, attempts: dict[str, dict[str, Any]]) -> di
     return messages
 
 
-RUNS = {run.__name__: run for run in (train, train_best, train_plain, infer, refusals)}
+RUNS = {run.__name__: run for run in (train, train_best, train_plain, infer, replay, refusals)}
 
 
 def main(folder: str | Path, cases_file: str | Path) -> None:
