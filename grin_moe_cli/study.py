@@ -98,6 +98,13 @@ def plan(
     checkpointing: Annotated[
         bool, typer.Option(help="recompute layers in the backward pass", rich_help_panel=STEP)
     ] = True,
+    lora_r: Annotated[
+        int,
+        typer.Option(help="ranks of LoRA on attention and experts; 0: all weights are trained", rich_help_panel=STEP),
+    ] = 0,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="hold LoRA's frozen weights in 4 bits", rich_help_panel=STEP)
+    ] = False,
     balance_loss: Annotated[
         bool | None,
         typer.Option(
@@ -132,7 +139,8 @@ def plan(
         model = GrinMoeConfig.from_pretrained(path, **sizes)
     if balance_loss is not None:  # its cost does not depend on the coefficient
         model.router_aux_loss_coef = (model.router_aux_loss_coef or 1.0) if balance_loss else 0.0
-    training = Training(micro_batch, global_batch, sequence, precision, optimizer, checkpointing)
+    step = micro_batch, global_batch, sequence, precision, optimizer, checkpointing
+    training = Training(*step, lora_r, load_in_4bit)
     assumptions = make_assumptions(assume or [], memory=memory * GB, devices_per_machine=devices_per_machine)
     estimates, left_out = make_plan(model, devices, training, assumptions)
     if as_json:

@@ -162,12 +162,17 @@ def test_gpus_to_chat_hold_whole_layers(row, bytes_per_weight):
 
 
 @pytest.mark.parametrize(
-    ("row", "precision"),
-    [("train all weights, bfloat16", "bfloat16"), ("train all weights, the recipes' float32 and bfloat16", "mixed")],
+    ("row", "settings"),
+    [
+        ("LoRA, 16 ranks", {"lora_r": 16}),
+        ("LoRA, 16 ranks, 4 bits", {"lora_r": 16, "load_in_4bit": True}),
+        ("train all weights, bfloat16", {"precision": "bfloat16"}),
+        ("train all weights, the recipes' float32 and bfloat16", {}),
+    ],
 )
-def test_gpus_to_train_are_the_planners(row, precision):
+def test_gpus_to_train_are_the_planners(row, settings):
     """The smallest number of GPUs for which a layout fits."""
-    training, written = Training(precision=precision), []
+    training, written = Training(**settings), []
     for memory in MEMORIES:
         plans = (plan(GrinMoeConfig(), gpus, training, assume([], memory=memory * GB))[0] for gpus in (1, 2, 4, 8, 16))
         fits = [any(estimate.fits and estimate.layout.ep == 1 for estimate in estimates) for estimates in plans]

@@ -9,8 +9,16 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from ..kernels.chunked_loss import CHUNK_TOKENS
-from .parameters import Parameters, embedding_tensors, head_tensors, layer_tensors, sum_counts
-from .setting import FLOAT32, INT64, OPTIMIZERS, Layout, Training, micro_batches, precision_of
+from .parameters import (
+    Parameters,
+    adapters_of_layer,
+    embedding_tensors,
+    head_tensors,
+    layer_tensors,
+    matrices_of_layer,
+    sum_counts,
+)
+from .setting import FLOAT32, FOUR_BITS, INT64, OPTIMIZERS, Layout, Training, micro_batches, precision_of
 
 BUFFERS = 2  # of RoPE, float32 [head_dim / 2] each
 
@@ -100,7 +108,19 @@ def saved_by_layer(config: PreTrainedConfig, layout: Layout, training: Training)
     routing += experts * size + 4 * precision.residual
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim * size
     sharded = heads + FLOAT32 * config.num_attention_heads + 4 * top_k * config.intermediate_size * size
-    return training.tokens * (hidden + routing + sharded / layout.tp)
+    saved = training.tokens * (hidden + routing + sharded / layout.tp)
+    if r := training.lora_r:
+        query, is_low = config.num_attention_heads * config.head_dim, size < FLOAT32
+        products = 4 * r * FLOAT32 + 2 * top_k * r * size
+        copies = (3 * config.hidden_size + query) * FLOAT32 * (training.precision == "bfloat16")
+        if training.load_in_4bit:
+            factors = adapters_of_layer(config, training) * size
+        else:
+            fused = experts * r * (2 * config.hidden_size + 3 * config.intermediate_size)
+            factors = fused * (FLOAT32 + is_low * size)
+        linear = 2 * top_k * config.hidden_size * size * training.load_in_4bit  # rows and outputs of single experts
+        saved += training.tokens * (products + copies + linear) + factors
+    return saved
 
 
 def saved_by_checkpoint(config: PreTrainedConfig, layout: Layout, training: Training) -> float:
@@ -121,13 +141,16 @@ def activations(config: PreTrainedConfig, layout: Layout, training: Training, st
       and up, twice as large, after two [T K, F] are freed. Earlier micro-batches' gradients are held beside them.
       Under autocast also: the experts' outputs in float32 while they are weighed again; or the gradients of all
       experts in low precision and of gate and up in float32, after the experts' activations and copies are freed.
+
+    Frozen weights have no gradients.
     """
     precision, tokens = precision_of(layout, training), training.tokens
     dense_copies, expert_copies = copied_by_autocast(config, layout, training)
     layer = saved_by_layer(config, layout, training) + dense_copies + expert_copies
     kept = saved_by_checkpoint(config, layout, training) if training.checkpointing else layer
     hidden, slots = tokens * config.hidden_size, tokens * config.num_experts_per_tok
-    weight = head_tensors(config)[2].local(layout) * precision.compute
+    is_trained = not training.lora_r
+    weight = head_tensors(config)[2].local(layout) * precision.compute * is_trained
     head = hidden * (precision.residual + precision.compute) + 2 * tokens * INT64 + weight * precision.autocast
     logits = tokens * config.vocab_size * FLOAT32
     if layout.tp == layout.pp == 1:
@@ -141,6 +164,8 @@ def activations(config: PreTrainedConfig, layout: Layout, training: Training, st
     gate_up, down = (tensor.local(layout) * precision.compute for tensor in layer_tensors(config)[-2:])
     inside, outputs = slots * config.intermediate_size * precision.compute / layout.tp, slots * config.hidden_size
     in_layer = max(down + inside + outputs * precision.compute, gate_up - 2 * inside)
+    if not is_trained:
+        in_layer = max(inside + outputs * precision.compute, 2 * inside)
     if precision.autocast:
         if layout.pp == 1:
             forward += dense_copies * stage.layers * training.checkpointing
@@ -154,16 +179,17 @@ def activations(config: PreTrainedConfig, layout: Layout, training: Training, st
 
 def gathered_bytes(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
     """Bytes that FSDP2 gathers: two layers' weights (one is prefetched) and a layer's gradients before and after they
-    are scattered. In a pipeline, the whole stage's, from the first micro-batch to the last."""
+    are scattered, if it is trained. In a pipeline, the whole stage's, from the first micro-batch to the last."""
     if layout.fsdp == 1:
         return 0
     precision, config = precision_of(layout, training), pad_sizes(config, layout)
+    reduced = precision.reduced * (not training.lora_r)
     if layout.pp > 1:
-        return stage.parameters(config).local(layout) * (precision.gathered + precision.reduced)
+        return stage.parameters(config).local(layout) * (precision.gathered + reduced)
     layer = sum_counts(layer_tensors(config)).local(layout) if stage.layers else 0
     # The tail stays gathered from forward to backward.
     tail = sum_counts(head_tensors(config)).local(layout) if stage.head else 0
-    return (2 * layer + tail) * precision.gathered + (layer + layer / layout.fsdp) * precision.reduced
+    return (2 * layer + tail) * precision.gathered + (layer + layer / layout.fsdp) * reduced
 
 
 def output_bytes(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
@@ -200,14 +226,21 @@ def stage_memory(config: PreTrainedConfig, layout: Layout, training: Training, s
     count = stage.parameters(pad_sizes(config, layout)).local(replace(layout, ep=1)) / layout.fsdp
     visible = training.sequence if config.sliding_window is None else config.sliding_window + 1
     buckets = layout.dp_replicate > 1 and layout.fsdp == 1  # DDP copies gradients (gradient_as_bucket_view=False)
+    frozen, learnt = 0.0, count * precision.weights
+    gradients, reduced = count * precision.gradients, count * precision.reduced
+    if training.lora_r:
+        frozen, learnt = learnt, stage.layers * adapters_of_layer(config, training) * FLOAT32
+        gradients = reduced = learnt
+        if training.load_in_4bit:
+            frozen -= stage.layers * matrices_of_layer(config) * (precision.weights - FOUR_BITS)
     return Memory(
-        weights=count * precision.weights,
-        gradients=count * precision.gradients,
-        optimizer=count * OPTIMIZERS[training.optimizer] * precision.weights,
+        weights=frozen + learnt,
+        gradients=gradients,
+        optimizer=learnt * OPTIMIZERS[training.optimizer],
         activations=activations(config, layout, training, stage),
         communication=gathered_bytes(config, layout, training, stage)
         + output_bytes(config, layout, training, stage)
-        + buckets * count * precision.reduced,
+        + buckets * reduced,
         buffers=BUFFERS * config.head_dim * FLOAT32 // 2 + (training.sequence > visible) * training.sequence**2,
     )
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-from .setting import Layout
+from .setting import Layout, Training
 
 
 class Parameters(NamedTuple):
@@ -50,6 +50,20 @@ def head_tensors(config: PreTrainedConfig) -> list[Parameters]:
     weight = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     norm = [Parameters(replicated=config.hidden_size)] * 2
     return [*norm, Parameters(sharded=weight), Parameters(sharded=config.vocab_size * config.lm_head_bias)]
+
+
+def adapters_of_layer(config: PreTrainedConfig, training: Training) -> int:
+    """The numbers in a layer's LoRA on attention and on each expert's fused matrices, in 4 bits on all three."""
+    hidden, query = config.hidden_size, config.num_attention_heads * config.head_dim
+    attention = 2 * (hidden + query) + 2 * (hidden + config.num_key_value_heads * config.head_dim)
+    experts = (2 + training.load_in_4bit) * hidden + 3 * config.intermediate_size
+    return training.lora_r * (attention + config.num_local_experts * experts)
+
+
+def matrices_of_layer(config: PreTrainedConfig) -> int:
+    """The numbers in a layer's matrices of attention and experts, which quantisers take."""
+    query, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return config.hidden_size * (2 * (query + keys) + 3 * config.num_local_experts * config.intermediate_size)
 
 
 def active_parameters(total: int, experts: int, top_k: int, num_experts: int) -> int:

@@ -37,6 +37,8 @@ PRECISIONS = {
     "mixed": Precision(4, 2, 4, 4),  # `bf16: true` in the recipes, under FSDP2; otherwise AUTOCAST
 }
 AUTOCAST = Precision(4, 2, 4, 4, autocast=True)
+MIXED_LORA = Precision(2, 2, 4, 4)  # autocast over frozen bfloat16 weights, which it does not copy
+FOUR_BITS = 0.516  # bytes of a number in nf4 with double quantisation, scales included
 OPTIMIZERS = {"adamw": 2, "sgd_momentum": 1, "sgd": 0}  # moments per weight, in the weights' precision
 
 
@@ -51,8 +53,14 @@ class Training:
     optimizer: str = "adamw"
     checkpointing: bool = True
     """Activation checkpointing: a layer keeps its input and is computed again in the backward pass."""
+    lora_r: int = 0
+    """Ranks of LoRA on attention and experts, in float32, whole on every rank; 0: all weights are trained. Frozen
+    weights are bfloat16 in mixed precision."""
+    load_in_4bit: bool = False  # the frozen matrices of attention and experts, nf4 with double quantisation
 
     def __post_init__(self) -> None:
+        if self.lora_r < 0 or (self.load_in_4bit and not self.lora_r):
+            raise ValueError(f"lora_r must be at least {int(self.load_in_4bit)}; got {self.lora_r}")
         for field in ("micro_batch", "global_batch", "sequence"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1; got {getattr(self, field)}")
@@ -99,7 +107,9 @@ class Layout:
 
 
 def precision_of(layout: Layout, training: Training) -> Precision:
-    """The recipes' mixed precision is FSDP2's, and autocast in pipelines and where FSDP2 is not used."""
+    """The recipes' mixed precision is FSDP2's, autocast in pipelines and where FSDP2 is not used, and LoRA's own."""
+    if training.precision == "mixed" and training.lora_r:
+        return MIXED_LORA
     autocast = training.precision == "mixed" and (layout.fsdp == 1 or layout.pp > 1)
     return AUTOCAST if autocast else PRECISIONS[training.precision]
 

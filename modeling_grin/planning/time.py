@@ -7,8 +7,8 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from .memory import BUFFERS, Stage, copied_by_autocast, pad_sizes, saved_by_layer, stage_memory, stages
-from .parameters import layer_tensors, sum_counts
-from .setting import FLOAT32, INT64, Assumptions, Layout, Training, micro_batches, precision_of
+from .parameters import adapters_of_layer, layer_tensors, matrices_of_layer, sum_counts
+from .setting import FLOAT32, FOUR_BITS, INT64, Assumptions, Layout, Training, micro_batches, precision_of
 
 MULTIPLY_ADD = 2  # FLOPs of a matmul, per parameter and token
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes of gradients that DDP reduces together: the first ones, later ones
@@ -45,7 +45,7 @@ def communication(
     - FSDP2, per micro-batch: each group of weights is gathered forward and backward, last norm and head once; their
       gradients are reduced and scattered. In a pipeline all of this happens once per step. With replicas (HSDP), the
       shards are then summed once per step.
-    - DDP, once per step: gradients, in buckets, and the buffers of rank 0.
+    - DDP, once per step: gradients, in buckets, and the buffers of rank 0. LoRA's gradients, in every layout.
     - Expert parallelism, per micro-batch and layer: [K T, H] there and back, forward, backward and again.
     - Pipeline, per micro-batch: [T, H] to the next stage, its gradient to the previous one. Once: the loss.
     - Load-balance loss, per micro-batch: counts, int64 [layers, E], over all ranks; in a pipeline over the
@@ -77,11 +77,12 @@ def communication(
     kept = sides - 1 if stage.head else 0  # last norm and head stay gathered from forward to backward
     gathers, size = repeats * (sides * len(dense) - kept), repeats * (sides * sum(dense) - kept * dense[-1])
     send("FSDP weights", "all_gather", gathers, size * precision.gathered, layout.fsdp, width)
-    count, size = repeats * len(dense), repeats * sum(dense) * precision.reduced
+    reduced = precision.reduced * (not training.lora_r)
+    count, size = repeats * len(dense), repeats * sum(dense) * reduced
     send("FSDP gradients", "reduce_scatter", count, size, layout.fsdp, width)
     shards, layers, size = layout.fsdp // layout.ep, repeats * stage.layers, repeats * sum(experts)
     send("FSDP experts", "all_gather", sides * layers, sides * size * precision.gathered, shards, width * layout.ep)
-    send("FSDP expert gradients", "reduce_scatter", layers, size * precision.reduced, shards, width * layout.ep)
+    send("FSDP expert gradients", "reduce_scatter", layers, size * reduced, shards, width * layout.ep)
     exchanges = (4 + 2 * again) * m * stage.layers
     size = exchanges * hidden * config.num_experts_per_tok * precision.compute
     send("EP tokens", "all_to_all", exchanges, size, layout.ep, width)
@@ -90,12 +91,15 @@ def communication(
     if layout.fsdp > 1:
         shard = (sum(dense) + sum(experts) * layout.ep) / layout.fsdp
         calls = len(dense) + stage.layers * (layout.ep > 1)
-        send("HSDP gradients", "all_reduce", calls, shard * precision.reduced, layout.dp_replicate, stride)
+        send("HSDP gradients", "all_reduce", calls, shard * reduced, layout.dp_replicate, stride)
     else:
-        tensors = [tensor.local(layout) * precision.reduced for group in stage.groups(config) for tensor in group]
+        tensors = [tensor.local(layout) * reduced for group in stage.groups(config) for tensor in group]
         buckets = count_buckets(reversed(tensors))
         send("DDP gradients", "all_reduce", buckets, sum(tensors), layout.dp_replicate, stride)
         send("DDP buffers", "broadcast", 1, BUFFERS * config.head_dim * FLOAT32 // 2, layout.dp_replicate, stride)
+
+    adapters = stage.layers * adapters_of_layer(config, training)  # two for each of four projections, and two
+    send("DDP adapters", "all_reduce", 12 * stage.layers, adapters * FLOAT32, layout.data_parallel, width)
 
     parts = m * layout.interleave
     sends = 2 * parts - m * (stage.embedding + stage.head)
@@ -147,10 +151,10 @@ def speeds(layout: Layout, training: Training, assumptions: Assumptions) -> tupl
 def layer_time(config: PreTrainedConfig, layout: Layout, training: Training, assumptions: Assumptions) -> float:
     """Seconds of a layer, forward and backward, one micro-batch, without communication.
 
-    Matmuls run once forward, twice backward, and once more with checkpointing; the experts' take at least as long as
-    reading their weights. Everything else is memory traffic: saved activations are written and read forward, read
-    backward, and their gradients written and read. Autocast copies weights before each forward pass and casts their
-    gradients back.
+    Matmuls run once forward, twice backward (once, if weights are frozen), and once more with checkpointing; the
+    experts' take at least as long as reading their weights. Everything else is memory traffic: saved activations are
+    written and read forward, read backward, and their gradients written and read. Autocast copies weights before each
+    forward pass and casts their gradients back.
     """
     precision, again = precision_of(layout, training), int(training.checkpointing)
     peak, bandwidth = speeds(layout, training, assumptions)
@@ -162,14 +166,16 @@ def layer_time(config: PreTrainedConfig, layout: Layout, training: Training, ass
     if config.num_local_experts == 1:  # a dense layer neither sorts its tokens nor weighs its outputs
         saved -= 2 * training.tokens * config.hidden_size * precision.compute
     copies = sum(copied_by_autocast(config, layout, training)) * (1 + precision.weights / precision.compute)
-    return (3 + again) * matmuls + ((5 + 2 * again) * saved + (2 + again) * copies) / bandwidth
+    if training.load_in_4bit:  # each pass unpacks the matrices, and reads them
+        copies = matrices_of_layer(config) * (FOUR_BITS + 2 * precision.compute)
+    return (2 + (not training.lora_r) + again) * matmuls + ((5 + 2 * again) * saved + (2 + again) * copies) / bandwidth
 
 
 def head_time(config: PreTrainedConfig, layout: Layout, training: Training, assumptions: Assumptions) -> float:
     """Seconds of head and loss, forward and backward; float32 logits are read or written six times."""
     peak, bandwidth = speeds(layout, training, assumptions)
     size = training.tokens * config.vocab_size
-    flops = 3 * MULTIPLY_ADD * size * config.hidden_size / layout.tp
+    flops = (2 + (not training.lora_r)) * MULTIPLY_ADD * size * config.hidden_size / layout.tp
     return flops / peak + 6 * size * FLOAT32 / bandwidth
 
 
