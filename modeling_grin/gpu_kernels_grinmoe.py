@@ -22,9 +22,19 @@ TOKENS_PER_PROGRAM = 64  # of the choice of experts
 PAIRS_PER_PROGRAM = 1024  # of elements of a row, to be jittered
 
 
+def is_on() -> bool:
+    """Whether GPU kernels are not switched off."""
+    return IS_ON
+
+
+def can_launch(tensor: torch.Tensor) -> bool:
+    """Whether there is Triton, and `tensor` where its kernels run."""
+    return triton is not None and tensor.is_cuda
+
+
 def use_kernels(tensor: torch.Tensor) -> bool:
     """Whether the kernels compute what follows from `tensor`; they do in float32, or less."""
-    return IS_ON and triton is not None and tensor.is_cuda and tensor.dtype != torch.float64
+    return is_on() and can_launch(tensor) and tensor.dtype != torch.float64
 
 
 def jit(kernel: Callable) -> Any:

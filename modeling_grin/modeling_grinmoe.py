@@ -17,7 +17,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -34,6 +34,7 @@ from .lora_experts_grinmoe import Lora, lora_experts_forward
 from .masks_grinmoe import create_mask
 from .noise_grinmoe import random_keys, split_keys
 from .replay_grinmoe import RoutingReplayMixin
+from .rope_grinmoe import GrinMoeRotaryEmbedding
 from .routing_grinmoe import jitter_input, noise_settings, route
 from .saving_grinmoe import AtomicSavingMixin
 from .tables_grinmoe import list_adapter_targets
@@ -60,33 +61,6 @@ class GrinMoeAttention(LlamaAttention):
         return super().forward(*args, sliding_window=VisibleWindowConfig(self.config).sliding_window, **kwargs)
 
 
-class GrinMoeRotaryEmbedding(LlamaRotaryEmbedding):
-    """RoPE of any type; LongRoPE as in the remote code of Phi-3.5-MoE, with the release's own scales.
-
-    A forward pass uses LongRoPE's long factors if a row goes beyond `original_max_position_embeddings`, by its
-    positions. Cached keys keep their rotation; `generate` computes them again where the factors change.
-    """
-
-    def __init__(self, config: GrinMoeConfig):
-        super().__init__(config)
-        rope: dict[str, Any] = dict(config.rope_parameters or {})
-        self.mscales = None
-        if self.rope_type == "longrope" and rope.get("long_mscale") is not None:
-            self.mscales = rope["short_mscale"], rope["long_mscale"]
-            self.original_length = rope["original_max_position_embeddings"]
-            self.attention_scaling = 1.0  # replaced by the release's
-
-    @torch.no_grad()
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines `[rows, positions, head_dim]` of `position_ids` `[rows, positions]`, in `x`'s dtype."""
-        if self.mscales is None:
-            return super().forward(x, position_ids)
-        short_mscale, long_mscale = self.mscales
-        mscale = torch.where(position_ids.max() >= self.original_length, long_mscale, short_mscale)
-        cos, sin = super().forward(mscale, position_ids)  # float32 until they are scaled
-        return (cos * mscale).to(x.dtype), (sin * mscale).to(x.dtype)
-
-
 class GrinMoeExperts(MixtralExperts):
     """A layer's experts, `w2(act(w1 x) * (w3 x))`: `gate_up_proj` `[E, 2F, H]` is w1 above w3, `down_proj` w2."""
 
@@ -107,8 +81,7 @@ class GrinMoeExperts(MixtralExperts):
             return self.forward_with_lora(hidden_states, top_k_index, top_k_weights, lora)
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
-    forward_with_lora = lora_experts_forward
-    """The package sets its own."""
+    forward_with_lora = lora_experts_forward  # the package sets its own
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`[tokens, 2F] -> [tokens, F]`, in the experts implementations that are not one fused kernel."""

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import gpu_kernels_grinmoe as gpu
+from .gpu_kernels_grinmoe import choose as choose_in_kernel
+from .gpu_kernels_grinmoe import jitter as jitter_in_kernel
+from .gpu_kernels_grinmoe import use_kernels
 from .noise_grinmoe import random_keys, uniform
 
 # Heun's third-order rule evaluates f' at the end of the ray with weight 1/4 and at its first third with weight 3/4
@@ -151,7 +153,7 @@ class Choices(NamedTuple):
 
 def runs_in_kernel(router_logits: torch.Tensor, noise: Noise) -> bool:
     """Whether a GPU kernel chooses; it takes logits of any precision up to float32, and -inf among them."""
-    return not isinstance(noise, RoutingNoise) and gpu.use_kernels(router_logits)
+    return not isinstance(noise, RoutingNoise) and use_kernels(router_logits)
 
 
 def choose(
@@ -170,7 +172,7 @@ def choose(
     """
     if runs_in_kernel(router_logits, noise):
         settings = top_k, jitter_eps, end_probability, argmax_exception
-        return Choices(*gpu.choose(router_logits, getattr(noise, "keys", None), *settings))
+        return Choices(*choose_in_kernel(router_logits, getattr(noise, "keys", None), *settings))
     if isinstance(noise, TokenKeys):
         noise = None if noise.keys is None else draw_noise(router_logits, top_k, keys=noise.keys)
     available = torch.ones_like(router_logits, dtype=torch.bool)
@@ -420,8 +422,8 @@ def jitter_input(hidden_states: torch.Tensor, input_jitter_noise: float, keys: t
     Args:
         keys: int64 `[T]`, which decide the numbers.
     """
-    if gpu.use_kernels(hidden_states):
-        return gpu.jitter(hidden_states, input_jitter_noise, keys)
+    if use_kernels(hidden_states):
+        return jitter_in_kernel(hidden_states, input_jitter_noise, keys)
     return _JitterInput.apply(hidden_states, input_jitter_noise, keys)
 
 

@@ -10,9 +10,9 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from . import gpu_kernels_grinmoe as gpu
 from .configuration_grinmoe import GrinMoeConfig
 from .experts_grinmoe import autocast_dtype
+from .gpu_kernels_grinmoe import is_on
 
 SDPA_WITH_WINDOW = "grinmoe_sdpa"
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -25,7 +25,7 @@ def can_use_flash(config: GrinMoeConfig, inputs_embeds: torch.Tensor) -> bool:
     head_dim: Any = config.head_dim
     return (
         config._attn_implementation == "sdpa"
-        and gpu.IS_ON
+        and is_on()
         and inputs_embeds.is_cuda
         and (autocast_dtype("cuda") or inputs_embeds.dtype) in FLASH_DTYPES
         and head_dim <= MAX_HEAD_DIM

@@ -50,7 +50,7 @@ def loops(experts, hidden_states, chosen, weights):
 @torch.no_grad()
 def test_equals_loops(monkeypatch, num_tokens, top_k):
     """Sizes that no block divides; experts that no token chose among them."""
-    monkeypatch.setattr(gpu, "use_kernels", lambda tensor: True)
+    monkeypatch.setattr(gpu, "can_launch", lambda tensor: True)
     experts, inputs = make_experts(), make_inputs(num_tokens, top_k)
     assert uses_few_slots_kernel(experts, inputs[0], inputs[1])
     expected = loops(experts, *inputs)
@@ -64,7 +64,7 @@ def test_is_for_a_few_tokens_of_inference(monkeypatch):
     few = hidden_states[:-1], chosen[:-1]
     with torch.no_grad():
         assert not uses_few_slots_kernel(experts, *few), "on a CPU"
-        monkeypatch.setattr(gpu, "use_kernels", lambda tensor: True)
+        monkeypatch.setattr(gpu, "can_launch", lambda tensor: True)
         assert uses_few_slots_kernel(experts, *few)
         assert not uses_few_slots_kernel(experts, hidden_states, chosen), "many slots"
         assert not uses_few_slots_kernel(experts, few[0].bfloat16(), few[1]), "weights of another dtype"

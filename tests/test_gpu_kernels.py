@@ -20,7 +20,7 @@ NUM_TOKENS = 1300  # times 1 + 2 + 3 + 4 choices, times 4 numbers of experts: 52
 @pytest.fixture
 def kernels(monkeypatch):
     """Kernels take the place of the torch code, in large programs, which the interpreter runs faster."""
-    monkeypatch.setattr(gpu, "use_kernels", lambda tensor: True)
+    monkeypatch.setattr(gpu, "can_launch", lambda tensor: True)
     monkeypatch.setattr(gpu, "TOKENS_PER_PROGRAM", 512)
 
 
@@ -51,7 +51,7 @@ def assert_equal_routing(logits, top_k, **settings):
         zeros = torch.zeros(top_k, *logits.shape)
         noise = RoutingNoise(zeros, zeros[..., 0]) if settings["training"] else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "use_kernels", lambda tensor: False)
+        patch.setattr(gpu, "can_launch", lambda tensor: False)
         expected = route(oracle, top_k, **settings, noise=noise)
     assert torch.equal(routing.experts, expected.experts)
     assert routing.weights.dtype == torch.float32
@@ -116,7 +116,7 @@ def test_jitter_is_exact(kernels, shape):
     keys, results = make_keys(shape[0]), []
     for use in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gpu, "use_kernels", lambda tensor, use=use: use)
+            patch.setattr(gpu, "can_launch", lambda tensor, use=use: use)
             leaf = hidden.clone().requires_grad_()
             output = jitter_input(leaf, 0.01, keys)
             results.append((output, *torch.autograd.grad(output, leaf, upstream)))
@@ -154,7 +154,7 @@ def test_a_training_step_has_three_launches_a_layer_and_the_same_gradients(kerne
     ours = training_step(model, model, ids)
     kinds = [gpu.jitter_kernel, gpu.choose_kernel, gpu.choose_backward_kernel]
     assert [launched.count(kind) for kind in kinds] == [4, 2, 2], "jitter is its own backward pass"
-    monkeypatch.setattr(gpu, "use_kernels", lambda tensor: False)
+    monkeypatch.setattr(gpu, "can_launch", lambda tensor: False)
     for actual, expected in zip(ours, training_step(model, model, ids), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 

@@ -38,3 +38,10 @@ def test_our_kernels_count_as_one(counted):
     assert {name: operators["train_forward"]["by_operator"][name] for name in ("jitter", "choose")} == {
         "jitter": 1, "choose": 1
     }  # fmt: skip
+
+
+def test_rows_beyond_the_window_stay_in_flash():
+    """Counting fails where SDPA gets a mask."""
+    found = count_all(GrinMoeConfig(), rows=2, length=4096, batch_size=1)["ours"]["layer"]
+    forward, backward = (found[part]["by_operator"] for part in ("train_forward", "train_backward"))
+    assert (forward["_flash_attention_forward"], backward["_flash_attention_backward"]) == (1, 3)

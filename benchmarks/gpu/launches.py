@@ -24,7 +24,7 @@ from transformers import AutoModel, DynamicCache, MistralConfig, PhimoeConfig
 
 from benchmarks.measure import show
 from conversion.phimoe_config import phimoe_config
-from modeling_grin import GrinMoeConfig, gpu_kernels_grinmoe
+from modeling_grin import GrinMoeConfig, gpu_kernels_grinmoe, masks_grinmoe
 
 # Kernels that a call launches on CUDA, where it is not one. A stable sort of 16k numbers is a radix sort; index_put
 # with accumulation sorts its indices; a scan has two passes; grouped_mm prepares its pointers first.
@@ -32,7 +32,7 @@ KERNELS = {
     **dict.fromkeys(("sort", "argsort"), 10),
     "index_put": 14,
     **dict.fromkeys(("cumsum", "cummax", "_grouped_mm", "topk"), 2),
-    **dict.fromkeys(("native_layer_norm_backward",), 3),
+    **dict.fromkeys(("native_layer_norm_backward", "_flash_attention_backward"), 3),
     **dict.fromkeys(("nonzero", "few_slots_experts"), 3),
     "embedding_dense_backward": 14,
     **dict.fromkeys(("empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh", "alias"), 0),
@@ -118,7 +118,8 @@ def counting() -> Iterator[Count]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(nn.functional, "scaled_dot_product_attention", attend))
-        stack.enter_context(mock.patch.object(gpu_kernels_grinmoe, "use_kernels", return_value=True))
+        stack.enter_context(mock.patch.object(gpu_kernels_grinmoe, "can_launch", return_value=True))
+        stack.enter_context(mock.patch.object(masks_grinmoe, "can_use_flash", return_value=True))
         stack.enter_context(count)
         yield count
 
