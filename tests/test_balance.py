@@ -217,6 +217,17 @@ def test_bound_of_what_later_micro_batches_would_change():
     assert tightest > 0.7, "and it is no idle bound"
 
 
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 5])
+def test_micro_batches_of_equal_routing_add_up_to_the_whole_step(model, num_micro_batches):
+    batch = random_batch(0, padding=3)
+    expected = gradients_of_the_balance_loss(model, batch)
+    model.begin_step(3, seed=1, num_tokens=num_micro_batches * batch["attention_mask"].sum().item())
+    for _ in range(num_micro_batches):
+        (0 * model(**batch).loss).backward()
+    found = gradients(model)
+    assert_gradients_close({name: found[name] for name in expected}, expected)
+
+
 def test_without_a_step_a_micro_batch_acts_by_its_share_of_the_labels(model, caplog):
     """Plain Trainer gives the number of labels of the accumulation window, and adds the micro-batches' losses up."""
     batch = random_batch(0, padding=3)
@@ -246,11 +257,63 @@ def test_forward_passes_without_a_gradient_are_not_counted(model):
     assert_gradients_close({name: found[name] for name in expected}, expected)
 
 
+def test_gradient_reaches_the_router_through_the_softmax_alone(model):
+    batch = random_batch(0)
+    model.config.router_aux_loss_coef = 0.5
+    (0 * model(**batch).loss).backward()
+    last = model.model.layers[-1].block_sparse_moe
+    assert last.gate.weight.grad.abs().max() > 0
+    assert last.experts.down_proj.grad.abs().max() == 0
+
+
 def test_a_mask_that_says_nothing_of_padding_counts_every_token(model):
     ids = torch.arange(20).reshape(2, 10)
     causal = torch.ones(10, 10).tril().log()[None, None].expand(2, 1, 10, 10)
     four_d = model.eval()(ids, attention_mask=causal, output_router_logits=True).aux_loss
     assert four_d.item() == pytest.approx(model(ids, output_router_logits=True).aux_loss.item(), rel=1e-5)
+
+
+def test_a_mask_that_numbers_packed_sequences_counts_each_token_once():
+    generator = torch.Generator().manual_seed(0)
+    logits, experts = torch.randn(12, 6, generator=generator), torch.randint(0, 6, (12, 2), generator=generator)
+    numbered = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0]])
+    expected = load_balancing_loss((logits,), (experts,), (numbered != 0).long())
+    assert load_balancing_loss((logits,), (experts,), numbered).item() == expected.item()
+
+
+@pytest.mark.parametrize("estimator", ["sparsemixer_v2", "sparsemixer_v2_star", "gshard", "dense"])
+def test_under_autocast_its_gradient_stays_in_float32(model, estimator):
+    model.config.router_estimator = estimator
+    batch = random_batch(0, padding=2)
+    found = []
+    for autocast in (False, True):
+        model.config.router_aux_loss_coef = 0.5
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output = model(**batch, output_router_logits=True)
+        assert output.aux_loss.dtype == torch.float32
+        (0 * output.loss).backward()
+        found.append(gradients(model)["model.layers.1.block_sparse_moe.gate.weight"])
+    cosine = torch.nn.functional.cosine_similarity(found[0].flatten(), found[1].flatten(), dim=0)
+    assert cosine > 0.99 and found[1].norm().item() == pytest.approx(found[0].norm().item(), rel=0.1)
+
+
+def test_float16_needs_the_loss_scale(model):
+    batch = random_batch(0, padding=2)
+    model.config.router_aux_loss_coef = 0.5
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match="gradient_scale"):
+        model(**batch)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model.begin_step(0, gradient_scale=scaler.get_scale())
+    with torch.autocast("cpu", dtype=torch.float16):
+        output = model(**batch)
+    scaler.scale(0 * output.loss).backward()
+    scaler.unscale_(optimizer)
+    found = gradients(model)
+    model.begin_step(None)
+    expected = gradients_of_the_balance_loss(model, batch)
+    gate = "model.layers.1.block_sparse_moe.gate.weight"
+    assert found[gate].norm().item() == pytest.approx(expected[gate].norm().item(), rel=0.02)
 
 
 def test_a_classifier_learns_with_it_too(model):

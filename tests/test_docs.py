@@ -71,7 +71,11 @@ def run(command: str, release: Path) -> None:
             path.write_text(path.read_text("utf-8").replace("microsoft/GRIN-MoE", str(release)))
     elif words[:2] == ["python", "recipes/data.py"]:
         typer.main.get_command(_typer(data.main)).main([*words[2:], *QUICK["data"]], standalone_mode=False)
-    elif words[:2] == ["accelerate", "launch"] and {"--num_processes", "--pipeline_parallel_size"} & set(words):
+    elif words[:2] == ["accelerate", "launch"] and {
+        "--config_file",
+        "--num_processes",
+        "--pipeline_parallel_size",
+    } & set(words):
         files = [word for word in words if word.endswith((".py", ".yaml"))]  # test_launch launches with every file
         assert all(Path(file).is_file() for file in files), command
         script = next(file for file in files if file.endswith(".py"))

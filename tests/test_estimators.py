@@ -190,6 +190,19 @@ def test_inference_follows_each_methods_own_rule(estimator):
     assert routing.mixture is None
 
 
+@pytest.mark.parametrize("num_experts", [1, 3, 64])
+@pytest.mark.parametrize("estimator", ROUTER_ESTIMATORS)
+def test_any_number_of_experts_and_any_top_k(estimator, num_experts):
+    z = torch.randn(40, num_experts, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for top_k in {1, min(2, num_experts), min(3, num_experts)} if estimator not in TOP_K else {1}:
+        torch.manual_seed(0)
+        routing = route(z, top_k, EPS, estimator=estimator, training=True)
+        assert routing.weights.shape == routing.experts.shape == (40, top_k)
+        assert all(len(set(row)) == top_k for row in routing.experts.tolist())
+        (gradient,) = torch.autograd.grad(routing.weights.sum(), z)
+        assert torch.isfinite(gradient).all()
+
+
 def test_greedy_training_takes_the_best_experts_with_the_estimators_gradient():
     z = torch.randn(64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for estimator in ("sparsemixer_v2", "sparsemixer_v2_star"):
@@ -201,6 +214,22 @@ def test_greedy_training_takes_the_best_experts_with_the_estimators_gradient():
         (ours,) = torch.autograd.grad(greedy.weights.sum(), z)
         (expected,) = torch.autograd.grad(factor * inference.weights.sum(), z)
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("estimator", ROUTER_ESTIMATORS)
+def test_greedy_training_is_one_setting(estimator):
+    """`router_sampling=False`: training routes as inference does, and twice alike."""
+    model = tiny_model(
+        router_estimator=estimator, num_experts_per_tok=TOP_K.get(estimator, 2), router_sampling=False,
+        input_jitter_noise=0.0,
+    )  # fmt: skip
+    ids = torch.arange(40).reshape(2, 20)
+    logits = model.train()(ids).logits
+    assert torch.equal(logits, model(ids).logits)
+    torch.testing.assert_close(logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
+    model.config.router_sampling = True
+    sampled = [model.train()(ids).logits for _ in range(2)]
+    assert torch.equal(*sampled) == (estimator in ("gshard", "dense"))
 
 
 @pytest.mark.parametrize(("estimator", "top_k"), [("sparsemixer", 2), ("gshard", 5), ("sparsemixer_v2", 0)])
@@ -220,6 +249,40 @@ def tiny_model(**settings):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_frozen_router_learns_nothing_and_everything_else_does(reloaded, tmp_path):
+    model = tiny_model(freeze_router=True)
+    if reloaded:
+        model.save_pretrained(tmp_path)
+        model = GrinMoeForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(40).reshape(2, 20)
+    model.train()(ids, labels=ids).loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == [f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2)]
+    model.save_pretrained(tmp_path)
+    thawed = GrinMoeForCausalLM.from_pretrained(tmp_path, freeze_router=False)
+    assert all(parameter.requires_grad for parameter in thawed.parameters())
+
+
+@pytest.mark.parametrize("estimator", ROUTER_ESTIMATORS)
+def test_trains_and_the_checkpoint_records_the_estimator(estimator, tmp_path):
+    model = tiny_model(router_estimator=estimator, num_experts_per_tok=TOP_K.get(estimator, 2)).train()
+    ids = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+    model.save_pretrained(tmp_path)
+    reloaded = GrinMoeForCausalLM.from_pretrained(tmp_path)
+    assert reloaded.config.router_estimator == estimator
+    assert torch.equal(reloaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
 def test_output_scale_of_sparsemixer_is_learnt_and_saved(tmp_path):
     model = tiny_model(router_estimator="sparsemixer", num_experts_per_tok=1, moe_output_scale=True).train()
     ids = torch.arange(40).reshape(2, 20)
@@ -235,3 +298,17 @@ def test_output_scale_of_sparsemixer_is_learnt_and_saved(tmp_path):
     model.save_pretrained(tmp_path)
     reloaded = GrinMoeForCausalLM.from_pretrained(tmp_path).model.layers[0].block_sparse_moe
     assert torch.equal(reloaded.output_scale, block.output_scale)
+
+
+def test_output_scale_begins_as_ones_on_a_checkpoint_without_it(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    scaled = GrinMoeForCausalLM.from_pretrained(tmp_path, moe_output_scale=True)
+    ids = torch.arange(20)[None]
+    assert torch.equal(scaled.model.layers[1].block_sparse_moe.output_scale, torch.ones(16))
+    assert torch.equal(scaled.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_sparsemixer_is_refused_for_more_than_one_choice():
+    with pytest.raises(ValueError, match="num_experts_per_tok=2 must be 1: router_estimator='sparsemixer'"):
+        GrinMoeConfig(router_estimator="sparsemixer")

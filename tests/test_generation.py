@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -422,3 +424,34 @@ def test_continuous_batching_equals_generate(attention, window):
         ids = torch.tensor([request])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), **{**settings, "eos_token_id": None})
         assert answer.generated_tokens == expected[0, len(request) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kept", "positions"),
+    [(0, range(8)), (1, [7]), (5, range(3, 8)), (8, range(8)), (torch.tensor([2, 5]), [2, 5])],
+    ids=str,
+)
+def test_logits_to_keep(kept, positions):
+    model, ids = build(), random_ids(2, 8)
+    assert_close(model(ids, logits_to_keep=kept).logits, model(ids).logits[:, list(positions)], 1e-6)
+
+
+def test_a_stopped_row_is_padded_while_the_others_go_on(prompts):
+    model = build()
+    free = generate(model, *prompts, do_sample=False)
+    stop = free[0, 2].item()
+    stopped = generate(model, *prompts, do_sample=False, eos_token_id=stop, pad_token_id=0)
+    for row, row_free in zip(stopped.tolist(), free.tolist(), strict=True):
+        end = row_free.index(stop) + 1 if stop in row_free else NEW_TOKENS
+        assert row == (row_free[:end] + [0] * NEW_TOKENS)[: len(row)]
+
+
+def test_selected_experts_come_with_the_logits():
+    config = released_config(torch_dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        model = GrinMoeForCausalLM.from_pretrained(write_checkpoint(Path(folder), config, released_tensors(config)))
+    output = model.eval()(torch.arange(6)[None], output_selected_experts=True)
+    inner = model.model(torch.arange(6)[None], output_selected_experts=True)
+    assert len(output.selected_experts) == 2
+    assert all(map(torch.equal, output.selected_experts, inner.selected_experts))
+    assert "router_logits" not in output

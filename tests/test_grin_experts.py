@@ -105,6 +105,14 @@ def test_frozen_weights_get_no_gradient(frozen):
     assert_close(*found, 1e-13)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 90])
+def test_inference_equals_training(num_tokens):
+    experts, (tokens, index, weights, _) = make_experts("grinmoe"), make_inputs(num_tokens, 2)
+    expected = experts(tokens, index, weights)
+    with torch.no_grad():
+        torch.testing.assert_close(experts(tokens, index, weights), expected, rtol=1e-13, atol=1e-14)
+
+
 def test_under_autocast_weights_and_their_gradients_stay_in_float32():
     inputs = make_inputs(300, 2)
     expected = run(make_experts("eager", kind=PhimoeExperts), *inputs)
@@ -127,6 +135,14 @@ def test_what_it_does_not_cover_is_left_to_transformers(settings):
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
     swiglu = run(make_experts("grinmoe", torch.float32), *inputs)
     assert not torch.allclose(found[0][0], swiglu[0])
+
+
+def test_it_has_one_derivative():
+    experts, (tokens, index, weights, _) = make_experts("grinmoe"), make_inputs(5, 2)
+    tokens.requires_grad_()
+    (grad,) = torch.autograd.grad(experts(tokens, index, weights).square().sum(), tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_keeps_gate_and_up_alone():
@@ -175,3 +191,15 @@ def test_is_the_default_and_stock_models_may_name_it():
     expected = stock(ids).logits
     stock.set_experts_implementation("grinmoe")
     torch.testing.assert_close(stock(ids).logits, expected)
+
+
+@pytest.mark.parametrize("module", [__name__, "a_notebook"])
+def test_can_be_changed_in_a_users_own_class(module):
+    """Whose module does not repeat what transformers looks for in the source, or has none."""
+    Own = type("Own", (GrinMoeForCausalLM,), {"__module__": module})
+    model = Own(GrinMoeConfig(hidden_size=H, intermediate_size=F, num_local_experts=E, num_attention_heads=4,
+                              num_key_value_heads=2, num_hidden_layers=1))  # fmt: skip
+    model.set_experts_implementation("eager")
+    model.set_attn_implementation("eager")
+    implementations = {(c._experts_implementation, c._attn_implementation) for c in (model.config, model.model.config)}
+    assert implementations == {("eager", "eager")}

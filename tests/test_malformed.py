@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, TrainerState
 
 import conversion
-from conversion import ConversionError
+from conversion import ConversionError, convert
 from conversion.conversion import check_settings
 from conversion.headers import read_config
 from modeling_grin import GrinMoeConfig
 from modeling_grin.publishing import card as cards
+from modeling_grin.publishing.push import push
 from modeling_grin.training import find_problems
 
 OTHERS = [None, True, -1, 2**70, 1.5, float("inf"), "x", [], [1], {"a": {"b": 1}}]
@@ -176,3 +177,14 @@ def test_training_checkpoints(tmp_path):
         (folder / name).write_text("[" * 100_000)
         assert f"{name} is cut off or damaged" in find_problems(folder)
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def test_settings_are_refused_before_any_work(model, tmp_path):
+    """Found when the result was loaded to be checked, after everything had been written."""
+    written: list[int] = []
+    for text, message in (("1", "got a JSON int"), ('{"max_new_tokens": "x"}', "is not usable: ")):
+        (model / "generation_config.json").write_text(text)
+        with pytest.raises(ConversionError, match=rf"generation_config\.json .*{message}"):
+            convert(model, tmp_path / "result", to="hub", progress=lambda done, total: written.append(done))
+        assert not written and [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert any("generation_config.json" in problem for problem in push(model, "me/x", dry_run=True).problems)

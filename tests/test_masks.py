@@ -9,10 +9,11 @@ from checkpoints import FLEX_SIZES, released_config, released_tensors
 from reference import reference_logits
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_flash_attention_utils import _process_flash_attention_kwargs
 
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, route
 
 pytestmark = pytest.mark.usefixtures("far_from_ties")
 ATTENTION = ["eager", "sdpa", "flex_attention"]
@@ -246,3 +247,62 @@ def test_implementations_equal_the_reference(attention, experts):
     model = build(attention, experts, sliding_window=7)
     assert (model.config._attn_implementation, model.config._experts_implementation) == (attention, experts)
     assert_close(model(ids).logits[0], expected)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_no_window(attention):
+    """sliding_window=None: everything before is seen, as with a window that reaches back to the first token."""
+    ids = random_ids(2, LENGTH)
+    logits = build(attention, sliding_window=None)(ids).logits
+    assert_close(logits, build(attention, sliding_window=LENGTH - 1)(ids).logits)
+    assert relative_error(build(attention, sliding_window=LENGTH - 2)(ids).logits[:, -1], logits[:, -1]) > 1e-4
+
+
+def test_flash_attention_gets_the_positions_that_mark_packed_sequences(flash_stand_in):
+    position_ids = torch.tensor([[*range(LENGTH - 9), *range(9)]])
+    build(flash_stand_in.name)(random_ids(1, LENGTH), position_ids=position_ids)
+    assert all(torch.equal(call["position_ids"], position_ids) for call in flash_stand_in.calls)
+
+
+def test_own_experts_function_is_called():
+    calls = []
+
+    def own_experts(experts, hidden_states, top_k_index, top_k_weights):
+        calls.append(top_k_index)
+        output = torch.zeros_like(hidden_states)
+        for token, (chosen, weights) in enumerate(zip(top_k_index.tolist(), top_k_weights, strict=True)):
+            for expert, weight in zip(chosen, weights, strict=True):
+                gate, up = linear(hidden_states[token], experts.gate_up_proj[expert]).chunk(2)
+                inner = torch.nn.functional.silu(gate) * up
+                output[token] += weight * linear(inner, experts.down_proj[expert])
+        return output
+
+    ids = random_ids(2, LENGTH)
+    ALL_EXPERTS_FUNCTIONS.register("own_experts", own_experts)
+    try:
+        logits = build(experts="own_experts")(ids).logits
+    finally:
+        del ALL_EXPERTS_FUNCTIONS._global_mapping["own_experts"]
+    assert [call.shape for call in calls] == [(2 * LENGTH, 2)] * 2  # once per layer
+    assert_close(logits, build(experts="eager")(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["attn", "experts"])
+def test_unknown_implementation_is_refused(kind):
+    message = f'`{kind}_implementation="misspelt"` is not supported'
+    names = {"attn": {"attention": "misspelt"}, "experts": {"experts": "misspelt"}}[kind]
+    with pytest.raises(ValueError, match=message):
+        build(**names)
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        getattr(model, f"set_{kind}_implementation")("misspelt")
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_router_logits_reproduce_the_selected_experts(experts):
+    model = build(experts=experts)
+    outputs = model.model(random_ids(2, LENGTH), output_router_logits=True, output_selected_experts=True)
+    for logits, selected in zip(outputs.router_logits, outputs.selected_experts, strict=True):
+        routing = route(logits, model.config.num_experts_per_tok, model.config.router_jitter_noise, training=False)
+        assert torch.equal(routing.experts, selected)
+        assert len(selected.unique()) > model.config.num_experts_per_tok

@@ -164,6 +164,20 @@ def test_packed_sequences_draw_what_they_draw_alone(model):
     assert (unaware - alone).abs().max() > 1e-2
 
 
+def test_embeddings_without_ids_on_another_device_than_the_cpu():
+    config = GrinMoeConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=64,
+        intermediate_size=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = GrinMoeForCausalLM(config).to(torch.bfloat16).train()
+        embeddings, mask = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((2, 8, 16), (2, 1, 8, 8)))
+    keys = []
+    model.model.layers[0].block_sparse_moe.register_forward_pre_hook(lambda module, args: keys.append(args[1].keys))
+    model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
+    assert keys[0].device.type == "meta" and keys[0].shape == (2, 16)
+
+
 def test_embeddings_without_ids_are_sampled_by_row_and_position(model):
     embeddings = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(0)).expand(2, 8, 16)
     model.begin_step(0)
@@ -186,3 +200,19 @@ def test_routing_and_input_jitter_draw_different_noise(model, monkeypatch):
     block(torch.ones(1, 50, 16))
     numbers = (seen["jittered"] - 0.9) / 0.2  # U(0.9, 1.1) of ones
     assert abs(torch.corrcoef(torch.stack([numbers.flatten(), uniform(seen["routing"], 16).flatten()]))[0, 1]) < 0.2
+
+
+def test_layers_draw_different_noise(model):
+    seen = []
+    for layer in model.model.layers:
+        layer.block_sparse_moe.gate.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0].detach().clone())
+        )
+    state = torch.ones(1, 4, 16)
+    original = [layer.block_sparse_moe.forward for layer in model.model.layers]
+    for layer, forward in zip(model.model.layers, original, strict=True):
+        layer.block_sparse_moe.forward = lambda states, *args, forward=forward: forward(state, *args)
+    model(torch.arange(4)[None])
+    jitters = torch.stack(seen).flatten(1)
+    assert jitters.unique(dim=0).shape[0] == 3
+    assert jitters.flatten().unique().numel() == jitters.numel()

@@ -1,5 +1,6 @@
 """The wheel: what it holds, what it asks for, and that it works where the checkout is out of sight."""
 
+import functools
 import importlib.metadata
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from snippets import Interpreter, bash_lines, snippets
+from snippets import DOCUMENTS, Interpreter, bash_lines, snippets
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("modeling_grin", "conversion", "grin_moe_cli", "recipes", "model_cards")
@@ -85,14 +86,26 @@ def test_tested_versions_satisfy_the_declared_ranges(metadata):
     assert pins[0].name == "torch", "torch is installed first"
 
 
-# The README's install lines, then its Python snippet, with the newest versions that setup.py allows.
+# The README's install line, then every Python snippet, with the newest versions that setup.py allows.
 
 README = ROOT / "README.md"
+BESIDE = {"llama"}  # extras whose installation takes minutes
+
+
+def install_lines(document):
+    """Arguments of the `pip install` lines of a document."""
+    return [shlex.split(line)[2:] for line in bash_lines(document) if line.startswith("pip install")]
+
+
+def extras(document):
+    """The extras that a page needs beyond the README's."""
+    named = {extra for line in install_lines(document) for word in line for extra in re.findall(r"\w+(?=[\],])", word)}
+    return sorted(named - BESIDE - {"train"})
 
 
 @pytest.fixture(scope="module")
 def fresh_environment(wheel, tmp_path_factory):
-    """The Python of an environment made by the README's install lines.
+    """An environment made by the README's install lines, and a function that adds the extras of the pages.
 
     The wheel stands for the repository's address. The build of torch depends on the machine and can be GBs, so the one
     that runs this test is linked. Compiling unused modules is left out. Needs a package registry.
@@ -109,23 +122,42 @@ def fresh_environment(wheel, tmp_path_factory):
             pytest.skip(f"the package registry cannot be reached: {done.stderr.strip().splitlines()[-1]}")
         assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
 
-    lines = [shlex.split(line)[2:] for line in bash_lines(README) if line.startswith("pip install")]
-    torch_line, grin_line = lines
+    torch_line, grin_line = install_lines(README)
     assert torch_line == ["torch"]
     torch = importlib.metadata.distribution("torch")
     for name in {file.parts[0] for file in torch.files if file.parts[0] != ".."}:
         (site / name).symlink_to(torch.locate_file(name))
     assert grin_line[0].endswith("@ git+REPOSITORY")
     install(*[word.replace("git+REPOSITORY", wheel.as_uri()) for word in grin_line])
-    yield python
+    more = ",".join(sorted({extra for document in DOCUMENTS for extra in extras(document) if snippets(document)}))
+    yield python, functools.cache(lambda: install(f"grin-moe[{more}] @ {wheel.as_uri()}"))
     shutil.rmtree(folder)  # pytest would keep three of these, a GB each
 
 
-@pytest.mark.slow
-def test_readme_works_in_a_fresh_environment(fresh_environment, tiny_release, tmp_path):
-    interpreter = Interpreter(fresh_environment, tiny_release, PYTHONPATH="", HF_HUB_OFFLINE="1")
-    (snippet,) = snippets(README)
-    status, output = interpreter.run(snippet, tmp_path)
+@pytest.fixture(scope="module")
+def fresh_interpreter(fresh_environment, tiny_release):
+    interpreter = Interpreter(fresh_environment[0], tiny_release, PYTHONPATH="", HF_HUB_OFFLINE="1")
+    yield interpreter
     interpreter.close()
-    assert status == 0, output
-    assert "convert" in run(fresh_environment.with_name("grin-moe"), "--help", cwd=tmp_path, PYTHONPATH="")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "document",  # those that need more than the README's line come last
+    [pytest.param(page, id=page.name) for page in sorted(DOCUMENTS, key=extras) if snippets(page)],
+)
+def test_snippets_run_in_a_fresh_environment(document, fresh_environment, fresh_interpreter, tmp_path):
+    blocks = snippets(document)
+    if blocks and extras(document):
+        fresh_environment[1]()
+    for number, snippet in enumerate(blocks):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        status, output = fresh_interpreter.run(snippet, folder)
+        assert status == 0, f"{document.name}, snippet {number}\n{output}"
+
+
+@pytest.mark.slow
+def test_command_runs_in_a_fresh_environment(fresh_environment, tmp_path):
+    command = fresh_environment[0].with_name("grin-moe")
+    assert "convert" in run(command, "--help", cwd=tmp_path, PYTHONPATH="")

@@ -423,3 +423,16 @@ def test_longrope_however_it_is_loaded(settings, longrope, tmp_path):
     if "dtype" not in settings:
         ids = random_ids(config, LONG_LENGTH)
         assert relative_error(logits(model, ids)[0], longrope_logits(config, tensors, ids[0].tolist())) < LIMIT
+
+
+def test_longrope_saved_and_loaded(longrope, tmp_path):
+    folder, config, _ = longrope
+    model = GrinMoeForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is GrinMoeForCausalLM
+    assert again.config.rope_parameters == model.config.rope_parameters
+    assert again.config.sliding_window == config["sliding_window"]
+    for length in (ORIGINAL_LENGTH, LONG_LENGTH):
+        ids = random_ids(config, length)
+        assert torch.equal(logits(again, ids), logits(model, ids))

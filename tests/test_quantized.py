@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    TorchAoConfig,
     Trainer,
     TrainingArguments,
 )
@@ -395,3 +398,38 @@ def test_experts_are_never_left_unquantized_in_silence(checkpoint, config, tenso
     block.experts[4].w3, block.gate = replaced, bnb.nn.Linear4bit(64, 6, bias=False)
     with pytest.raises(ValueError, match=r"has quantised the router model\.layers\.1\.block_sparse_moe\.gate"):
         check_quantized(model)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForSequenceClassification])
+def test_other_heads(checkpoint, tmp_path, auto_class):
+    causal = load_quantized(checkpoint, NF4)
+    causal.save_pretrained(tmp_path)
+    for folder, settings in ((checkpoint, {"quantization_config": BitsAndBytesConfig(**NF4)}), (tmp_path, {})):
+        model = load(folder, auto_class=auto_class, **settings)
+        assert all(isinstance(linear, bnb.nn.Linear4bit) for linear in expert_linears(model))
+        decoder = model if auto_class is AutoModel else model.model
+        assert torch.equal(decoder(IDS).last_hidden_state, causal.model(IDS).last_hidden_state)
+        assert auto_class is AutoModel or type(model.score) is nn.Linear
+
+
+def test_the_kind_of_modules_cannot_be_changed_later(checkpoint):
+    for built, asked in (("linear", "eager"), ("eager", "linear")):
+        model = load(checkpoint, experts_implementation=built)
+        with pytest.raises(ValueError, match="give it to from_pretrained"):
+            model.set_experts_implementation(asked)
+        model.set_experts_implementation(built)
+
+
+def test_torchao_int8(checkpoint, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = load(checkpoint, quantization_config=config)
+    for linear in expert_linears(model):
+        assert type(linear.weight).__name__ == "Int8Tensor"
+    assert all(type(layer.block_sparse_moe.gate.weight) is nn.Parameter for layer in model.model.layers)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(load(tmp_path)), logits_of(model))
+    adapted = get_peft_model(model, LORA).train()
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    gradients = {name: p.grad for name, p in adapted.named_parameters() if "lora_B" in name}
+    assert all(gradient.any() for gradient in gradients.values())

@@ -8,7 +8,9 @@ from transformers.models.phimoe.modeling_phimoe import sparsemixer as stock_spar
 
 from modeling_grin import GrinMoeConfig, RoutingNoise, draw_noise, route
 from modeling_grin.modeling_grinmoe import GrinMoeSparseMoeBlock
+from modeling_grin.noise_grinmoe import fold_in, split_keys
 from modeling_grin.routing_grinmoe import ROUTER_ESTIMATORS, jitter_input
+from modeling_grin.training_grinmoe import LayerPass, TrainingPass
 
 EPS = 0.15  # wide enough for several kept experts on random logits
 
@@ -215,6 +217,11 @@ def test_low_precision_logits_are_routed_in_float32():
     assert torch.equal(routing.weights, exact.weights) and torch.equal(routing.experts, exact.experts)
 
 
+def make_layer_pass(keys):
+    """A pass that has the layer's `keys`, and no balance loss."""
+    return LayerPass(TrainingPass(torch.ones(len(keys), dtype=torch.bool), None, None, None), split_keys(keys))
+
+
 @pytest.fixture
 def block():
     config = GrinMoeConfig(
@@ -226,6 +233,32 @@ def block():
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.5, generator=generator)
     return block
+
+
+def test_block_gradients_equal_the_closed_form(block):
+    """Gate and experts, draws fixed, float64: the router gets dz from <g, Expert(x)>, the experts c p_D g."""
+    hidden = random_logits(num_tokens=24, num_experts=16, seed=4).requires_grad_()
+    upstream = random_logits(num_tokens=24, num_experts=16, seed=5)
+    keys = torch.empty(24, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(7))
+    output, logits, experts = block.train()(hidden[None], make_layer_pass(keys))
+    (output[0] * upstream).sum().backward()
+
+    noise = draw_noise(logits, 2, keys=fold_in(keys, 0))
+    x = hidden.detach()
+    gate = block.gate.weight.detach()
+    gate_up = block.experts.gate_up_proj.detach().clone().requires_grad_()
+    down = block.experts.down_proj.detach().clone().requires_grad_()
+    expert_outputs = torch.stack(  # [expert, token, hidden]
+        [(torch.nn.functional.silu(x @ w[:12].T) * (x @ w[12:].T)) @ v.T for w, v in zip(gate_up, down, strict=True)]
+    )
+    chosen = expert_outputs[experts.T, torch.arange(24)]  # [k, token, hidden]
+    weights, closed_experts, dz = closed_form(x @ gate.T, 2, 0.3, noise, (chosen.detach() * upstream).sum(-1).T)
+    assert torch.equal(experts, closed_experts) and (weights < 0.5).any()
+    torch.testing.assert_close(output[0].detach(), (weights.T[..., None] * chosen).sum(0).detach())
+    torch.testing.assert_close(block.gate.weight.grad, dz.T @ x, rtol=1e-9, atol=1e-12)
+    (weights.T[..., None] * chosen * upstream).sum().backward()
+    torch.testing.assert_close(block.experts.gate_up_proj.grad, gate_up.grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(block.experts.down_proj.grad, down.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_input_jitter_is_applied_once_out_of_place_and_in_training_only(block):
@@ -256,6 +289,11 @@ def test_input_jitter_is_unbiased_in_low_precision(block, dtype):
     jittered = jitter_input(torch.ones(1000, 100, dtype=dtype), 0.01, keys)
     assert jittered.dtype == dtype
     assert jittered.float().mean().item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_unknown_estimator_is_named():
+    with pytest.raises(ValueError, match="no_such_estimator"):
+        route(random_logits(), 2, 0.01, estimator="no_such_estimator", training=True)
 
 
 @pytest.mark.parametrize("num_tokens", [3, 700])

@@ -7,6 +7,7 @@ import random
 import re
 import shlex
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -529,3 +530,17 @@ def test_single_set_of_a_phimoe_checkpoint(reported, release, tmp_path, monkeypa
     ):
         result = CliRunner().invoke(app, ["routing", "phimoe", "--data", "chats=chats.jsonl", *arguments])
         assert isinstance(result.exception, ValueError) and message in str(result.exception)
+
+
+def test_memory_does_not_grow_with_the_tokens():
+    choices = torch.arange(TOP_K).repeat(50, 1)
+
+    def memory(num_rows):
+        tracemalloc.start()
+        counts = synthetic(choices[:1].expand(num_rows, -1), [1] * num_rows)
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        return size, sum(value.nbytes for value in vars(counts).values() if isinstance(value, torch.Tensor))
+
+    (few, few_bytes), (many, many_bytes) = memory(200), memory(1000)
+    assert many_bytes == few_bytes and many < few + 20_000

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from checkpoints import fused, released_config, released_tensors, write_checkpoint
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -275,3 +275,48 @@ def test_what_is_not_quantised_is_not_warned_of(wrap, model):
     with CaptureLogger(logger) as log:
         model(input_ids=IDS)
     assert not log.out
+
+
+def test_prefix_tuning_of_the_sequence_classifier(checkpoint):
+    """peft gives the prefix as past_key_values: zero values change nothing but the softmax's denominator."""
+    model = GrinMoeForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
+    tuned = get_peft_model(model, PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4))
+    mask = torch.ones_like(IDS)
+    prefix = tuned.get_prompt(batch_size=2)
+    expected = model.eval()(IDS, attention_mask=torch.ones(2, 16), past_key_values=prefix).logits
+    outputs = tuned.eval()(input_ids=IDS, attention_mask=mask, labels=torch.tensor([0, 2]))
+    torch.testing.assert_close(outputs.logits, expected)
+    assert (outputs.logits - model(IDS, attention_mask=mask).logits).abs().max() > 1e-4
+    tuned.train()(input_ids=IDS, attention_mask=mask, labels=torch.tensor([0, 2])).loss.backward()
+    assert tuned.prompt_encoder.default.embedding.weight.grad.abs().max() > 0
+
+
+def test_a_decoder_that_the_file_has_under_another_name_is_an_error(checkpoint):
+    class Renamed(GrinMoePreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.backbone = GrinMoeModel(config)
+            self.post_init()
+
+    with pytest.raises(ValueError, match=r"backbone\.embed_tokens\.weight is missing"):
+        Renamed.from_pretrained(checkpoint)
+
+
+def test_onnx_computes_the_same(model, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    shapes = ({0: "batch", 1: "sequence"},)
+    torch.onnx.export(Logits(), (IDS,), dynamo=True, dynamic_shapes=shapes).save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    for ids in (IDS, IDS.reshape(3, 8)):
+        (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(ids).logits.detach(), rtol=1e-5, atol=1e-5)

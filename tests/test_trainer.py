@@ -695,3 +695,55 @@ def test_what_cannot_be_right_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(trainer.accelerator.state.__dict__, "fsdp_plugin", plugin)
     with pytest.raises(ValueError, match=r"draws dropout again .*expert_dropout=0\.1"):
         trainer._check_support()
+
+
+def test_counting_beforehand_draws_nothing(tmp_path):
+    """Dropout is drawn as without `exact_balance`: the first step's loss is the same to the last bit."""
+    arguments = {**runs.RESUME_ARGUMENTS, "save_strategy": "no", "accumulation": 2, "max_steps": 1}
+    losses = []
+    for exact_balance in (False, True):
+        trainer = runs.make_killed_trainer(tmp_path, exact_balance=exact_balance, **arguments)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_only_the_model_may_be_saved(tmp_path):
+    trainer = runs.make_killed_trainer(tmp_path, save_only_model=True, save_total_limit=1)
+    trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-9"]
+    assert find_problems(tmp_path / "checkpoint-9") == []
+    assert not (tmp_path / "checkpoint-9" / "optimizer.pt").exists()
+
+
+def test_a_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch):
+    trainer = runs.make_killed_trainer(tmp_path)
+
+    def fail(output_dir):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(trainer, "_save_scaler", fail)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["_incomplete"]
+    assert trainer._get_output_dir(None) == str(tmp_path)
+
+
+def test_a_metric_that_is_nan_is_never_the_best(tmp_path):
+    trainer = runs.make_killed_trainer(tmp_path, eval_dataset=runs.Rows(4), save_steps=2, **BEST)
+    scores = {**SCORES, 2: float("nan"), 8: float("nan")}
+    trainer.compute_metrics = lambda prediction: {"score": scores[trainer.state.global_step]}
+    trainer.train()
+    assert trainer.state.best_global_step == 6
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 1, 10, 10).tril(), torch.ones(2, 10).long()])
+def test_tokens_are_counted_as_the_model_counts_them(tmp_path, mask):
+    trainer = runs.make_trainer(tmp_path, runs.make_model())
+    batch = {"input_ids": torch.arange(20).reshape(2, 10)} | ({} if mask is None else {"attention_mask": mask})
+    trainer.state.max_steps, trainer._initial_global_step = 1, 0
+    trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    assert trainer._announced["num_tokens"] == 20
+    for unusable in ({"inputs_embeds": torch.zeros(2, 10, 32)}, [1, 2]):
+        with pytest.raises(ValueError, match="batches must be mappings with input_ids"):
+            trainer.get_batch_samples(iter([unusable]), 1, torch.device("cpu"))
