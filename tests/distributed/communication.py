@@ -110,8 +110,8 @@ def train_step(model: nn.Module, batches: list[torch.Tensor], optimizer: torch.o
     optimizer.zero_grad(set_to_none=replicated)
 
 
-def loss_of(model, logits, inputs):
-    return model.loss_function(logits, inputs["labels"], model.config.vocab_size)
+def loss_of(model, hidden_states, inputs):
+    return model.loss_without_logits(hidden_states, inputs["labels"])[0]
 
 
 def count_buffers(model: nn.Module) -> int:
