@@ -40,8 +40,8 @@ def communication(
     """Return what a device of `stage`, by default the first, sends in an optimizer step, by purpose.
 
     - Tensor parallelism, per micro-batch: [T, H] is summed once for the embedding. A layer sums it twice forward (o,
-      experts), four times backward (q, k, v and experts, each by itself) and once more (o) if it is recomputed; it also
-      sums the gradient of the experts' weights [T, K]. The head gathers [T, V] and sums one [T, H].
+      experts), four times backward (q, k, v and experts, each by itself) and once more (o) if recomputed; it also sums
+      the gradient of the experts' weights [T, K]. The head gathers [T, V] and sums one [T, H].
     - FSDP2, per micro-batch: each group of weights is gathered forward and backward, last norm and head once; their
       gradients are reduced and scattered. In a pipeline all of this happens once per step. With replicas (HSDP), the
       shards are then summed once per step.
@@ -61,7 +61,7 @@ def communication(
         if calls and size and ranks > 1:
             result[purpose] = Collective(operation, calls, round(size), ranks, stride)
 
-    # Recomputation ends before a layer's last sum, of the experts' outputs: nothing behind it is kept for the gradient.
+    # Recomputation ends before a layer's last sum, of the experts' outputs: no gradient needs what is behind it.
     attention, others = (1 + again) * stage.layers, stage.embedding + 5 * stage.layers + stage.head
     size = hidden * (attention * precision.compute + others * precision.residual)
     send("TP activations", "all_reduce", m * (attention + others), m * size, layout.tp, 1)
