@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from modeling_grin import GrinMoeForCausalLM, __version__
+from modeling_grin import GrinMoeForCausalLM, GrinMoeTokenizer, __version__
 from modeling_grin.files import describe_links, write_whole
 
 from . import adapters, verify
@@ -28,7 +28,7 @@ from .headers import (
     read_generation_config,
     read_json,
 )
-from .phimoe_config import phimoe_config, phimoe_notes
+from .phimoe_config import check_engine, phimoe_config, phimoe_notes
 from .tensors import ConversionError
 from .writing import Progress, check_destination, check_space, fingerprint, outputs, staged, write_safetensors
 
@@ -67,6 +67,7 @@ class Request:
         check: compare the logits of source and result, in float64; by default for up to `verify.SMALL` parameters.
             If they differ, nothing is written.
         resume: continue an interrupted conversion.
+        engine: who will read `phimoe` (`transformers`, `vllm`, `sglang`): refused if it would compute something else.
     """
 
     source: Path
@@ -82,6 +83,7 @@ class Request:
     calibration: Path | None = None
     check: bool | None = None
     resume: bool = False
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         self.source, self.destination = self.source.resolve(), self.destination.resolve()
@@ -129,6 +131,7 @@ class Request:
             ("base", self.is_adapter, "the source is not an adapter"),
             ("config", not self.is_adapter, "the base of an adapter has a config"),
             ("top_k", changes, "it is about copies of experts: give num_experts"),
+            ("engine", self.to == "phimoe", "it is about readers of phimoe"),
             ("calibration", changes or self.to == "gguf", "nothing is measured: give num_experts"),
         ):
             if getattr(self, name) is not None and not has_effect:
@@ -197,6 +200,8 @@ def convert(
             write_folder(checkpoint, request, result, progress, report)
         if request.check or (request.check is None and report.parameters <= verify.SMALL):
             report.difference = compare_logits(checkpoint, request, result, report)
+    if to == "gguf":
+        write_modelfile(checkpoint, request.destination, report)
     report.seconds = time.monotonic() - started
     return report
 
@@ -269,7 +274,9 @@ def write_folder(checkpoint: Checkpoint, request: Request, folder: Path, progres
     groups = (FUSED if request.to == "fused" else HUB).groups(checkpoint.config, model_class)
     made = outputs(groups, checkpoint.tensors, request.torch_dtype)
     report.nbytes = sum(output.nbytes for output in made.values())
-    if request.to == "phimoe":
+    if request.engine is not None:
+        check_engine(checkpoint.config, request.engine)
+    elif request.to == "phimoe":
         report.notes += phimoe_notes(checkpoint.config)
     folder.mkdir(exist_ok=True)
     write_whole(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -292,6 +299,19 @@ def write_gguf(checkpoint: Checkpoint, request: Request, path: Path, progress: P
     written = export_gguf(checkpoint, path, file_type=file_type, calibration=measured, progress=progress)
     report.nbytes = path.stat().st_size
     report.notes += written.lines()
+
+
+def write_modelfile(checkpoint: Checkpoint, path: Path, report: Report) -> None:
+    """Write Ollama's Modelfile beside a GGUF file, unless there is one."""
+    from .ollama import modelfile
+
+    beside = path.with_suffix(".Modelfile")
+    if not beside.exists():
+        tokenizer = None
+        if (checkpoint.path / "tokenizer.json").is_file():
+            tokenizer = GrinMoeTokenizer.from_pretrained(checkpoint.path)
+        write_whole(beside, modelfile(path, checkpoint.config, tokenizer))
+        report.notes.insert(0, f"for Ollama: ollama create grin -f {beside.name}")
 
 
 def config_for(checkpoint: Checkpoint, to: str, dtype: torch.dtype | None) -> dict[str, Any]:

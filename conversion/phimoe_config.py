@@ -15,6 +15,13 @@ PHIMOE_ESTIMATORS = {"sparsemixer_v2", "sparsemixer_v2_paper"}  # whose inferenc
 PHIMOE_ARCHITECTURES = ("PhimoeForCausalLM", "PhiMoEForCausalLM")
 FIXED_JITTER = 0.01
 
+# The readers of phimoe that have faults, and the way around them.
+ENGINES = {
+    "transformers": "Import modeling_grin, and load the checkpoint as it is",
+    "vllm": "Serve the checkpoint as it is: vLLM reads it where grin-moe is installed",
+    "sglang": "Serve it with vLLM, which reads it as it is where grin-moe is installed",
+}
+
 
 def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
     """Return the config.json with which transformers' `PhimoeForCausalLM` computes the same model.
@@ -64,27 +71,29 @@ def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
     return values
 
 
-def phimoe_notes(config: GrinMoeConfig) -> list[str]:
-    """Say where readers of a phimoe checkpoint compute something else: vLLM 0.32.0 (run), SGLang's `phimoe.py` of 2026
-    (read), transformers 5."""
-    notes = []
-    if config.router_jitter_noise != FIXED_JITTER:
-        notes.append(
-            f"vLLM and SGLang compute with router_jitter_noise={FIXED_JITTER}, not {config.router_jitter_noise}"
-        )
-    window = config.sliding_window
-    if window is not None and window + 1 < config.max_position_embeddings:
-        notes.append(f"SGLang has no sliding window: right up to {window + 1} tokens only")
-    if config.lm_head_bias:
-        notes.append("vLLM leaves out the head's bias (seen in 0.32.0): its log-probabilities are others")
-    else:
-        notes.append("vLLM and SGLang build a bias of the head and will not find it")
-    if not config.attention_bias:
-        notes.append("vLLM builds biases of the attention and will not find them")
-    if config.tie_word_embeddings:
-        notes.append("vLLM builds a head of its own and will not find it: the embeddings are tied")
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type") == "longrope":
-        limit = rope["original_max_position_embeddings"]
-        notes.append(f"transformers' Phimoe keeps LongRoPE's short factors: right up to {limit} tokens only")
-    return notes
+def phimoe_notes(config: GrinMoeConfig, engine: str | None = None) -> list[str]:
+    """Say where readers of a phimoe checkpoint compute something else: vLLM 0.32.0 (run), SGLang's `phimoe.py` of
+    November 2026 (read), transformers 5; `engine` leaves out the others."""
+    window, rope = config.sliding_window, config.rope_parameters or {}
+    is_windowed = window is not None and window + 1 < config.max_position_embeddings
+    both = "vLLM and SGLang"
+    notes = (
+        (both, config.router_jitter_noise != FIXED_JITTER,
+         f"compute with router_jitter_noise={FIXED_JITTER}, not {config.router_jitter_noise}"),
+        ("SGLang", is_windowed, f"has no sliding window: right up to {(window or 0) + 1} tokens only"),
+        (both, config.lm_head_bias, "leave out the head's bias: their log-probabilities are others"),
+        (both, not config.lm_head_bias, "build a bias of the head and will not find it"),
+        ("vLLM", not config.attention_bias, "builds biases of the attention and will not find them"),
+        ("vLLM", config.tie_word_embeddings, "builds a head of its own and will not find it: the embeddings are tied"),
+        ("transformers", rope.get("rope_type") == "longrope", "keeps LongRoPE's short factors: right up to "
+         f"{rope.get('original_max_position_embeddings')} tokens only"),
+    )  # fmt: skip
+    return [f"{readers} {text}" for readers, is_so, text in notes if is_so and (engine or "") in readers.lower()]
+
+
+def check_engine(config: GrinMoeConfig, engine: str) -> None:
+    """Raise ConversionError if `engine`, one of `ENGINES`, would compute another function from a phimoe checkpoint."""
+    if engine not in ENGINES:
+        raise ConversionError(f"for must be one of {', '.join(ENGINES)}; got {engine!r}")
+    if notes := phimoe_notes(config, engine):
+        raise ConversionError(f"phimoe is another function for {engine}: {'; '.join(notes)}. {ENGINES[engine]}")

@@ -19,6 +19,12 @@ def convert(
     ],
     destination: Annotated[Path, typer.Argument(help="folder to make; for gguf, the file")],
     to: Annotated[str, typer.Option(help="hub, fused, phimoe or gguf", rich_help_panel=FORM)],
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for", help="who reads phimoe: transformers, vllm, sglang; refused where it errs", rich_help_panel=FORM
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(

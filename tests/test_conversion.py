@@ -103,7 +103,7 @@ def test_every_form_to_every_other(tmp_path, form, to, name):
         assert re.fullmatch(
             r"near-ties on random tokens, because no text was given: \d+\.\d\d% of .*", report.notes[-1]
         )
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["result.gguf", "source"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["result.Modelfile", "result.gguf", "source"]
         return
     report = convert(source, destination, **options, max_shard_size="20KB")
     assert (report.form, report.target) == (form, to)
@@ -250,7 +250,7 @@ def test_dtypes_are_those_of_the_files(tmp_path):
     assert_same(read_all(tmp_path / "phimoe"), tensors)
 
 
-HEAD_BIAS = "vLLM leaves out the head's bias"
+HEAD_BIAS = "vLLM and SGLang leave out the head's bias"
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_folds_that_are_wrong_are_refused(tmp_path, source, monkeypatch):
     monkeypatch.undo()
     report = convert(source, tmp_path / "result.gguf", to="gguf", dtype="q8_0")
     assert 1e-4 < report.difference < 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.gguf", "source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.Modelfile", "result.gguf", "source"]
 
 
 def test_a_head_that_is_tied_and_there(tmp_path):
