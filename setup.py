@@ -31,6 +31,8 @@ GGUF = ["gguf>=0.19"]
 
 EVAL = [*TRAIN, "lm-eval>=0.4.13"]
 
+SERVE = ["fastapi>=0.130", "openai>=2.0", "uvicorn>=0.40"]  # transformers' own server
+
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings-python>=2.0"]
 
 DEV = [
@@ -63,16 +65,25 @@ setup(
         "gguf": GGUF,
         "llama": [*GGUF, "llama-cpp-python>=0.3.36"],  # runs what was converted; compiled when it is installed
         "eval": EVAL,
+        "serve": SERVE,
         "docs": DOCS,
         "upstream": [*TRAIN, *UPSTREAM],
-        "dev": EVAL + QUANTIZED + GGUF + DOCS + DEV,
+        "dev": EVAL + QUANTIZED + GGUF + SERVE + DOCS + DEV,
     },
     # The explicit root makes an editable install follow the checkout, new top-level packages included.
     package_dir={"": "."},
     # Recipes are scripts to copy and edit, model cards a template: folders named here, which need no __init__.py.
-    packages=[*find_packages(include=["modeling_grin*", "conversion*", "grin_moe_cli*"]), "recipes", "model_cards"],
-    package_data={"modeling_grin": ["py.typed", "analysis/*.html"], "recipes": ["**/*.yaml"], "model_cards": ["*.md"]},
-    entry_points={"console_scripts": ["grin-moe = grin_moe_cli:main"]},
+    packages=[*find_packages(include=["modeling_grin*", "conversion*", "grin_moe_*"]), "recipes", "model_cards"],
+    package_data={
+        "modeling_grin": ["py.typed", "analysis/*.html"],
+        "grin_moe_serving": ["site/*.py"],  # for PYTHONPATH, and no package
+        "recipes": ["**/*.yaml"],
+        "model_cards": ["*.md"],
+    },
+    entry_points={
+        "console_scripts": ["grin-moe = grin_moe_cli:main"],
+        "vllm.general_plugins": ["grin_moe = grin_moe_serving.vllm_plugin:register_with_vllm"],
+    },
     zip_safe=False,
     classifiers=[
         "Development Status :: 3 - Alpha",

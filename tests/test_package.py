@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from snippets import DOCUMENTS, Interpreter, bash_lines, snippets
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("modeling_grin", "conversion", "grin_moe_cli", "recipes", "model_cards")
+PACKAGES = ("modeling_grin", "conversion", "grin_moe_cli", "grin_moe_serving", "recipes", "model_cards")
 BUILD_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
