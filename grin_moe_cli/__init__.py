@@ -9,17 +9,22 @@ import typer
 
 from .card import card
 from .checkpoints import convert, inspect
+from .doctor import doctor
 from .push import push
 from .recipes import recipes_app
 from .routing import routing
+from .serving import ANY, chat, serve, with_
 from .study import gradients, plan
 from .terminal import errors, escape, is_plain
 
 app = typer.Typer(
     help="Tools for gradient-informed mixture-of-experts models.", no_args_is_help=True, add_completion=False
 )
-for command in (convert, inspect, routing, gradients, plan, card, push):
+for command in (convert, inspect, routing, gradients, plan, card, push, doctor):
     app.command()(command)
+app.command("with", context_settings=ANY)(with_)
+app.command(context_settings=ANY)(chat)
+app.command(context_settings=ANY)(serve)
 app.add_typer(recipes_app, name="recipes")
 
 

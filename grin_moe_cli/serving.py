@@ -1,0 +1,105 @@
+"""`grin-moe with`, `chat` and `serve`: Python tools that have never heard of GRIN-MoE."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+from urllib.request import urlopen
+
+import typer
+
+ANY = {"allow_extra_args": True, "ignore_unknown_options": True}  # typer's settings of a command that hands them on
+SITE = Path(__file__).resolve().parents[1] / "grin_moe_serving" / "site"
+
+
+def find_python_tool(name: str) -> str:
+    """Return the path of a Python script or interpreter; those of this environment go first.
+
+    Raises:
+        ValueError: there is no such command, or Python does not run it.
+    """
+    own = str(Path(sys.executable).parent)  # even where the environment is not activated
+    path = shutil.which(name, path=os.pathsep.join([own, os.environ.get("PATH", os.defpath)]))
+    if path is None:
+        raise ValueError(f"the command must be installed; got {name}, which is in no folder of PATH")
+    with open(path, "rb") as file:
+        start = file.read(500)  # long paths have their interpreter on the second line
+    if not ("python" in Path(path).name or path.endswith(".exe") or (start.startswith(b"#!") and b"python" in start)):
+        raise ValueError(
+            f"the command must be a Python tool, as lm_eval, trl and accelerate are; got {path}, which Python does "
+            "not run: put `grin-moe with --` before the Python command inside"
+        )
+    return path
+
+
+def python_path() -> str:
+    """PYTHONPATH with which a Python process registers GRIN-MoE by itself."""
+    return os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
+
+
+def run_with(command: list[str]) -> None:
+    """Become `command`, with GRIN-MoE registered in it and in its child processes."""
+    path = find_python_tool(command[0])
+    os.environ["PYTHONPATH"] = python_path()
+    os.execv(path, [path, *command[1:]])
+
+
+def with_(context: typer.Context) -> None:
+    """Run a Python command line with GRIN-MoE registered, in its child processes as well; nothing is installed.
+
+    Example: grin-moe with -- lm_eval --model hf --model_args pretrained=GRIN-MoE --tasks hellaswag
+    """
+    if not context.args:
+        raise ValueError("`grin-moe with` must be given a command; do `grin-moe with -- lm_eval --help`")
+    run_with(context.args)
+
+
+@contextmanager
+def server(model: str, port: int) -> Iterator[str]:
+    """Serve `model` by `transformers serve` and yield the address, once it answers."""
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    arguments = ["serve", model, "--port", str(port)]
+    process = subprocess.Popen([find_python_tool("transformers"), *arguments], env=environment)
+    try:
+        while True:
+            try:
+                urlopen(f"http://localhost:{port}/health").close()
+                break
+            except OSError:
+                if process.poll() is not None:
+                    raise ValueError("`transformers serve` must run for a chat; it ended: see above") from None
+                time.sleep(0.2)
+        yield f"http://localhost:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def chat(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="folder of a checkpoint, or its name on the Hub")],
+    port: Annotated[int, typer.Option(help="port of this machine, on which the model is served meanwhile")] = 8000,
+) -> None:
+    """Chat in the terminal by transformers' own `chat`, which gets all other arguments; a server runs meanwhile.
+
+    Example: grin-moe chat GRIN-MoE max_new_tokens=500
+    """
+    with server(model, port) as address:
+        command = [find_python_tool("transformers"), "chat", model, address, *context.args]
+        raise typer.Exit(subprocess.run(command).returncode)
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="folder of a checkpoint, or its name on the Hub")],
+) -> None:
+    """Serve the model over HTTP as OpenAI does, by transformers' own `serve`, which gets all other arguments.
+
+    Example: grin-moe serve GRIN-MoE --port 8000
+    """
+    run_with(["transformers", "serve", model, *context.args])

@@ -1,0 +1,184 @@
+"""`grin-moe with`, `serve` and `chat`: tools that never import us, on the released layout, beside `generate`."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from grin_moe_cli import serving
+from modeling_grin import GrinMoeForCausalLM
+
+ROOT = Path(__file__).parents[1]
+GRIN = [sys.executable, "-c", "import grin_moe_cli; grin_moe_cli.main()"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "CI": "1"}
+TOKENS = 8
+QUESTION = [{"role": "user", "content": "def parse(text):"}]
+
+
+def grin(*arguments, **options):
+    """The standard output of `grin-moe`; options are `subprocess.run`'s."""
+    settings = {"capture_output": True, "text": True, "timeout": 600, "env": ENVIRONMENT, **options}
+    result = subprocess.run([*GRIN, *map(str, arguments)], **settings)
+    assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def answer(tiny_release):
+    """`generate`'s answer to `QUESTION`, greedily: token ids and text."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_release)
+    model = GrinMoeForCausalLM.from_pretrained(tiny_release, dtype="auto").eval()
+    inputs = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)[0, inputs["input_ids"].shape[1] :]
+    return tokens.tolist(), tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+# ---- The command itself ----
+
+
+def test_only_that_command_knows_grin_and_only_when_it_is_asked(tmp_path):
+    code = (
+        "import os, sys, subprocess, sitecustomize, transformers.models.auto as auto\n"
+        "child = [sys.executable, '-c', 'import sys; print(\"sitecustomize\" in sys.modules)']\n"
+        "print('modeling_grin' in sys.modules, 'grinmoe' in auto.CONFIG_MAPPING, 'modeling_grin' in sys.modules)\n"
+        "print(auto.CONFIG_MAPPING['grinmoe'].__name__, auto.CONFIG_MAPPING['llama'].__name__)\n"
+        "print(subprocess.run(child, capture_output=True, text=True).stdout, sitecustomize.mine)\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['sitecustomize'].mine = 'theirs, too'\n")
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    output = grin("with", "--", "python", "-c", code, env=environment).split()
+    assert output == ["False", "True", "False", "GrinMoeConfig", "LlamaConfig", "True", "theirs,", "too"]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ([], "must be given a command"),
+        (["no-such-tool"], "must be installed; got no-such-tool"),
+        (["sh", "-c", "true"], "must be a Python tool"),
+    ],
+)
+def test_commands_that_python_does_not_run_are_refused(command, said):
+    result = subprocess.run([*GRIN, "with", "--", *command], capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 1 and said in " ".join(result.stderr.split())
+
+
+def test_a_tool_of_this_environment_goes_first(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    tool = tmp_path / "lm_eval"
+    tool.write_text("#!/usr/bin/env python3\n")
+    tool.chmod(0o755)
+    assert Path(serving.find_python_tool("lm_eval")).parent == Path(sys.executable).parent
+
+
+# ---- Five tools ----
+
+
+@pytest.mark.slow
+def test_lm_eval(tiny_release, tmp_path):
+    """The log-likelihoods of the harness are those of a forward pass."""
+    rows = [{"question": "import", "choices": [" sys", " os"], "label": 0}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+        "doc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: label\ntarget_delimiter: ''\n"
+    )
+    grin(
+        *("with", "--", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tiny_release},dtype=float32"),
+        *("--tasks", "mine", "--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples"),
+        *("--device", "cpu", "--batch_size", "1"),
+        env={**ENVIRONMENT, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )
+    sample = json.loads(next((tmp_path / "out").rglob("samples_mine*.jsonl")).read_text().splitlines()[0])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_release)
+    model = GrinMoeForCausalLM.from_pretrained(tiny_release, dtype=torch.float64).eval()
+    prompt = tokenizer("import")["input_ids"]
+    for choice, response in zip(rows[0]["choices"], sample["resps"], strict=True):
+        ids = tokenizer(f"import{choice}")["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = sum(logits[n - 1, ids[n]].item() for n in range(len(prompt), len(ids)))
+        assert float(response[0][0]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_serve_and_chat(tiny_release, answer, tmp_path):
+    """`grin-moe serve`: the text of `generate`, streamed or not; `transformers chat` shows it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        with serving.server(str(tiny_release), port) as address:
+            body = {"model": str(tiny_release), "messages": QUESTION, "max_tokens": TOKENS, "temperature": 0.0}
+            post = {"url": f"{address}/v1/chat/completions", "timeout": 300}
+            whole = httpx.post(**post, json=body).json()
+            assert whole["choices"][0]["message"]["content"] == answer[1]
+            lines = httpx.post(**post, json={**body, "stream": True}).text.splitlines()
+            parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            streamed = "".join(part["choices"][0]["delta"].get("content") or "" for part in parts if part["choices"])
+            assert streamed == answer[1]
+            shown = grin(
+                *("with", "--", "transformers", "chat", tiny_release, address),
+                *(f"max_new_tokens={TOKENS}", "do_sample=False"),
+                input=f"{QUESTION[0]['content']}\nn\n!exit\n",  # n: it need not go on
+                cwd=tmp_path,
+                env={**ENVIRONMENT, "HF_HUB_OFFLINE": "0"},  # its client counts this machine's server as the Hub
+            )
+            assert re.sub(r"\W", "", answer[1]) in re.sub(r"\W", "", shown)
+
+
+@pytest.mark.slow
+def test_trl_sft(tiny_release, tmp_path):
+    """Its first loss in evaluation is a forward pass's, and what it saves has the released layout."""
+    text = "import sys\nimport os\n"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "data" / "test.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    grin(
+        *("with", "--", "trl", "sft", "--model_name_or_path", tiny_release, "--dataset_name", tmp_path / "data"),
+        *("--output_dir", tmp_path / "out", "--max_steps", "1", "--eval_strategy", "steps", "--eval_on_start", "true"),
+        *("--report_to", "none", "--dtype", "float32", "--bf16", "false", "--learning_rate", "0", "--use_cpu", "true"),
+        env={**ENVIRONMENT, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        cwd=tmp_path,
+    )
+    state = next((tmp_path / "out").rglob("trainer_state.json"))
+    losses = [entry["eval_loss"] for entry in json.loads(state.read_text())["log_history"] if "eval_loss" in entry]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_release)
+    ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+    model = GrinMoeForCausalLM.from_pretrained(tiny_release, dtype=torch.float64).eval()
+    with torch.no_grad():
+        assert losses[0] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tiny_release, answer, tmp_path):
+    """In the processes that it starts, and in those that they spawn."""
+    (tmp_path / "script.py").write_text(
+        "import json, multiprocessing, sys\n"
+        "def ask(path):\n"
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "    tokenizer = AutoTokenizer.from_pretrained(path)\n"
+        "    model = AutoModelForCausalLM.from_pretrained(path, dtype='auto').eval()\n"
+        f"    inputs = tokenizer.apply_chat_template({QUESTION!r}, add_generation_prompt=True, return_dict=True, "
+        "return_tensors='pt')\n"
+        f"    tokens = model.generate(**inputs, do_sample=False, max_new_tokens={TOKENS})\n"
+        "    return tokens[0, inputs['input_ids'].shape[1]:].tolist()\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print('ANSWER', json.dumps([ask(sys.argv[1]), pool.apply(ask, [sys.argv[1]])]))\n"
+    )
+    launch = "accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    output = grin("with", "--", *launch.split(), tmp_path / "script.py", tiny_release)
+    line = next(line for line in output.splitlines() if line.startswith("ANSWER"))
+    assert json.loads(line.removeprefix("ANSWER")) == [answer[0], answer[0]]
