@@ -78,6 +78,7 @@ class GrinMoeGenerationMixin(GenerationMixin):
 
         A prompt of `inputs_embeds` is the whole prompt, or replaces the part that `input_ids` has of it.
         """
+        kwargs.pop("tokenizer", None)  # `generate` hands on what only its stopping criteria read
         cache = either_cache(past_key_values, cache)
         past_length = 0 if cache is None else cache.get_seq_length()
         positions = kwargs.get("position_ids")

@@ -47,3 +47,12 @@ def test_routing_is_returned_only_on_request():
     )
     beams = model.generate(ids, num_beams=2, max_new_tokens=3, **ASKED)
     assert [layer.shape for layer in beams.selected_experts[1]] == [(4, 2)] * 2
+
+
+@torch.no_grad()
+def test_generate_takes_a_tokenizer(trained_tokenizer):
+    """As `transformers serve` and stop strings give it one."""
+    model = build()
+    ids = random_ids(1, LENGTH)
+    expected = model.generate(ids, do_sample=False, max_new_tokens=NEW)
+    assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=NEW, tokenizer=trained_tokenizer), expected)
