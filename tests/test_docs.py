@@ -25,9 +25,9 @@ from recipes import data, demo, dpo, pretrain, sft
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
-# Pages whose commands other modules run: test_readme, test_routing_analysis, test_evaluate, test_card, test_push; and
-# the benchmarks', which take long.
-ELSEWHERE = {"conversion", "study_routing", "evaluate", "model_cards", "publish", "performance"}
+# Pages whose commands other modules run: test_readme, test_with, test_vllm, test_mlx, test_routing_analysis,
+# test_evaluate, test_card, test_push; and the benchmarks', which take long.
+ELSEWHERE = {"conversion", "serve", "study_routing", "evaluate", "model_cards", "publish", "performance"}
 TASKS = sorted(path.stem for path in (ROOT / "docs").glob("*.md") if "```bash" in path.read_text("utf-8"))
 START = {"sft": "pretrain_tiny", "dpo": "sft_tiny"}  # where a tiny config begins: an earlier page's result
 QUICK = {  # what is cut short, and what has nothing to do with the command
