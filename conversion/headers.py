@@ -4,7 +4,6 @@ Every function checks what it reads and raises `ConversionError` for anything el
 name leads out of its folder, and time and memory are bounded by the size of the file.
 """
 
-import copy
 import dataclasses
 import json
 import re
@@ -31,6 +30,7 @@ PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 # tokens 1 MB, an index of all the release's tensors 0.3 MB.
 MAX_CONFIG_BYTES = 2_000_000
 MAX_INDEX_BYTES = 20_000_000
+MAX_JSON_DEPTH = 100  # deeper objects can be read, but not copied or written again
 
 MAX_PARAMETERS = 10**14
 MAX_RANK = 2**20
@@ -60,8 +60,8 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Return the object in a JSON file (UTF-8).
 
     Raises:
-        ConversionError: the file is missing, larger than `max_bytes`, not JSON, not an object, nested too deep, or has
-            a key twice, of which only one can be meant.
+        ConversionError: the file is missing, larger than `max_bytes`, not JSON, not an object, nested more than
+            `MAX_JSON_DEPTH` levels deep, or has a key twice, of which only one can be meant.
     """
     if not path.is_file():  # opening a pipe would wait for ever
         raise ConversionError(f"{path} is missing, or not a file")
@@ -70,12 +70,17 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     try:
         parsed = json.loads(path.read_bytes().decode(), object_pairs_hook=unique_keys)
         json.dumps(parsed, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
-        copy.deepcopy(parsed)  # nor could an object that is nested too deep
     except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path} does not hold JSON that can be read ({error}): fetch it again") from error
     if not isinstance(parsed, dict):
         raise ConversionError(f"{path} must hold a JSON object; got a JSON {type(parsed).__name__}")
-    return parsed
+    level: list[Any] = [parsed]
+    for _ in range(MAX_JSON_DEPTH):
+        parents = [value for value in level if isinstance(value, (dict, list))]
+        level = [child for value in parents for child in (value.values() if isinstance(value, dict) else value)]
+        if not level:
+            return parsed
+    raise ConversionError(f"{path} is nested more than {MAX_JSON_DEPTH} levels deep: no checkpoint's file is")
 
 
 # ---- Weights
