@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
-import httpx
+import httpx2 as httpx  # huggingface_hub's own client
 import pytest
 import torch
 from checkpoints import fused, released_config, released_tensors, write_checkpoint

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx  # huggingface_hub's own client
 import pytest
 import torch
 from transformers import AutoTokenizer
