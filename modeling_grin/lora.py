@@ -192,7 +192,7 @@ def split(a: nn.Linear, b: nn.Linear, mesh: DeviceMesh, by_outputs: bool) -> Non
         )
 
 
-def refusal(reason: str) -> ValueError:
+def merge_error(reason: str) -> ValueError:
     """Make the error for a merge that is not what it should be."""
     return ValueError(
         f"the merge is refused: {reason}; nothing has been merged. Keep the adapters, or load the base model in "
@@ -233,7 +233,7 @@ def check_weight(name: str, layer: LoraLayer, unmerged: torch.Tensor, merged: to
         allowed = (1 + len(adapters)) * rounding.eps * size.clamp(min=rounding.smallest_normal)
         if not (error.abs() <= allowed).all():  # a NaN is no <= either
             matrix = f"{name}[{expert}]" if unmerged.ndim == 3 else name
-            raise refusal(
+            raise merge_error(
                 f"{matrix} is not W + BA rounded to {merged.dtype}: it differs by {error.norm():.2g}, where BA has "
                 f"the norm {delta.norm():.2g}"
             )
@@ -245,7 +245,7 @@ def check_weight(name: str, layer: LoraLayer, unmerged: torch.Tensor, merged: to
 def check_loss(name: str, lost: float, change: float, rounding: float) -> None:
     """Raise ValueError if a merge loses more than half of the adapters' change, and more than float32's rounding."""
     if not lost <= max(LARGEST_SHARE_LOST * change, rounding):
-        raise refusal(f"{name} loses {lost:.2g} of the adapters' change, whose norm is {change:.2g}")
+        raise merge_error(f"{name} loses {lost:.2g} of the adapters' change, whose norm is {change:.2g}")
 
 
 def apply_to_basis(layer: BaseTunerLayer) -> torch.Tensor:
@@ -285,7 +285,7 @@ def merge_lora(peft_model: PeftModel) -> GrinMoePreTrainedModel:
                 for name, parameter in module.named_parameters(recurse=False)}  # fmt: skip
     for name, layer in layers.items():
         if any(not parameter.is_floating_point() for parameter in layer.get_base_layer().parameters(recurse=False)):
-            raise refusal(f"{name} is quantised")
+            raise merge_error(f"{name} is quantised")
     training = peft_model.training
     peft_model.eval()
     others = {name: layer for name, layer in layers.items() if not is_plain(layer)}

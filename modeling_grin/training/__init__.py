@@ -13,6 +13,8 @@ Private names of other packages that this one overrides or calls, and the versio
 - torch's `PipelineStage`, 2.13: `_setup_forward_recv_info`, `_setup_backward_recv_info`, `_get_recv_ops`
   (`pipeline.py`); and two functions of private modules, `consolidate_safetensors_files_on_every_rank` and
   `compute_local_shape_and_global_offset` (`sharded.py`).
+- transformers 5.17 to 5.24: `_grouped_linear`; 5.23 and 5.24: `_AllReduceBackward` and `_AllReduceForward` (LoRA on
+  fused experts).
 """
 
 from ..lora import add_lora, merge_lora
