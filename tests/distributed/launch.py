@@ -19,6 +19,8 @@ def launch(script: str | Path, world_size: int, *args: str | Path) -> str:
 
 def run_ranks(module: str, world_size: int, *args: str) -> None:
     torch.set_num_threads(1)
+    # transformers reads tensors in threads, whose pool torch sometimes finds invalid in a forked process.
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     main = importlib.import_module(module).main
     config = LaunchConfig(
         1, 1, world_size, start_method="fork", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
