@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+from tokenizers import Tokenizer
 
 from modeling_grin import GrinMoeTokenizer
 from modeling_grin.tokenization_grinmoe import CHAT_TEMPLATE, END_OF_TURN, RELEASED_CHAT_TEMPLATE
@@ -124,10 +125,15 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tu
     tokens: list[str | None] = [None] * vocab_size
     for token, token_id in tokenizer.get_vocab().items():
         if token_id >= vocab_size:
+            path = folder / "tokenizer.json"
+            is_in_file = token in Tokenizer.from_file(str(path)).get_vocab()
             raise ConversionError(
-                f"{folder / 'tokenizer.json'} gives the token id {token_id} ({token!r}), the model has only "
-                f"vocab_size={vocab_size} embeddings: resize them, or, if GrinMoeTokenizer has added this token, name "
-                "another as its bos, eos, unk or pad token in tokenizer_config.json"
+                f"{path} has the token id {token_id} ({token!r}), the model only vocab_size={vocab_size} embeddings; "
+                "resize them"
+                if is_in_file
+                else f"{path} has no token {token!r}: GrinMoeTokenizer has added it, with the id {token_id}, and the "
+                f"model has only vocab_size={vocab_size} embeddings; in tokenizer_config.json, set the bos, eos, unk "
+                "or pad token that names it to a token of tokenizer.json"
             )
         tokens[token_id] = token
 
