@@ -18,7 +18,7 @@ SITE = Path(__file__).resolve().parents[1] / "grin_moe_serving" / "site"
 
 
 def find_python_tool(name: str) -> str:
-    """Return the path of a Python script or interpreter; those of this environment go first.
+    """Return the path of a Python script or interpreter: this environment's, or else the first on PATH.
 
     Raises:
         ValueError: there is no such command, or Python does not run it.

@@ -175,4 +175,7 @@ class AttachBalanceLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logits):
-        return grad_logits + balance_gradient(*ctx.saved_tensors), None, None
+        router_logits, *constants = ctx.saved_tensors
+        # Only now to the layer's device: a copy made in the forward pass would not see `fractions` filled in.
+        constants = (constant.to(router_logits.device) for constant in constants)
+        return grad_logits + balance_gradient(router_logits, *constants), None, None

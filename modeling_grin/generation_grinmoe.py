@@ -18,7 +18,7 @@ END_OF_TEXT_ID, END_OF_TURN_ID = 32000, 32007  # <|endoftext|> and <|end|> of th
 
 
 RECORD: ContextVar[Callable[[ModelOutput, int], None]] = ContextVar("RECORD", default=lambda *step: None)
-"""What a running `generate` does with a step, whose last tokens may be `rejected`; threads have their own."""
+"""Called by a running `generate` with a step's outputs and its number of rejected tokens; each thread has its own."""
 
 
 class GrinMoeGenerationMixin(GenerationMixin):

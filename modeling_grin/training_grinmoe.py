@@ -92,8 +92,7 @@ class LayerPass:
     def attach_balance(self, router_logits: torch.Tensor) -> torch.Tensor:
         """`router_logits` `[T, E]`, to which a backward pass adds the gradient of the balance loss."""
         assert self.fractions is not None and self.token_weight is not None
-        device = router_logits.device
-        return AttachBalanceLoss.apply(router_logits, self.token_weight.to(device), self.fractions.to(device))
+        return AttachBalanceLoss.apply(router_logits, self.token_weight, self.fractions)
 
     def record(self, router_logits: torch.Tensor, experts: torch.Tensor) -> None:
         """Record the layer's routing, logits `[T, E]` and experts `[T, K]`, for the balance loss and the observer."""

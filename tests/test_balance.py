@@ -11,6 +11,7 @@ from modeling_grin import (
     load_balancing_loss,
 )
 from modeling_grin.balance_grinmoe import BalanceLoss, BalanceWindow, balance_gradient
+from modeling_grin.training_grinmoe import TrainingPass
 
 
 def one_hot_logits(experts, num_experts):
@@ -333,3 +334,14 @@ def test_a_classifier_learns_with_it_too(model):
     assert_gradients_close(gradients(classifier), expected)
     share = classifier(**batch, num_items_in_batch=12).loss
     assert share.item() == pytest.approx(3 / 12 * plain.item(), rel=1e-6), "micro-batches add up to the mean"
+
+
+def test_a_layer_on_another_device_uses_the_counts_of_the_whole_pass():
+    """`device_map` puts layers elsewhere; f is filled in after they have run, and read by their backward passes."""
+    counted = torch.ones(4, dtype=torch.bool)
+    balance = BalanceLoss(1.0, 1, 6, BalanceWindow(), counted, None)
+    layer_pass = TrainingPass(counted, None, balance, None).for_next_layer()
+    logits = torch.zeros(4, 6, device="meta", requires_grad=True)
+    saved = layer_pass.attach_balance(logits).grad_fn.saved_tensors[2]
+    balance.count([torch.tensor([[0, 1]] * 4)])
+    assert saved.tolist() == [0.5, 0.5, 0, 0, 0, 0]

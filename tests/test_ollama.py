@@ -17,7 +17,7 @@ CHAT = [
 
 
 def render(template: str, messages: list[dict[str, str]]) -> str:
-    """What Go's text/template makes of the two constructs that the template has, `range .Messages` and its fields."""
+    """Render as Go's text/template does, for the two constructs that are used: `range .Messages` and its fields."""
     start, body, rest = re.fullmatch(
         r"(.*?)\{\{- range \.Messages \}\}(.*?)\{\{ end \}\}(.*)", template, re.S
     ).groups()

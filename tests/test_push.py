@@ -156,7 +156,7 @@ def weights(folder):
     return sorted(path.name for path in folder.glob("model*.safetensors"))
 
 
-# What goes up
+# Which files are uploaded
 
 
 def test_what_goes_up(hub, pushed, clean):

@@ -20,7 +20,7 @@ ROUNDS, WARM_UPS = (10, 3) if DEVICE.type == "cuda" else (2, 1)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured; the defaults are the release's."""
+    """Sizes of the measured model; the defaults are the release's."""
 
     hidden_size: int = 4096
     intermediate_size: int = 6400

@@ -46,7 +46,7 @@ DECODED = 1000  # tokens in the cache
 
 
 class Count(TorchDispatchMode):
-    """What runs inside, on the meta device."""
+    """Count the kernels launched, the bytes moved and the host's waits inside it, on the meta device."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ def replace_one():
 
 
 def save_distributed(folder: Path) -> None:
-    """Save shards of two ranks over those of more ranks; then again, and rank 0 fails among the moves."""
+    """Save two ranks' shards over those of a run with more ranks; then again, with rank 0 failing amid the moves."""
     model = GrinMoeForCausalLM.from_pretrained(
         folder / "start", distributed_config=DistributedConfig(fsdp_size=2), dtype="float32"
     )

@@ -45,7 +45,7 @@ def test_a_nan_on_one_rank_stops_all_of_them(folder, layout):
 
 
 def test_a_distributed_save_replaces_an_older_one_whole(folder):
-    """transformers reads whatever shards there are: those of an earlier save on more ranks, or a part of the new."""
+    """transformers loads every shard it finds: stale ones of an earlier save, or only some of the new ones."""
     loaded = GrinMoeForCausalLM.from_pretrained(folder / "saved").state_dict()
     for name, tensor in GrinMoeForCausalLM.from_pretrained(folder / "start").state_dict().items():
         assert torch.equal(loaded[name], tensor)
