@@ -1,4 +1,4 @@
-"""Train, save, reload and ask a tiny GRIN-MoE, in two minutes and without a download.
+"""Train, save, reload and ask a tiny GRIN-MoE, in a few minutes and without a download.
 
 The text is the source code of Python's own standard library. A tokenizer is trained on it, a GRIN-MoE of a few million
 parameters is written in the layout of the release, loaded with the Auto classes, trained with transformers' Trainer,

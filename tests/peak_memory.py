@@ -1,7 +1,10 @@
 """The most that a part of a training step holds at once."""
 
 import torch
+from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
+
+from modeling_grin.planning.setting import Training
 
 
 class PeakMemory(MemTracker):
@@ -22,3 +25,24 @@ class PeakMemory(MemTracker):
         named = {getattr(kind, "name", kind): size for kind, size in kinds.items()}
         stays = {kind: named[kind] for kind in ("PARAM", "GRAD", "OPT", "BUFFER")}
         return {**stays, "ACT": named["Total"] - sum(stays.values()), "Total": named["Total"]}
+
+
+def peak_of_a_step(model: nn.Module, training: Training) -> dict[str, int]:
+    """Bytes at the worst moment of a step's last micro-batch, and of the optimizer, when all state is there."""
+    if training.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    ids = torch.randint(5, model.config.vocab_size, (training.micro_batch, training.sequence))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "mixed"):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+
+    step()
+    memory = PeakMemory()
+    memory.track_external(model, optimizer)
+    with memory:
+        step()
+    return memory.peak()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import released_config
-from peak_memory import PeakMemory
+from peak_memory import peak_of_a_step
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -65,23 +65,7 @@ def measure_peak(config: GrinMoeConfig, training: Training) -> dict[str, int]:
     mixed = training.precision == "mixed"
     config._experts_implementation = "grouped_mm"  # of accelerators
     model = GrinMoeForCausalLM(config).to(torch.float32 if mixed else getattr(torch, training.precision)).train()
-    if training.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ids = torch.randint(5, config.vocab_size, (training.micro_batch, training.sequence))
-
-    def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-
-    step()
-    memory = PeakMemory()
-    memory.track_external(model, optimizer)
-    with memory:
-        step()
-    return memory.peak()
+    return peak_of_a_step(model, training)
 
 
 MEASURED = [  # sizes, sequences, tokens of each, precision, activation checkpointing

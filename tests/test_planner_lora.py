@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
-from peak_memory import PeakMemory
+from peak_memory import peak_of_a_step
 from transformers import BitsAndBytesConfig
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
@@ -46,23 +46,7 @@ def measure_peak(config, training, folder):
         config._experts_implementation = "grouped_mm"  # of accelerators
         base = GrinMoeForCausalLM(config).to(dtype)
     model = add_lora(base, r=training.lora_r).train()
-    if training.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    ids = torch.randint(5, config.vocab_size, (training.micro_batch, training.sequence))
-
-    def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-
-    step()
-    tracker = PeakMemory()
-    tracker.track_external(model, optimizer)
-    with tracker:
-        step()
-    return tracker.peak()
+    return peak_of_a_step(model, training)
 
 
 @pytest.mark.parametrize(("sizes", "sequence", "precision", "four_bits", "checkpointing"), CASES)
