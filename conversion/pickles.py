@@ -39,7 +39,7 @@ OPTIMIZER_KEYS = {"optim", "optimizer", "optimizers", "state", "param_groups"}
 MAX_INDEX_BYTES = 2**28  # of DCP: some 100 bytes for each part of a tensor that a rank has
 MAX_PICKLE_BYTES = 20_000_000  # in torch.save's archive: some 100 bytes for each tensor
 MAX_DIMENSIONS = 64
-MAX_CHUNKS = 2**12  # of a tensor, one for each rank: they are compared with one another
+MAX_SHARDS = 2**12  # of a tensor, one for each rank: they are compared with one another
 CACHED_TENSORS = 2  # a layer's fused matrices, whose parts are asked for one by one
 
 # The opcodes that torch and DCP write, except `GETS` and `PUTS`.
@@ -198,7 +198,7 @@ def read_pickles(files: list[Path]) -> dict[str, StoredTensor]:
 # ---- Training shards
 
 
-class Chunk(NamedTuple):
+class Shard(NamedTuple):
     """A box of a tensor in one place: `offsets` and `sizes` have a number for each dimension."""
 
     offsets: tuple[int, ...]
@@ -211,30 +211,30 @@ class Chunk(NamedTuple):
 
 
 class ShardedTensor(NamedTuple):
-    """A tensor in chunks."""
+    """A tensor in shards."""
 
     where: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    chunks: list[Chunk]
+    shards: list[Shard]
 
     def check(self) -> None:
-        """Raise ConversionError unless every element lies in exactly one chunk."""
-        chunks = [chunk for chunk in self.chunks if 0 not in chunk.sizes]
+        """Raise ConversionError unless every element lies in exactly one shard."""
+        shards = [shard for shard in self.shards if 0 not in shard.sizes]
         is_within = all(
-            len(chunk.offsets) == len(chunk.sizes) == len(self.shape)
+            len(shard.offsets) == len(shard.sizes) == len(self.shape)
             and all(
                 0 <= begin <= end <= size
-                for begin, end, size in zip(chunk.offsets, chunk.ends, self.shape, strict=True)
+                for begin, end, size in zip(shard.offsets, shard.ends, self.shape, strict=True)
             )
-            for chunk in chunks
+            for shard in shards
         )
-        stored = sum(math.prod(chunk.sizes) for chunk in chunks)
+        stored = sum(math.prod(shard.sizes) for shard in shards)
         if is_within and stored == math.prod(self.shape):
-            starts = torch.tensor([chunk.offsets for chunk in chunks])  # [chunks, dimensions]
-            ends = torch.tensor([chunk.ends for chunk in chunks])
+            starts = torch.tensor([shard.offsets for shard in shards])  # [shards, dimensions]
+            ends = torch.tensor([shard.ends for shard in shards])
             meets = ((starts[:, None] < ends) & (starts < ends[:, None])).all(dim=-1)
-            if meets.sum() == len(chunks):  # each meets itself
+            if meets.sum() == len(shards):  # each meets itself
                 return
         raise ConversionError(
             f"{self.where}: its parts do not cover shape {list(self.shape)} exactly once ({stored} elements): "
@@ -242,16 +242,16 @@ class ShardedTensor(NamedTuple):
         )
 
     def load(self) -> torch.Tensor:
-        """Read the whole tensor, chunk by chunk."""
+        """Read the whole tensor, shard by shard."""
         tensor = torch.empty(self.shape, dtype=self.dtype)
-        for chunk in self.chunks:
-            part = chunk.load()
-            if part.shape != chunk.sizes or part.dtype != self.dtype:
+        for shard in self.shards:
+            part = shard.load()
+            if part.shape != shard.sizes or part.dtype != self.dtype:
                 raise ConversionError(
                     f"{self.where}: a part is {part.dtype} {list(part.shape)}, the index says {self.dtype} "
-                    f"{list(chunk.sizes)}; the files are of different saves, copy the whole folder again"
+                    f"{list(shard.sizes)}; the files are of different saves, copy the whole folder again"
                 )
-            tensor[tuple(map(slice, chunk.offsets, chunk.ends))] = part
+            tensor[tuple(map(slice, shard.offsets, shard.ends))] = part
         return tensor
 
 
@@ -316,7 +316,7 @@ def is_weight(name: str) -> bool:
 
 
 def parse_index(index: Any, folder: Path) -> Iterator[tuple[str, ShardedTensor]]:
-    """Yield name and chunks of every tensor of an unpickled index; any exception means that it is not one."""
+    """Yield name and shards of every tensor of an unpickled index; any exception means that it is not one."""
     places: dict[tuple[str, Any], dict[str, Any]] = {}  # (tensor, offsets) -> file, offset and length of its bytes
     for place, info in index.state["storage_data"].items():
         name, offsets = place.state["fqn"], place.state.get("offset")
@@ -326,16 +326,16 @@ def parse_index(index: Any, folder: Path) -> Iterator[tuple[str, ShardedTensor]]
     for name, described in index.state["state_dict_metadata"].items():
         if type(described) is not record_class("TensorStorageMetadata") or not is_weight(name):
             continue
-        shape, dtype, chunks = described.state["size"], described.state["properties"].state[0], []
-        for box in described.state["chunks"][:MAX_CHUNKS]:
+        shape, dtype, shards = described.state["size"], described.state["properties"].state[0], []
+        for box in described.state["chunks"][:MAX_SHARDS]:
             offsets, sizes = box.state["offsets"], box.state["sizes"]
             if not isinstance(dtype, torch.dtype) or not type(shape) is type(offsets) is type(sizes) is Size:
                 raise TypeError(f"{name} has no dtype, or no shape")
             if (name, offsets) not in places:
                 raise ConversionError(f"lacks a part of {name}, at {list(offsets)}: copy the whole folder again")
             load = find_part(places[name, offsets], folder, name, math.prod(sizes) * dtype.itemsize)
-            chunks.append(Chunk(tuple(offsets), tuple(sizes), load))
-        yield name, ShardedTensor(f"{name} in {folder}", tuple(shape), dtype, chunks)
+            shards.append(Shard(tuple(offsets), tuple(sizes), load))
+        yield name, ShardedTensor(f"{name} in {folder}", tuple(shape), dtype, shards)
 
 
 def find_part(info: dict[str, Any], folder: Path, name: str, nbytes: int) -> Callable[[], torch.Tensor]:
@@ -378,9 +378,9 @@ def read_safetensors_shards(folder: Path) -> dict[str, ShardedTensor]:
         for name, tensor in tensors.items():
             if is_weight(name):
                 whole = sharded.setdefault(name, ShardedTensor(f"{name} in {folder}", (), tensor.dtype, []))
-                whole.chunks.append(Chunk(places[name], tensor.shape, tensor.read))
+                whole.shards.append(Shard(places[name], tensor.shape, tensor.read))
     # Nothing says how large the whole is: as far as the parts reach. The config's shapes say whether that is all.
     return {
-        name: tensor._replace(shape=tuple(map(max, zip(*(chunk.ends for chunk in tensor.chunks), strict=False))))
+        name: tensor._replace(shape=tuple(map(max, zip(*(shard.ends for shard in tensor.shards), strict=False))))
         for name, tensor in sharded.items()
     }

@@ -96,7 +96,7 @@ class Chunk(nn.Module):
         return nn.functional.pad(output, (0, 0, 0, tokens - length, 0, rows - batch_size))
 
 
-class Stage(PipelineStage):
+class LowMemoryStage(PipelineStage):
     """torch's stage with receive buffers that live only until the micro-batch's backward pass.
 
     torch keeps a buffer for every micro-batch of a step in both directions, 17 GB for 128 of the released model's.
@@ -200,7 +200,7 @@ class Pipeline:
         # Without given shapes the first step would try out the modules, which count their forward passes.
         hidden_states = torch.empty(shape, dtype=self.model.dtype, device="meta", requires_grad=True)
         stages = [
-            Stage(
+            LowMemoryStage(
                 chunk,
                 number,
                 self.pp_size * len(self.chunks),
