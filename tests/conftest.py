@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import gc
 import inspect
 import json.decoder
 import os
@@ -13,6 +14,13 @@ from near_ties import MARGIN, watch_choices
 from transformers import logging
 
 from modeling_grin.tokenization_grinmoe import GrinMoeTokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports():
+    """Garbage is looked for in what tests make, and not in all that was imported (see `frozen.py`)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
