@@ -206,6 +206,22 @@ def test_how_a_model_was_run_is_not_taken_from_its_config(tmp_path):
     assert not hasattr(config, "transformers_weights")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"to_dict": 1}, "'to_dict' is not a field but part of the config's class"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "has a quantization_config: dequantize the model"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers must be at most 100000; got 1000000"),
+        ({"torch_dtype": "float33"}, "torch_dtype must be a dtype of torch|got 'float33'"),
+        ({"vocab_size": 10**13, "hidden_size": 128}, "more than 1e+14 parameters"),
+        ({"num_experts_per_tok": 99}, "is not a usable config|num_experts_per_tok"),
+    ],
+)
+def test_configs_of_no_model_are_refused(fields, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(released_config(**fields)))
+    refused(f"config.json|{message}", read_config, tmp_path)
+
+
 # ---- GGUF
 
 
