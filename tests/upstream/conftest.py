@@ -39,18 +39,23 @@ def compile_quickly(*args, mode=None, options=None, backend=None, **kwargs):
 torch.compile = compile_quickly
 
 
+@functools.cache
+def name_upstream(path):
+    """The name of a file of upstream's tests; None for other files."""
+    folder, name = os.path.split(path)
+    return name if folder.startswith(str(sources.CACHE)) and name.startswith("test_") else None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """Note the lines of upstream's test files that the test runs."""
     found = set()
 
     def trace(frame, event, argument):
-        folder, name = os.path.split(frame.f_code.co_filename)
-        if not (folder.startswith(str(sources.CACHE)) and name.startswith("test_")):
-            return None
-        if event == "line":
+        name = name_upstream(frame.f_code.co_filename)
+        if name and event == "line":
             found.add(f"{name}:{frame.f_lineno}")
-        return trace
+        return trace if name else None
 
     before = sys.gettrace()
     sys.settrace(trace)
