@@ -20,6 +20,11 @@ FLASH_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
 
 
+def fits_flash(head_dim: int) -> bool:
+    """Whether torch's flash kernel takes heads of this size."""
+    return head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
+
+
 def can_use_flash(config: GrinMoeConfig, inputs_embeds: torch.Tensor) -> bool:
     """Whether torch's flash kernel can compute attention in a forward pass with these embeddings."""
     head_dim: Any = config.head_dim
@@ -28,8 +33,7 @@ def can_use_flash(config: GrinMoeConfig, inputs_embeds: torch.Tensor) -> bool:
         and is_on()
         and inputs_embeds.is_cuda
         and (autocast_dtype("cuda") or inputs_embeds.dtype) in FLASH_DTYPES
-        and head_dim <= MAX_HEAD_DIM
-        and head_dim % 8 == 0
+        and fits_flash(head_dim)
         and torch.backends.cuda.is_flash_attention_available()
         and torch.backends.cuda.flash_sdp_enabled()
         and torch.cuda.get_device_capability(inputs_embeds.device) >= FLASH_CAPABILITY

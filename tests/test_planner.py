@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from benchmarks import scaling
 from grin_moe_cli import app
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, masks_grinmoe
 from modeling_grin.planning.memory import Stage, memory, stages
 from modeling_grin.planning.parameters import count_parameters, head_tensors
 from modeling_grin.planning.plan import estimate, plan
@@ -94,6 +94,18 @@ def test_memory_is_within_a_tenth_of_a_real_step(sizes, micro_batch, sequence, p
     assert expected.optimizer == pytest.approx(peak["OPT"], rel=0.001)  # and a step number for each parameter
     assert expected.total() == pytest.approx(peak["Total"], rel=0.1)
     assert expected.activations == pytest.approx(peak["ACT"], rel=0.1)
+
+
+@pytest.mark.parametrize(("precision", "sequence"), [("float32", 32), ("float32", 40), ("bfloat16", 40)])
+def test_a_mask_is_counted_where_one_is_built(precision, sequence, monkeypatch):
+    """Beyond the window's 32 keys, except in 16 bits, where torch's flash kernel has the window itself."""
+    monkeypatch.setattr(masks_grinmoe, "can_use_flash", lambda config, embeds: embeds.dtype == torch.bfloat16)
+    config = GrinMoeConfig(**released_config(sliding_window=31), attn_implementation="sdpa")
+    embeds = torch.empty(1, sequence, 32, dtype=getattr(torch, precision))
+    mask = masks_grinmoe.create_mask(config, embeds, None, None, None)
+    assert (mask is None) == (precision == "bfloat16" or sequence == 32)
+    planned, without = (memory(config, Layout(), Training(1, 1, length, precision)) for length in (sequence, 8))
+    assert planned.buffers - without.buffers == (0 if mask is None else mask.nbytes)
 
 
 def test_flops_are_those_of_a_forward_pass():

@@ -4,14 +4,23 @@ The forward pass computes each chunk's gradients while its logits exist; the bac
 Kernel does on GPUs (arXiv 2410.10989). torch 2.13's `nn.functional.linear_cross_entropy` is no replacement: it returns
 a bfloat16 loss for bfloat16 (2 to 3 digits), and multiplies in float32 on CPUs, at a quarter of the speed.
 
-Shapes: T tokens, V vocab_size, H hidden_size.
+Tensor parallelism deals out the head's rows; each rank then has the logits of its part of the vocabulary alone.
+
+Shapes: T tokens, V vocab_size (a rank's part of it), H hidden_size.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -25,16 +34,19 @@ IGNORED = -100  # the label of a token that has no loss
 def can_chunk(model: PreTrainedModel) -> bool:
     """Whether the loss of a causal language model is the plain cross-entropy of a plain `lm_head`.
 
-    Custom loss functions are not, nor are heads with adapters, hooks, quantised or sharded weights. float16 may not
-    hold the gradients without the scale that comes in the backward pass. `torch.compile` fuses by itself.
-    DataParallel gathers outputs of tensors only.
+    Custom loss functions are not, nor are heads with adapters, hooks or quantised weights. float16 may not hold the
+    gradients without the scale that comes in the backward pass. `torch.compile` fuses by itself. DataParallel gathers
+    outputs of tensors only.
     """
     head = model.lm_head
+    by_fsdp = isinstance(head, FSDPModule)  # which has two hooks of its own
+    by_tp = isinstance(head.weight, DTensor) and head.weight.placements == (Shard(0),)  # which puts in a `forward`
     return (
         model.loss_function is ForCausalLMLoss
-        and type(head) is nn.Linear
-        and type(head.weight) is nn.Parameter
-        and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+        and (type(head).__bases__[-1] if by_fsdp else type(head)) is nn.Linear
+        and (by_tp or type(head.weight) is nn.Parameter)
+        and len(head._forward_hooks) == len(head._forward_pre_hooks) == int(by_fsdp)
+        and ("forward" in vars(head)) == by_tp
         and (autocast_dtype(head.weight.device.type) or head.weight.dtype) != torch.float16
         and not torch.compiler.is_compiling()
         and not getattr(model, "_is_replica", False)
@@ -62,11 +74,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     """The sum over tokens of the cross-entropy of `hidden_states @ weight.T + bias`, over `num_items`.
 
     Arguments: `hidden_states` `[T, H]`, `weight` `[V, H]`, `bias` `[V]` or None, `labels` int64 `[T]`, `num_items`, a
-    number or scalar, and whether a backward pass may follow. One is allowed.
+    number or scalar, and whether a backward pass may follow. One is allowed. With a `group`, `weight` and `bias` are
+    this rank's rows, from `first` on.
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, labels, num_items, learning: bool):
+    def forward(ctx, hidden_states, weight, bias, labels, num_items, learning: bool, group=None, first: int = 0):
         dtype = hidden_states.dtype
         matrix = weight.to(dtype)
         tokens = (labels != IGNORED).nonzero().squeeze(-1)
@@ -84,18 +97,32 @@ class LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(inputs, matrix.t(), out=logits)
             else:
                 torch.addmm(bias.to(dtype), inputs, matrix.t(), out=logits)
-            torch.log_softmax(probs.copy_(logits), dim=-1, out=probs)
-            loss -= probs.gather(-1, targets).sum()
+            probs.copy_(logits)
+            if group is None:
+                torch.log_softmax(probs, dim=-1, out=probs)
+                here = 1.0
+            else:
+                own = probs.logsumexp(-1)
+                parts = own.new_empty(dist.get_world_size(group), len(own))
+                dist.all_gather_into_tensor(parts, own[None], group=group)
+                probs -= parts.logsumexp(0)[:, None]
+                targets = targets - first
+                here = ((targets >= 0) & (targets < len(weight))).to(probs.dtype)
+                targets = targets.clamp(0, len(weight) - 1)
+            loss -= (probs.gather(-1, targets) * here).sum()
             if grad_hidden_states is None:
                 continue
             # d loss / d logits = softmax(logits) - onehot(target)
-            probs.exp_().scatter_add_(-1, targets, probs.new_full(targets.shape, -1.0))
+            probs.exp_().scatter_add_(-1, targets, probs.new_full(targets.shape, -1.0) * here)
             grad_logits = logits.copy_(probs.div_(num_items))
             grad_hidden_states[index] = grad_logits @ matrix
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.t(), inputs)
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0, dtype=grad_bias.dtype)
+        if group is not None:
+            for total in (loss, grad_hidden_states) if learning else (loss,):
+                dist.all_reduce(total, group=group)
         ctx.gradients = grad_hidden_states, grad_weight, grad_bias
         return loss / num_items
 
@@ -106,7 +133,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the chunked loss has one backward pass; for another one, do the forward pass again")
         gradients, ctx.gradients = ctx.gradients, None  # in place, and so that they become .grad without a copy
         grad_hidden_states, grad_weight, grad_bias = (g if g is None else g.mul_(grad_loss) for g in gradients)
-        return grad_hidden_states, grad_weight, grad_bias, None, None, None
+        return grad_hidden_states, grad_weight, grad_bias, *(None,) * 5
 
 
 def chunked_causal_lm_loss(
@@ -135,8 +162,27 @@ def chunked_causal_lm_loss(
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1]).to(
         autocast_dtype(head.weight.device.type) or head.weight.dtype
     )
-    learning = torch.is_grad_enabled()
-    return LinearCrossEntropy.apply(tokens, head.weight, head.bias, targets, num_items_in_batch, learning)
+    settings: tuple[Any, ...] = (targets, num_items_in_batch, torch.is_grad_enabled())
+    weight: Any = head.weight
+    bias: Any = head.bias
+    if isinstance(weight, DTensor):
+        mesh = weight.device_mesh
+        settings += mesh.get_group(), mesh.get_local_rank() * ceil(len(weight) / mesh.size())
+        weight, bias = weight.to_local(), bias if bias is None else bias.to_local()
+    return LinearCrossEntropy.apply(tokens, weight, bias, *settings)
+
+
+@contextmanager
+def computing(head: nn.Module, function: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Let calls of `head` compute `function` in the place of its product, between the hooks of FSDP2."""
+    before = vars(head).get("forward")
+    head.forward = function
+    try:
+        yield
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
 
 
 def loss_without_logits(
@@ -145,4 +191,6 @@ def loss_without_logits(
     """The loss of a causal language model and a placeholder for its logits; None if it has to compute them."""
     if not can_chunk(model):
         return None
-    return chunked_causal_lm_loss(hidden_states, model.lm_head, labels, **kwargs), SkippedLogits()
+    head = model.lm_head
+    with computing(head, partial(chunked_causal_lm_loss, head=head, labels=labels, **kwargs)):
+        return head(hidden_states), SkippedLogits()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from ..kernels.chunked_loss import CHUNK_TOKENS
+from ..window_attention_grinmoe import fits_flash
 from .parameters import (
     Parameters,
     adapters_of_layer,
@@ -132,11 +133,8 @@ def saved_by_checkpoint(config: PreTrainedConfig, layout: Layout, training: Trai
 def activations(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
     """Bytes of activations at the worst moment, the largest of:
 
-    - The head, forward. It works on a chunk of tokens at a time: logits, also in float32, and the gradients of weight
-      and input. Under autocast the copies of all layers' weights but the experts' are still there.
-    - The head with tensor parallelism or pipelines, where logits are whole. In its backward pass: inputs of norm and
-      head, log-softmax and two of its gradients, float32 [T, V] each on every rank; the weight's gradient replaces one
-      of them. Under autocast its forward pass holds logits in both precisions and the log-softmax.
+    - The head, forward. It works on a chunk of tokens at a time: its logits, also in float32, and the gradients of
+      weight and input. Under autocast the copies of all layers' weights but the experts' are still there.
     - A layer, backward: the gradients of down, its input and its output ([T K, F], [T K, H]); or the gradient of gate
       and up, twice as large, after two [T K, F] are freed. Earlier micro-batches' gradients are held beside them.
       Under autocast also: the experts' outputs in float32 while they are weighed again; or the gradients of all
@@ -152,15 +150,9 @@ def activations(config: PreTrainedConfig, layout: Layout, training: Training, st
     is_trained = not training.lora_r
     weight = head_tensors(config)[2].local(layout) * precision.compute * is_trained
     head = hidden * (precision.residual + precision.compute) + 2 * tokens * INT64 + weight * precision.autocast
-    logits = tokens * config.vocab_size * FLOAT32
-    if layout.tp == layout.pp == 1:
-        chunk, copies = min(tokens, CHUNK_TOKENS), precision.compute * (precision.compute != FLOAT32)
-        forward = chunk * (config.vocab_size * (FLOAT32 + copies) + 2 * config.hidden_size * precision.compute)
-        forward += hidden * precision.compute + weight
-        backward = 0
-    else:
-        forward = (2 * logits + logits / 2 + hidden * FLOAT32) * precision.autocast
-        backward = max(2 * logits + max(logits, weight), (logits / 2 + 2 * weight) * precision.autocast)
+    chunk, copies = min(tokens, CHUNK_TOKENS), precision.compute * (precision.compute != FLOAT32)
+    forward = chunk * (config.vocab_size / layout.tp * (FLOAT32 + copies) + 2 * config.hidden_size * precision.compute)
+    forward += hidden * precision.compute + weight
     gate_up, down = (tensor.local(layout) * precision.compute for tensor in layer_tensors(config)[-2:])
     inside, outputs = slots * config.intermediate_size * precision.compute / layout.tp, slots * config.hidden_size
     in_layer = max(down + inside + outputs * precision.compute, gate_up - 2 * inside)
@@ -173,7 +165,7 @@ def activations(config: PreTrainedConfig, layout: Layout, training: Training, st
         cast = 2 * gate_up - down - 4 * inside - 2 * outputs * precision.compute
         in_layer = max(in_layer, weighing * training.checkpointing, cast)
     in_layer += layer * training.checkpointing
-    moments = (max(forward, backward) * stage.head, in_layer * (stage.layers > 0))
+    moments = (forward * stage.head, in_layer * (stage.layers > 0))
     return stage.in_flight * stage.layers * kept + head * stage.head + max(moments)
 
 
@@ -220,11 +212,12 @@ class Memory:
 
 
 def stage_memory(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> Memory:
-    """Memory of a stage's devices."""
+    """Memory of a stage's devices. Beyond the window, float32 needs a mask `[S, S]` of one byte a number."""
     precision = precision_of(layout, training)
     # FSDP2 shards experts over ep x (fsdp / ep) ranks: over fsdp ranks, like everything else.
     count = stage.parameters(pad_sizes(config, layout)).local(replace(layout, ep=1)) / layout.fsdp
     visible = training.sequence if config.sliding_window is None else config.sliding_window + 1
+    has_mask = training.sequence > visible and not (precision.compute < FLOAT32 and fits_flash(config.head_dim))
     buckets = layout.dp_replicate > 1 and layout.fsdp == 1  # DDP copies gradients (gradient_as_bucket_view=False)
     frozen, learnt = 0.0, count * precision.weights
     gradients, reduced = count * precision.gradients, count * precision.reduced
@@ -241,7 +234,7 @@ def stage_memory(config: PreTrainedConfig, layout: Layout, training: Training, s
         communication=gathered_bytes(config, layout, training, stage)
         + output_bytes(config, layout, training, stage)
         + buckets * reduced,
-        buffers=BUFFERS * config.head_dim * FLOAT32 // 2 + (training.sequence > visible) * training.sequence**2,
+        buffers=BUFFERS * config.head_dim * FLOAT32 // 2 + has_mask * training.sequence**2,
     )
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
+from ..kernels.chunked_loss import CHUNK_TOKENS
 from .memory import BUFFERS, Stage, copied_by_autocast, pad_sizes, saved_by_layer, stage_memory, stages
 from .parameters import adapters_of_layer, layer_tensors, matrices_of_layer, sum_counts
 from .setting import FLOAT32, FOUR_BITS, INT64, Assumptions, Layout, Training, micro_batches, precision_of
@@ -41,7 +42,7 @@ def communication(
 
     - Tensor parallelism, per micro-batch: [T, H] is summed once for the embedding. A layer sums it twice forward (o,
       experts), four times backward (q, k, v and experts, each by itself) and once more (o) if recomputed; it also sums
-      the gradient of the experts' weights [T, K]. The head gathers [T, V] and sums one [T, H].
+      the gradient of the experts' weights [T, K]. The head sums a loss and one [T, H], and gathers [T].
     - FSDP2, per micro-batch: each group of weights is gathered forward and backward, last norm and head once; their
       gradients are reduced and scattered. In a pipeline all of this happens once per step. With replicas (HSDP), the
       shards are then summed once per step.
@@ -62,13 +63,14 @@ def communication(
             result[purpose] = Collective(operation, calls, round(size), ranks, stride)
 
     # Recomputation ends before a layer's last sum, of the experts' outputs: no gradient needs what is behind it.
-    attention, others = (1 + again) * stage.layers, stage.embedding + 5 * stage.layers + stage.head
-    size = hidden * (attention * precision.compute + others * precision.residual)
-    send("TP activations", "all_reduce", m * (attention + others), m * size, layout.tp, 1)
+    attention, others = (1 + again) * stage.layers, stage.embedding + 5 * stage.layers
+    size = hidden * ((attention + stage.head) * precision.compute + others * precision.residual) + FLOAT32 * stage.head
+    send("TP activations", "all_reduce", m * (attention + others + 2 * stage.head), m * size, layout.tp, 1)
     weights = tokens * config.num_experts_per_tok * precision.residual
     send("TP routing weights", "all_reduce", m * stage.layers, m * stage.layers * weights, layout.tp, 1)
-    vocabulary = ceil(config.vocab_size / layout.tp) * layout.tp * stage.head
-    send("TP logits", "all_gather", m, m * tokens * vocabulary * precision.compute, layout.tp, 1)
+    labels = training.micro_batch * (training.sequence - 1) * stage.head
+    chunks = ceil(labels / CHUNK_TOKENS)
+    send("TP softmax", "all_gather", m * chunks, m * labels * layout.tp * FLOAT32, layout.tp, 1)
 
     dense = [group._replace(experts=0).local(layout) for group in groups]
     experts = [group.experts / (layout.tp * layout.ep) for group in groups]
@@ -175,8 +177,8 @@ def layer_time(config: PreTrainedConfig, layout: Layout, training: Training, ass
 def head_time(config: PreTrainedConfig, layout: Layout, training: Training, assumptions: Assumptions) -> float:
     """Seconds of head and loss, forward and backward; float32 logits are read or written six times."""
     peak, bandwidth = speeds(layout, training, assumptions)
-    size = training.tokens * config.vocab_size
-    flops = (2 + (not training.lora_r)) * MULTIPLY_ADD * size * config.hidden_size / layout.tp
+    size = training.tokens * config.vocab_size / layout.tp
+    flops = (2 + (not training.lora_r)) * MULTIPLY_ADD * size * config.hidden_size
     return flops / peak + 6 * size * FLOAT32 / bandwidth
 
 

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
 from modeling_grin import GrinMoeForCausalLM, GrinMoeForSequenceClassification
+from modeling_grin.kernels import chunked_loss
 from modeling_grin.training import GrinMoeTrainer, add_lora, sharded
 
 STEPS, SAVED_AT = 3, 1
@@ -157,7 +158,7 @@ def train(
     """Train, or resume from a checkpoint in FOLDER.
 
     Returns `parameters` after training and `gradients` of the first step, whole, Trainer's `logs`, the `forwards` of a
-    layer, recomputation included, and what `GradientCounts` counted.
+    layer, recomputation included, of the `chunked` loss, and what `GradientCounts` counted.
     `noise_of_rank`: a mistake, each rank with routing noise of its own. `saved`: `save_model`, too.
     """
     first, fsdp = FirstGradients(), GradientCounts()
@@ -167,7 +168,8 @@ def train(
         begin_step = trainer.model.begin_step
         trainer.model.begin_step = lambda *given, **more: begin_step(*given, **more | {"seed": dist.get_rank()})
     forwards = count_forwards(trainer.model.get_decoder().layers[0])
-    with fsdp.counting():
+    loss = chunked_loss.chunked_causal_lm_loss
+    with fsdp.counting(), patch.object(chunked_loss, "chunked_causal_lm_loss", wraps=loss) as chunked:
         trainer.train(None if resume_from is None else str(folder / resume_from))
     if saved:
         trainer.processing_class = Tokenizer()
@@ -179,6 +181,7 @@ def train(
         "gradients": first.gradients,
         "logs": logs,
         "forwards": len(forwards),
+        "chunked": chunked.call_count,
         **fsdp.counts,
     }
 

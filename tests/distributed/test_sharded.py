@@ -157,6 +157,7 @@ def test_a_layout_trains_as_one_process(result, layout):
     assert difference(moved(actual["parameters"]), moved(expected["parameters"])) < TOLERANCE
     assert log_difference(actual["logs"], expected["logs"]) < TOLERANCE
     assert expected["logs"][0]["grad_norm"] > sharded_runs.TRAINING["max_grad_norm"]  # it clips
+    assert actual["chunked"] == actual["forwards"] == expected["chunked"]  # logits are never whole
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "tp"])
