@@ -3,7 +3,7 @@
 PARTIAL = "A damaged or partial checkpoint is an error, not a model with new weights."
 NO_AUX_LOSS = "The released load-balance coefficient is 0, so trl logs no such loss."
 STILL_ROUTERS = (
-    "They expect every parameter to move. SparseMixer gives a router a gradient at near ties alone, and in a few short "
+    "They expect every parameter to move. SparseMixer gives a router a gradient at near ties alone, and in few short "
     "rows a layer often has none. Phimoe fails them as well."
 )
 DIFFERENCES = {
