@@ -16,6 +16,7 @@ from transformers import (
     StaticCache,
     pipeline,
 )
+from transformers.cache_utils import Fp8QuantizedLayer, QuantizedCache
 
 from modeling_grin import (
     GrinMoeConfig,
@@ -141,6 +142,19 @@ def test_caches_keep_the_keys_that_the_next_query_sees_and_no_more(cache):
     outputs = model(random_ids(1, LENGTH), past_key_values=CACHES[cache](model.config), use_cache=True)
     expected = WINDOW + 1 if cache == "static" else WINDOW
     assert [layer.keys.shape[2] for layer in outputs.past_key_values.layers] == [expected] * 2
+
+
+def test_quantised_caches_are_transformers_own_and_know_no_window(monkeypatch):
+    """Refused with a window. Without one they change what their 8 bits do, and nothing where they keep all bits."""
+    ids = random_ids(2, LENGTH)
+    settings = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}, "max_new_tokens": 9}
+    with pytest.raises(ValueError, match="only supported for models with only full attention"):
+        build().generate(ids, **settings)
+    model = build(sliding_window=None)
+    logits, expected = cached_logits(model, ids, QuantizedCache("fp8", model.config), [20] + [1] * 10), model(ids).logits
+    assert 1e-3 < (logits - expected).norm() / expected.norm() < 0.1
+    monkeypatch.setattr(Fp8QuantizedLayer, "fp8_dtype", torch.float32)
+    assert torch.equal(model.generate(ids, **settings), model.generate(ids, max_new_tokens=9))
 
 
 @pytest.mark.parametrize("window", [WINDOW, None])

@@ -302,6 +302,16 @@ def test_a_decoder_that_the_file_has_under_another_name_is_an_error(checkpoint):
         Renamed.from_pretrained(checkpoint)
 
 
+@torch.no_grad()
+def test_exported_programs_compute_the_same(model):
+    """For batches and sequences of any size."""
+    model.config.use_cache = False
+    sizes = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(model, (), {"input_ids": IDS}, dynamic_shapes=sizes).module()
+    for ids in (IDS, IDS.reshape(3, 8)):
+        torch.testing.assert_close(program(input_ids=ids).logits, model(ids).logits)
+
+
 def test_onnx_computes_the_same(model, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
