@@ -151,7 +151,10 @@ def test_quantised_caches_are_transformers_own_and_know_no_window(monkeypatch):
     with pytest.raises(ValueError, match="only supported for models with only full attention"):
         build().generate(ids, **settings)
     model = build(sliding_window=None)
-    logits, expected = cached_logits(model, ids, QuantizedCache("fp8", model.config), [20] + [1] * 10), model(ids).logits
+    logits, expected = (
+        cached_logits(model, ids, QuantizedCache("fp8", model.config), [20] + [1] * 10),
+        model(ids).logits,
+    )
     assert 1e-3 < (logits - expected).norm() / expected.norm() < 0.1
     monkeypatch.setattr(Fp8QuantizedLayer, "fp8_dtype", torch.float32)
     assert torch.equal(model.generate(ids, **settings), model.generate(ids, max_new_tokens=9))

@@ -119,19 +119,24 @@ def test_the_code_travels(saved):
     assert tokenizer_config["auto_map"]["AutoTokenizer"][0] == "tokenization_grinmoe.GrinMoeTokenizer"
 
 
+def load_in_a_clean_process(python, tmp_path, auto_class, source, target):
+    """What `CLEAN_PROCESS` finds; its logits are in `tmp_path`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+    environment |= {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    arguments = [auto_class, source, target, tmp_path / "logits.pt", TEXT]
+    done = subprocess.run(
+        [python, "-I", "-c", CLEAN_PROCESS, *map(str, arguments)],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 def test_loads_in_a_clean_process(saved, trained_tokenizer, tmp_path):
     """And what the clean process saves is the same folder: code, weights, settings."""
     auto_class, model, folder = saved
     expected = logits(model, trained_tokenizer)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    arguments = [auto_class, folder / "first", folder / "second", tmp_path / "logits.pt", TEXT]
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", CLEAN_PROCESS, *map(str, arguments)],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=tmp_path, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+    facts = load_in_a_clean_process(sys.executable, tmp_path, auto_class, folder / "first", folder / "second")
     assert facts["classes"] == [MODELS[auto_class].__name__, "GrinMoeConfig", "GrinMoeTokenizer"]
     assert all(Path(file).is_relative_to(tmp_path / "modules") for file in facts["files"]), facts["files"]
     assert not facts["ours"]

@@ -15,6 +15,7 @@ from checkpoints import fused, released_config, released_tensors, write_checkpoi
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoUrl
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from safetensors.torch import load_file, save_file
+from test_hub import load_in_a_clean_process
 
 import modeling_grin
 from grin_moe_cli import main
@@ -24,6 +25,7 @@ from modeling_grin.publishing import push as publishing
 from modeling_grin.publishing.push import push
 
 PACKAGE = Path(modeling_grin.__file__).parent
+OLDEST = sorted(PACKAGE.parent.glob(".venv-transformers-*/bin/python"))[:1]
 PICTURE = b"\x89PNG\r\n\x1a\n\0\0fake"
 CARD = """---
 license: mit
@@ -195,6 +197,22 @@ def test_config_and_code_are_those_of_save_pretrained(hub, pushed, clean, tmp_pa
     }
     code = {path.name for path in (tmp_path / "saved").glob("*.py")}
     assert {name for name in content if name.endswith(".py")} == code
+
+
+@pytest.mark.skipif(not OLDEST, reason="make test-versions makes an environment with the oldest transformers")
+def test_the_oldest_transformers_loads_what_was_pushed(hub, pushed, clean, tmp_path):
+    """Where there is no `modeling_grin`; test_hub.py loads the same files with this version."""
+    for name, data in hub.content("me/tiny").items():
+        path = tmp_path / "pushed" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    facts = load_in_a_clean_process(
+        OLDEST[0], tmp_path, "AutoModelForCausalLM", tmp_path / "pushed", tmp_path / "saved"
+    )
+    assert facts["classes"] == ["GrinMoeForCausalLM", "GrinMoeConfig", "GrinMoeTokenizer"] and not facts["ours"]
+    with torch.no_grad():
+        expected = GrinMoeForCausalLM.from_pretrained(clean)(input_ids=torch.tensor([facts["ids"]])).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_new_version_replaces_the_old_one(hub, model, capsys):
