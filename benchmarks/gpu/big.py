@@ -1,4 +1,4 @@
-"""The whole model, 42B parameters of random weights in bfloat16 (84 GB): prefill, decoding, a LoRA step."""
+"""The whole model, 42B parameters of random weights (84 GB): prefill beside a dense model's, decoding, a LoRA step."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from transformers import CompileConfig
 
-from benchmarks.gpu.device import Row, Sizes, build, milliseconds, peak_gigabytes, random_ids
+from benchmarks.gpu.device import DEVICE, Row, Sizes, build, milliseconds, peak_gigabytes, random_ids
+from benchmarks.peers import build_dense
 
 # GB that a token's step reads at the release's sizes, by batch; and tokens/s predicted, eager and compiled.
 READ = {1: 13.0, 8: 55.0, 32: 82.0}
 PREDICTED = {1: (200, 250), 8: (None, None), 32: (None, None)}
 COPY_RATE = 4.3  # TB/s
 PROMPT = 128
+PREFILL_GOAL = 0.9  # of our speed over that of a dense model with as many active parameters
 
 
 def decode(model: Any, sizes: Sizes, batch_size: int, compiled: bool) -> float:
@@ -56,13 +58,22 @@ def lora_step(model: Any, sizes: Sizes) -> list[Row]:
             Row("LoRA on attention, memory", peak_gigabytes(step), "GB")]  # fmt: skip
 
 
+@torch.no_grad()
+def prefill(model: Any, ids: torch.Tensor) -> float:
+    """Return ms of a prompt's forward pass."""
+    return milliseconds(partial(model, input_ids=ids, use_cache=False, logits_to_keep=1), 3)
+
+
 def measure(sizes: Sizes) -> Iterator[Row]:
-    model = build(sizes.config(sizes.num_hidden_layers)).eval()
+    config = sizes.config(sizes.num_hidden_layers)
     ids = random_ids(sizes.vocab_size, 1, min(sizes.lengths))
-    with torch.no_grad():
-        prefill = milliseconds(partial(model, input_ids=ids, use_cache=False, logits_to_keep=1), 3)
-    yield Row(f"prefill of {ids.numel()} tokens", prefill, "ms")
-    is_whole = sizes == Sizes()
+    with DEVICE:
+        dense = prefill(build_dense(config, torch.bfloat16).eval(), ids)  # before ours, which leaves little room
+    model = build(config).eval()
+    ours, is_whole = prefill(model, ids), sizes == Sizes()
+    yield Row(f"prefill of {ids.numel()} tokens", ours, "ms")
+    yield Row(f"prefill of {ids.numel()} tokens, dense", dense, "ms")
+    yield Row("prefill's speed over dense", dense / ours, "", PREFILL_GOAL if is_whole else None)
     for compiled in (False, True):
         for batch_size in READ:
             rate = decode(model.eval(), sizes, batch_size, compiled)
