@@ -1,5 +1,6 @@
 """mlx-lm's Phimoe on our `--to phimoe` (`make test-mlx`): against forward passes in float64."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
+from endpoints import served
 
 from conversion import convert
 from modeling_grin import GrinMoeForCausalLM
@@ -65,6 +67,19 @@ def test_logits_within_the_window(folders, kind):
     error = errors(folders, kind, LENGTH).mean()
     print(f"{kind}: {error:.1e}")
     assert error < LIMITS[kind]
+
+
+def test_its_server_gives_the_text_of_generate(folders, trained_tokenizer):
+    messages = [{"role": "user", "content": "import <|end|> sys"}]
+    inputs = trained_tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    model = GrinMoeForCausalLM.from_pretrained(folders / "release", dtype=torch.float32).eval()
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
+    text = trained_tokenizer.decode(tokens, skip_special_tokens=True)
+    with served([PYTHON, "-m", "mlx_lm", "server", "--model", folders / "float32"], folders) as complete:
+        answer = json.loads(complete(messages=messages, temperature=0, max_tokens=12))
+        assert answer["choices"][0]["message"]["content"] == text != ""
 
 
 def test_beyond_the_window_mlx_sees_all_keys(folders):

@@ -1,16 +1,11 @@
 """vLLM's plugin on real vLLM (`make test-vllm`): the released layout as it is, against forward passes in float64."""
 
-import contextlib
 import json
 import os
 import re
 import shlex
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import pytest
 
@@ -19,6 +14,7 @@ os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": 
 
 import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
+from endpoints import served, streamed
 from parity import LONGROPE_SCALING
 from reference import reference_logits
 from vllm import LLM, SamplingParams
@@ -219,43 +215,20 @@ def test_the_cards_command_serves_chats_as_generate_answers_them(release_that_en
     folder, prompt, tokens, text = release_that_ends_its_turn
     card = Path(write_card(folder).path).read_text()
     (command,) = re.findall(r"^vllm (serve .+)$", card, re.MULTILINE)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    options = f"--port {port} --dtype float32 --enforce-eager --max-model-len 256"
-    arguments = [str(Path(sys.executable).with_name("vllm")), *shlex.split(f"{command} {options}")]
     as_vllm = folder.parent / "vllm-0+cpu.dist-info"  # the command asks for its version, and vllm-cpu has none
     as_vllm.mkdir()
     (as_vllm / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n")
     paths = os.pathsep.join(filter(None, [str(folder.parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with (folder.parent / "log").open("w+") as log:
-        server = subprocess.Popen(arguments, cwd=folder.parent, stdout=log, stderr=log, env=environment)
-        try:
-            while True:
-                with contextlib.suppress(OSError):
-                    urlopen(f"http://localhost:{port}/health").close()
-                    break
-                assert server.poll() is None, log.seek(0) or log.read()[-4000:]
-                time.sleep(0.2)
-            body = {"model": folder.name, "messages": MESSAGES, "temperature": 0, "max_tokens": TOKENS}
-
-            def post(**settings):
-                address, data = f"http://localhost:{port}/v1/chat/completions", json.dumps({**body, **settings})
-                headers = {"Content-Type": "application/json"}
-                with urlopen(Request(address, data.encode(), headers)) as response:
-                    return response.read().decode()
-
-            whole = json.loads(post(return_token_ids=True))
-            (choice,) = whole["choices"]
-            assert (whole["prompt_token_ids"], choice["token_ids"]) == (prompt, tokens)
-            assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
-            parts = [json.loads(line[6:]) for line in post(stream=True).splitlines() if line.startswith("data: {")]
-            assert "".join(part["choices"][0]["delta"].get("content") or "" for part in parts) == text
-            assert json.loads(post(max_tokens=2))["choices"][0]["finish_reason"] == "length"
-        finally:
-            server.terminate()
-            server.wait()
+    options = shlex.split(f"{command} --dtype float32 --enforce-eager --max-model-len 256")
+    body = {"model": folder.name, "messages": MESSAGES, "temperature": 0, "max_tokens": TOKENS}
+    with served([Path(sys.executable).with_name("vllm"), *options], folder.parent, env=environment) as complete:
+        whole = json.loads(complete(**body, return_token_ids=True))
+        (choice,) = whole["choices"]
+        assert (whole["prompt_token_ids"], choice["token_ids"]) == (prompt, tokens)
+        assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+        assert streamed(complete(**body, stream=True)) == text
+        assert json.loads(complete(**{**body, "max_tokens": 2}))["choices"][0]["finish_reason"] == "length"
 
 
 def test_chats_stop_at_the_end_of_a_turn(tiny_release, tmp_path):

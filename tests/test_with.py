@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx2 as httpx  # huggingface_hub's own client
 import pytest
 import torch
+from endpoints import streamed
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -171,10 +172,7 @@ def test_chat_in_a_terminal_serves_the_model_meanwhile(tiny_release, answer, tmp
         post = {"url": f"{address}/v1/chat/completions", "timeout": 300}
         whole = httpx.post(**post, json=body).json()
         assert whole["choices"][0]["message"]["content"] == answer[1]
-        lines = httpx.post(**post, json={**body, "stream": True}).text.splitlines()
-        parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-        streamed = "".join(part["choices"][0]["delta"].get("content") or "" for part in parts if part["choices"])
-        assert streamed == answer[1]
+        assert streamed(httpx.post(**post, json={**body, "stream": True}).text) == answer[1]
         question = QUESTION[0]["content"]
         typed = {"input": f"{question}\nn\n!exit\n"}  # n: it need not go on
         shown = grin("with", "--", "transformers", "chat", "tiny", address, *options[2:], **settings, **typed)
