@@ -32,6 +32,16 @@ def either_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | 
     return past_key_values if cache is None else cache
 
 
+def rename_cache_for_peft(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of a forward pass in `generate`, the cache by its old name: peft 0.21 looks for no other.
+
+    Virtual tokens would enter again with every new token, or not at all. Goes when peft knows `cache`.
+    """
+    if CACHE in inputs:
+        inputs["past_key_values"] = inputs.pop(CACHE)
+    return inputs
+
+
 def cache_name(cache: Any) -> str:
     """The name of `cache` as an argument of the attention. `CACHE` for all when 5.24 is the oldest version.
 

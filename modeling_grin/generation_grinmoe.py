@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from .checks_grinmoe import refuse_empty
-from .compat_grinmoe import CACHE, either_cache
+from .compat_grinmoe import CACHE, either_cache, rename_cache_for_peft
 from .configuration_grinmoe import VisibleWindowConfig
 from .masks_grinmoe import create_mask
 
@@ -100,7 +100,7 @@ class GrinMoeGenerationMixin(GenerationMixin):
                     raise ValueError("prefill_chunk_size divides input_ids: give them beside inputs_embeds")
                 is_first_iteration = True
                 inputs_embeds = inputs_embeds[:, past_length : past_length + positions.shape[-1]]
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length,
             attention_mask=attention_mask,
@@ -109,6 +109,7 @@ class GrinMoeGenerationMixin(GenerationMixin):
             **{CACHE: cache},
             **kwargs,
         )
+        return rename_cache_for_peft(inputs)
 
     def create_masks_for_generate(
         self, config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, cache=None, **kwargs

@@ -289,9 +289,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             )
         if training_pass is not None:
             training_pass.finish()
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), **{CACHE: cache if cache_name(cache) == CACHE else None}
-        )
+        returned = {CACHE: cache if use_cache and cache_name(cache) == CACHE else None}
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **returned)
 
 
 class GrinMoeForCausalLM(GrinMoePreTrainedModel, GrinMoeGenerationMixin):

@@ -282,3 +282,29 @@ def test_virtual_tokens_count_towards_the_context(tmp_path):
     model = get_peft_model(runs.make_model(max_position_embeddings=runs.LENGTH + 2), config)
     with pytest.raises(ValueError, match=f"the length of a sequence.*{runs.LENGTH + 3}"):
         runs.make_trainer(tmp_path, model, trainer_class=GrinMoeTrainer).train()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(
+    "method", ["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "SHADOW", "LORA"]
+)
+def test_generation_is_greedy_over_full_passes(method, use_cache):
+    """Since transformers 5.24 stock models lose the virtual tokens, or see them again with every new token."""
+    model = get_peft_model(build("grouped_mm"), method_config(PeftType(method), "grouped_mm", None)).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.5, generator=generator)
+    task = {"task_ids": torch.zeros(2, dtype=torch.long)} if method in NEED_A_TASK else {}
+    expected = IDS
+    with torch.no_grad():
+        for _ in range(6):
+            logits = model(
+                input_ids=expected, attention_mask=torch.ones_like(expected), use_cache=False, **task
+            ).logits
+            expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
+        actual = model.generate(
+            **BATCH, **task, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=use_cache
+        )
+    assert torch.equal(actual, expected)

@@ -38,6 +38,7 @@ DIFFERENCES = {
     "test_trl.py::TestDPOTrainer::test_train[[]*": NO_AUX_LOSS,
     "test_trl.py::TestGRPOTrainer::test_train[[]*": NO_AUX_LOSS,
     "test_trl.py::TestRLOOTrainer::test_train[[]*": NO_AUX_LOSS,
+    "test_trl.py::TestSFTTrainer::test_train[[]*": NO_AUX_LOSS,
     "test_trl.py::TestRewardTrainer::test_train*": STILL_ROUTERS,
     "test_trl.py::TestGRPOTrainer::test_train_*": STILL_ROUTERS,
     "test_trl.py::TestRLOOTrainer::test_train_*": STILL_ROUTERS,
