@@ -13,7 +13,7 @@ import runs
 import torch
 from datasets import Dataset
 from on_cpu import as_on_gpus
-from sharded_runs import adapt, count_forwards
+from sharded_runs import adapt, count_chunked, count_forwards
 from tokenizers import Tokenizer, models
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
@@ -67,7 +67,7 @@ def train(
     """Training with `GrinMoeTrainer`, or what is left of it from a checkpoint in FOLDER, and evaluation at its end.
 
     `layout`: of `pipeline_model`; None: one process, or DDP; `arguments`: of `runs.make_trainer`. Counted are the
-    `forwards` of this rank's first layer in training, recomputation included.
+    `forwards` of this rank's first layer in training, recomputation included, and of the `chunked` loss.
     """
     config = GrinMoeConfig.from_pretrained(folder / checkpoint, expert_dropout=expert_dropout)
     model = make_model(folder, layout, checkpoint, config=config)
@@ -79,9 +79,9 @@ def train(
         folder / f"{name}-run", model, eval_dataset=runs.Rows(EVALUATION_ROWS), **{**settings, **arguments}
     )
     forwards = count_forwards(next(layer for layer in model.get_decoder().layers if any(layer.children())))
-    with CountSends() as sends:
+    with CountSends() as sends, count_chunked() as chunked:
         trainer.train(None if resume_from is None else str(folder / resume_from))
-    return results(trainer, sends=sends.sizes, forwards=len(forwards))
+    return results(trainer, sends=sends.sizes, forwards=len(forwards), chunked=chunked.call_count)
 
 
 def sft(folder: Path, name: str, layout: dict[str, Any] | None, checkpoint: str, **arguments: Any) -> dict[str, Any]:

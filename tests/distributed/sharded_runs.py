@@ -82,6 +82,12 @@ def count_forwards(layer: torch.nn.Module) -> list[None]:
     return forwards
 
 
+def count_chunked():
+    """A context, whose `call_count` is of losses without whole logits."""
+    loss = chunked_loss.chunked_causal_lm_loss
+    return patch.object(chunked_loss, "chunked_causal_lm_loss", wraps=loss)
+
+
 class GradientCounts(TrainerCallback):
     """What FSDP2 does with gradients in a training run, from micro-batch to micro-batch.
 
@@ -168,8 +174,7 @@ def train(
         begin_step = trainer.model.begin_step
         trainer.model.begin_step = lambda *given, **more: begin_step(*given, **more | {"seed": dist.get_rank()})
     forwards = count_forwards(trainer.model.get_decoder().layers[0])
-    loss = chunked_loss.chunked_causal_lm_loss
-    with fsdp.counting(), patch.object(chunked_loss, "chunked_causal_lm_loss", wraps=loss) as chunked:
+    with fsdp.counting(), count_chunked() as chunked:
         trainer.train(None if resume_from is None else str(folder / resume_from))
     if saved:
         trainer.processing_class = Tokenizer()

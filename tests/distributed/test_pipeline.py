@@ -185,6 +185,8 @@ def test_each_rank_has_its_layers_only(trained, name, num_stages):
         assert layers == set(range(sum(sizes[:stage]), sum(sizes[: stage + 1])))
         assert ("model.embed_tokens.weight" in result["parameters"]) == (stage == 0)
         assert ("lm_head.weight" in result["parameters"]) == (max(layers) == num_layers - 1)
+        # Logits are whole nowhere; evaluation has two batches.
+        assert result["chunked"] == (result["forwards"] + 2) * (max(layers) == num_layers - 1)
 
 
 @pytest.mark.parametrize(
