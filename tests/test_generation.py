@@ -14,9 +14,9 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     StaticCache,
+    cache_utils,
     pipeline,
 )
-from transformers.cache_utils import Fp8QuantizedLayer, QuantizedCache
 
 from modeling_grin import (
     GrinMoeConfig,
@@ -152,11 +152,11 @@ def test_quantised_caches_are_transformers_own_and_know_no_window(monkeypatch):
         build().generate(ids, **settings)
     model = build(sliding_window=None)
     logits, expected = (
-        cached_logits(model, ids, QuantizedCache("fp8", model.config), [20] + [1] * 10),
+        cached_logits(model, ids, cache_utils.QuantizedCache("fp8", model.config), [20] + [1] * 10),
         model(ids).logits,
     )
     assert 1e-3 < (logits - expected).norm() / expected.norm() < 0.1
-    monkeypatch.setattr(Fp8QuantizedLayer, "fp8_dtype", torch.float32)
+    monkeypatch.setattr(cache_utils.Fp8QuantizedLayer, "fp8_dtype", torch.float32)
     assert torch.equal(model.generate(ids, **settings), model.generate(ids, max_new_tokens=9))
 
 
