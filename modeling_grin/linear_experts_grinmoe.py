@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -78,7 +79,7 @@ def exclude_router_from_quantization(quantization_config: Any) -> Any:
     """
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
-    quantization_config = copy.deepcopy(quantization_config)
+    quantization_config = copy.deepcopy(quantization_config)  # or None
     for field, router in SKIP_LISTS.items():
         if hasattr(quantization_config, field):
             skipped = getattr(quantization_config, field)
@@ -89,7 +90,7 @@ def exclude_router_from_quantization(quantization_config: Any) -> Any:
 
 def is_quantized(linear: nn.Module) -> bool:
     """Whether a linear layer's weights are no longer a plain matrix."""
-    return type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter
+    return type(linear) is not nn.Linear or type(linear.weight) not in (nn.Parameter, DTensor)
 
 
 def check_quantized(model: PreTrainedModel) -> None:
@@ -106,7 +107,7 @@ def check_quantized(model: PreTrainedModel) -> None:
                 f"{name}.weight of the checkpoint is not quantised: list {name.rpartition('.')[2]!r} among the "
                 "modules that the config's quantization_config leaves alone"
             )
-        state = getattr(weight, "quant_state", None)  # bitsandbytes' 4-bit weights
+        state = getattr(module, "quant_state", None)  # of bitsandbytes' 4-bit layers
         if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
             raise ValueError(
                 f"{name}.weight of the checkpoint was quantised from shape {list(state.shape)}, the config says "

@@ -34,6 +34,7 @@ from .linear_experts_grinmoe import (
     disable_bnb_cpu_repacking,
     exclude_router_from_quantization,
 )
+from .packed_grinmoe import load_packed, open_tensors, pack_layers, packed_layers
 from .patterns_grinmoe import adaptable_names, check_patterns
 from .tables_grinmoe import list_causal_lm
 
@@ -103,14 +104,25 @@ class GrinMoeLoadingMixin(PreTrainedModel):
                 module.freeze_router()  # once more: loading has made new parameters
         return loaded
 
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        if mesh_manager is not None:
+            pack_layers(model)
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        loaded = set()
+        if packed_layers(model):
+            state_dict = open_tensors(checkpoint_files)
+            loaded = load_packed(model, state_dict, load_config.device_map[""])
         if model.config._experts_implementation == LINEAR_EXPERTS:
             mapping = [entry for entry in load_config.weight_mapping or [] if not isinstance(entry, ExpertConverter)]
             load_config = replace(load_config, weight_mapping=mapping)
         info, offload_index = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, expected_keys
         )
+        info.missing_keys -= loaded
         if expected_keys is None:  # the whole model, and not an adapter
             raise_on_mismatch(model, info, load_config.ignore_mismatched_sizes)
         return info, offload_index

@@ -28,11 +28,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+from transformers.quantizers.auto import get_hf_quantizer
 
 from ..compat_grinmoe import require_layouts
 from ..configuration_grinmoe import GrinMoeConfig
+from ..linear_experts_grinmoe import check_quantized, disable_bnb_cpu_repacking, exclude_router_from_quantization
 from ..loading_grinmoe import check_parallel_sizes
 from ..modeling_grinmoe import GrinMoeForCausalLM
+from ..packed_grinmoe import pack_layers
 from ..planning.schedules import SCHEDULES, Schedule
 from .sharded import load_weights
 
@@ -317,7 +320,8 @@ def pipeline_model(
         config: the model's configuration, by default the checkpoint's.
         schedule: a name in `SCHEDULES`.
         chunks_per_rank: places of a rank in the pipeline; by default one, or two with an interleaved schedule.
-        settings: `dtype`, `attn_implementation` and `experts_implementation`, as in `from_pretrained`.
+        settings: `dtype`, `attn_implementation`, `experts_implementation` and `quantization_config`, as in
+            `from_pretrained`.
 
     Raises:
         ValueError: sizes that do not fit the model or the number of ranks, an unknown schedule, tied embeddings.
@@ -327,12 +331,17 @@ def pipeline_model(
             f"{folder} is not a folder here: download the checkpoint; each rank reads its part of the files"
         )
     config = GrinMoeConfig.from_pretrained(folder) if config is None else copy.deepcopy(config)
+    quantization = exclude_router_from_quantization(settings.pop("quantization_config", None))
+    quantizer, config, _ = get_hf_quantizer(config, quantization, None, True, {})
     num_chunks, dp_size = check_pipeline(config, pp_size, tp_size, schedule, chunks_per_rank)
     kind, state = SCHEDULES[schedule], PartialState()
     mesh = init_device_mesh(state.device.type, (dp_size, pp_size, tp_size), mesh_dim_names=("dp", "pp", "tp"))
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **settings)
+        if quantizer is not None:
+            quantizer.preprocess_model(model, device_map=None)
+            pack_layers(model)
     tp_plan = model._resolve_parallel_plans(DistributedConfig(tp_size=tp_size))[0]
     layers = torch.arange(config.num_hidden_layers).tensor_split(num_chunks)
     numbers = range(mesh["pp"].get_local_rank(), num_chunks, pp_size)
@@ -352,6 +361,11 @@ def pipeline_model(
         chunk.to_empty(device=state.device)
         chunk.decoder.rotary_emb = rotary_emb
     load_weights(model, folder)
+    if quantizer is not None:
+        model.hf_quantizer = quantizer
+        quantizer.postprocess_model(model)
+        check_quantized(model)
+        disable_bnb_cpu_repacking(model)
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
 

@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 
 from ..layout_grinmoe import EXPERT_WEIGHTS
 from ..modeling_grinmoe import GrinMoePreTrainedModel
+from ..packed_grinmoe import load_packed, open_tensors, packed_layers
 from ..safetensors_header import encode_header
 from .checkpoints import FILE_LIST
 
@@ -163,7 +164,14 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: as `load_tensors`.
     """
-    load_tensors(weights_of(model), Path(folder))
+    tensors = weights_of(model)
+    if packed := packed_layers(model):
+        device = next(iter(tensors.values())).device
+        loaded = load_packed(model, open_tensors(Path(folder).glob("*.safetensors")), device)
+        if missing := sorted(packed.keys() - loaded):
+            raise ValueError(f"{folder} lacks {missing[0]}")
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in packed}
+    load_tensors(tensors, Path(folder))
 
 
 def add_format(path: Path) -> None:

@@ -62,7 +62,8 @@ def results(trainer: Trainer, **counted: Any) -> dict[str, Any]:
 
 def train(
     folder: Path, name: str, layout: dict[str, Any] | None, checkpoint: str, resume_from: str | None = None,
-    expert_dropout: float = 0.0, lora: dict[str, Any] | None = None, **arguments: Any,
+    expert_dropout: float = 0.0, lora: dict[str, Any] | None = None, quantization_config: dict[str, Any] | None = None,
+    **arguments: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Training with `GrinMoeTrainer`, or what is left of it from a checkpoint in FOLDER, and evaluation at its end.
 
@@ -70,7 +71,7 @@ def train(
     `forwards` of this rank's first layer in training, recomputation included, and of the `chunked` loss.
     """
     config = GrinMoeConfig.from_pretrained(folder / checkpoint, expert_dropout=expert_dropout)
-    model = make_model(folder, layout, checkpoint, config=config)
+    model = make_model(folder, layout, checkpoint, config=config, quantization_config=quantization_config)
     if lora is not None:
         model = adapt(model, **lora)
     settings = {"max_steps": STEPS, "logging_steps": 1, "accumulation": 4, "micro_batch": 2, "eval_strategy": "steps",
