@@ -319,7 +319,8 @@ def check_parallel_sizes(config: GrinMoeConfig, *, tp_size: int = 1, pp_size: in
             raise ValueError(f"{field}={size} is not divisible by tp_size={tp_size}: choose a tp_size that divides it")
     if tp_size > 1 and config._experts_implementation == LINEAR_EXPERTS:
         raise ValueError(
-            "tensor parallelism shards fused experts: load without quantization_config and experts_implementation"
+            "tensor parallelism shards fused experts: load without quantization_config and experts_implementation, or "
+            "use FSDP2 or a pipeline"
         )
     if pp_size > config.num_hidden_layers:
         raise ValueError(

@@ -16,26 +16,32 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 
+def pack_layers(model: nn.Module) -> None:
+    """Give bitsandbytes' 4-bit layers on the meta device weights of packed bytes, `[bytes, 1]`, which can be sharded.
+
+    Bytes, whatever the config's `bnb_4bit_quant_storage`: FSDP2 casts floats in mixed precision.
+
+    Raises:
+        ValueError: there are 8-bit layers, whose weights cannot be sharded.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            raise ValueError("weights that are spread over ranks must not have 8 bits: use load_in_4bit, or DDP")
+        if type(module).__name__ == "Linear4bit":
+            layer: Any = module
+            layer.packing = {**layer.weight.__dict__, "quant_storage": torch.uint8}
+            packed = torch.empty((layer.weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
+            layer.weight = nn.Parameter(packed, requires_grad=False)
+
+
 def packed_layers(model: nn.Module) -> dict[str, Any]:
     """Name of the weight -> layer, of the layers that `pack_layers` has changed."""
     return {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "packing")}
 
 
-def pack_layers(model: nn.Module) -> None:
-    """Give bitsandbytes' 4-bit layers on the meta device weights of packed bytes, `[bytes, 1]`, which can be sharded.
-
-    Bytes, whatever the config's `bnb_4bit_quant_storage`: FSDP2 casts floats in mixed precision.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.packing = {**module.weight.__dict__, "quant_storage": torch.uint8}  # type: ignore[assignment]
-            packed = torch.empty((module.weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
-            module.weight = nn.Parameter(packed, requires_grad=False)
-
-
-def packed_weight(layer: Any, data: torch.Tensor, **changes: Any) -> nn.Parameter:
+def packed_weight(layer: Any, data: torch.Tensor, **changes: Any) -> Any:
     """A 4-bit weight of `layer`; a whole matrix is packed when it is moved to a device."""
-    from bitsandbytes.nn import Params4bit  # an optional package
+    from bitsandbytes.nn import Params4bit
 
     return Params4bit(data, **{**layer.packing, **changes})
 
@@ -47,35 +53,35 @@ def open_tensors(files: Iterable[Any]) -> dict[str, Any]:
 
 
 def load_packed(model: PreTrainedModel, tensors: dict[str, Any], device: torch.device | str) -> set[str]:
-    """Fill the packed layers from a checkpoint in 16, 32 or 4 bits, and take their tensors out of `tensors`.
+    """Fill the packed layers from a checkpoint in 16, 32 or 4 bits, and take what they need out of `tensors`.
 
     Returns:
-        The names of the weights that the checkpoint had.
+        The names of the weights that were there.
     """
-    from bitsandbytes.nn import Params4bit
+    from bitsandbytes.nn import Params4bit  # an optional package
 
     prefix, loaded = f"{model.base_model_prefix}.", set()  # a bare decoder's names lack it
-    own: dict[str, list[str]] = {}
-    for key in tensors:
-        own.setdefault(key.removeprefix(prefix).partition(".weight")[0] + ".weight", []).append(key)
     for name, layer in packed_layers(model).items():
-        keys = own.get(name.removeprefix(prefix), [])
-        parts = {key: tensors.pop(key)[:] for key in keys}
-        weight = next((parts.pop(key) for key in keys if key.endswith(".weight")), None)
-        if weight is None:
+        stem, place = name.removeprefix(prefix), layer.weight
+        # With 4 bits, `weight.absmax` and others are beside the weight.
+        parts = {key: tensors.pop(key)[:] for key in [*tensors] if key.removeprefix(prefix).startswith(stem)}
+        data = next((parts.pop(key) for key in [*parts] if key.endswith(stem)), None)
+        if data is None:
             continue
-        loaded.add(name)
         if parts:
-            whole = Params4bit.from_prequantized(weight.view(torch.uint8), parts, device=device, module=layer)
+            weight = Params4bit.from_prequantized(data.view(torch.uint8), parts, False, device, layer)
         else:
-            whole = packed_weight(layer, weight.to(device, model.dtype)).to(device)
-        place = layer.weight
+            weight = packed_weight(layer, data.to(device, model.dtype)).to(device)
         if isinstance(place, DTensor):
-            shape, offset = compute_local_shape_and_global_offset(place.shape, place.device_mesh, place.placements)
-            part = whole.data[offset[0] : offset[0] + shape[0]].clone()
-            whole = DTensor.from_local(
-                part, place.device_mesh, place.placements, run_check=False, shape=place.shape, stride=place.stride()
+            (size, _), (start, _) = compute_local_shape_and_global_offset(
+                place.shape, place.device_mesh, place.placements
             )
-        layer.weight = nn.Parameter(whole, requires_grad=False) if isinstance(whole, DTensor) else whole
-        layer.weight._is_hf_initialized = True
+            part = DTensor.from_local(
+                weight.data[start : start + size].clone(), place.device_mesh, place.placements, run_check=False,
+                shape=place.shape, stride=place.stride(),
+            )  # fmt: skip
+            weight = nn.Parameter(part, requires_grad=False)
+        weight._is_hf_initialized = True
+        layer.weight = weight
+        loaded.add(name)
     return loaded

@@ -72,6 +72,12 @@ def test_layouts_divide_the_base_and_repeat_the_adapters():
     assert one.weights - adapters == pytest.approx(2 * 41.87e9, rel=1e-3)
     quantised = memory(config, Layout(), Training(lora_r=16, load_in_4bit=True))
     assert quantised.weights < 0.3 * one.weights
+    halved = memory(config, Layout(fsdp=2), Training(lora_r=16, load_in_4bit=True))
+    number = 32 * 4096 * (2 * (4096 + 1024) + 3 * 16 * 6400)  # of the matrices; embedding and head are bfloat16
+    packed, scales, learnt, ends = 0.5 * number, 0.016 * number, quantised.gradients, 2 * 2 * 32064 * 4096
+    assert quantised.weights == pytest.approx(learnt + packed + scales + ends, rel=1e-3)
+    assert halved.weights == pytest.approx(learnt + packed / 2 + scales + ends / 2, rel=1e-3)
+    assert halved.communication == pytest.approx(2 * packed / 32 + ends / 2, rel=0.01)  # two layers, and the head
     times = [
         estimate(config, Layout(), training, Assumptions()).seconds["compute"]
         for training in (Training(precision="bfloat16", lora_r=16), Training(precision="bfloat16"))
@@ -84,7 +90,7 @@ def test_what_fits_one_gpu():
     assert quantised.estimates[0].fits
     assert not plan(GrinMoeConfig(), 1, Training(lora_r=16), Assumptions(memory=80 * GB)).estimates[0].fits
     two = plan(GrinMoeConfig(), 2, Training(lora_r=16, load_in_4bit=True), Assumptions(memory=48 * GB))
-    assert [str(e.layout) for e in two.estimates] == ["DDP=2"]
-    assert "load_in_4bit needs the whole model on each device" in two.left_out["FSDP2=2"]
+    assert {str(e.layout) for e in two.estimates} == {"DDP=2", "FSDP2=2", "PP=2", "PP=2 x2"}
+    assert "load_in_4bit cannot divide a matrix" in two.left_out["TP=2"]
     with pytest.raises(ValueError, match="lora_r must be at least 1; got 0"):
         Training(load_in_4bit=True)

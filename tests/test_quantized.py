@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from modeling_grin.linear_experts_grinmoe import GrinMoeLinearExperts, check_quantized
+from modeling_grin.packed_grinmoe import pack_layers
 
 # An expert's width that is no multiple of the 64 numbers of a 4-bit block. Greedy routing and no jitter make training
 # mode a function of the weights, and a narrow keep set keeps rounding from moving a token to another expert.
@@ -398,6 +399,11 @@ def test_experts_are_never_left_unquantized_in_silence(checkpoint, config, tenso
     block.experts[4].w3, block.gate = replaced, bnb.nn.Linear4bit(64, 6, bias=False)
     with pytest.raises(ValueError, match=r"has quantised the router model\.layers\.1\.block_sparse_moe\.gate"):
         check_quantized(model)
+
+
+def test_8_bits_cannot_be_spread_over_ranks():
+    with pytest.raises(ValueError, match="must not have 8 bits: use load_in_4bit, or DDP"):
+        pack_layers(nn.ModuleList([bnb.nn.Linear8bitLt(4, 4)]))
 
 
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForSequenceClassification])

@@ -164,6 +164,27 @@ def test_shipped_layout_names_itself_and_leaves_recomputation_to_the_trainer(pat
     assert given["num_processes"] % math.prod(sizes) == 0
 
 
+@pytest.mark.parametrize("path", [*LAUNCHES, *CONFIGS], ids=lambda path: path.stem)
+def test_estimates_in_headers_are_the_planners(path):
+    text = header_of(path)["Limits"]
+    is_lora = path.stem.startswith("lora_") or path.stem in ("sft_grin_lora", "sft_grin_qlora")
+    found = re.match(r"(.+): ([\d.]+) GB a GPU and ([\d.]+) s per 1M tokens .*\(`grin-moe (plan .+?)`\)", text)
+    assert bool(found) == is_lora
+    if not is_lora:
+        return
+    assert "not run by us at this size" in text
+    name, gigabytes, seconds, command = found.groups()
+    plans = json.loads(CliRunner().invoke(app, [*command.split(), "--json"]).stdout)["layouts"]
+    (estimate,) = [plan for plan in plans if plan["layout"]["name"] == name]
+    assert estimate["fits"] and float(gigabytes) == round(estimate["memory"]["total"] / 1e9, 1)
+    assert float(seconds) == pytest.approx(1e6 / estimate["tokens_per_second"], rel=5e-3)
+    if path in LAUNCHES:
+        given, layout = yaml.safe_load(path.read_text(encoding="utf-8")), estimate["layout"]
+        sizes = given.get("parallelism_config", {}).values()
+        assert given["num_processes"] == layout["devices"]
+        assert list(sizes) == ([layout["dp_replicate"], layout["fsdp"]] if sizes else [])
+
+
 # ---- Data ----
 
 
@@ -405,7 +426,6 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         ("sft", {**FSDP2, "FSDP_VERSION": "1"}, [], "fsdp_version must be 2 .*; got 1"),
         ("sft", {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, [],
          "must multiply to the 1 processes .*; got .* x tp_size=2"),
-        ("sft", FSDP2, ["--lora_r", "2", "--load_in_4bit", "true"], "load_in_4bit needs all layers in each process"),
         ("sft", {}, ["--pipeline_parallel_size", "2"], "must be a multiple of pp_size=2 .*; got 1"),
         ("sft", {}, ["--pipeline_parallel_size", "2", "--pipeline_schedule", "2F2B"],
          "pipeline_schedule must be GPipe, 1F1B or Interleaved1F1B; got 2F2B"),

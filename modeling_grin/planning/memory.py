@@ -19,7 +19,7 @@ from .parameters import (
     matrices_of_layer,
     sum_counts,
 )
-from .setting import FLOAT32, FOUR_BITS, INT64, OPTIMIZERS, Layout, Training, micro_batches, precision_of
+from .setting import FLOAT32, INT64, OPTIMIZERS, PACKED, SCALES, Layout, Training, micro_batches, precision_of
 
 BUFFERS = 2  # of RoPE, float32 [head_dim / 2] each
 
@@ -169,6 +169,11 @@ def activations(config: PreTrainedConfig, layout: Layout, training: Training, st
     return stage.in_flight * stage.layers * kept + head * stage.head + max(moments)
 
 
+def saved_by_packing(config: PreTrainedConfig, training: Training, layers: int, size: int) -> float:
+    """Bytes that 4 bits save of the matrices of `layers`, `size` bytes a number; scales are not counted."""
+    return training.load_in_4bit * layers * matrices_of_layer(config) * (size - PACKED)
+
+
 def gathered_bytes(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
     """Bytes that FSDP2 gathers: two layers' weights (one is prefetched) and a layer's gradients before and after they
     are scattered, if it is trained. In a pipeline, the whole stage's, from the first micro-batch to the last."""
@@ -177,11 +182,13 @@ def gathered_bytes(config: PreTrainedConfig, layout: Layout, training: Training,
     precision, config = precision_of(layout, training), pad_sizes(config, layout)
     reduced = precision.reduced * (not training.lora_r)
     if layout.pp > 1:
-        return stage.parameters(config).local(layout) * (precision.gathered + reduced)
+        packed = saved_by_packing(config, training, stage.layers, precision.gathered)
+        return stage.parameters(config).local(layout) * (precision.gathered + reduced) - packed
     layer = sum_counts(layer_tensors(config)).local(layout) if stage.layers else 0
     # The tail stays gathered from forward to backward.
     tail = sum_counts(head_tensors(config)).local(layout) if stage.head else 0
-    return (2 * layer + tail) * precision.gathered + (layer + layer / layout.fsdp) * reduced
+    gathered = (2 * layer + tail) * precision.gathered - saved_by_packing(config, training, 2, precision.gathered)
+    return gathered + (layer + layer / layout.fsdp) * reduced
 
 
 def output_bytes(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
@@ -224,8 +231,8 @@ def stage_memory(config: PreTrainedConfig, layout: Layout, training: Training, s
     if training.lora_r:
         frozen, learnt = learnt, stage.layers * adapters_of_layer(config, training) * FLOAT32
         gradients = reduced = learnt
-        if training.load_in_4bit:
-            frozen -= stage.layers * matrices_of_layer(config) * (precision.weights - FOUR_BITS)
+        packed = saved_by_packing(pad_sizes(config, layout), training, stage.layers, precision.weights)
+        frozen += training.load_in_4bit * stage.layers * matrices_of_layer(config) * SCALES - packed / layout.fsdp
     return Memory(
         weights=frozen + learnt,
         gradients=gradients,

@@ -76,8 +76,8 @@ def check_layout(config: PreTrainedConfig, layout: Layout, training: Training) -
 def check_trainable(config: PreTrainedConfig, layout: Layout, training: Training) -> None:
     """Raise ValueError, as `check_layout`, also for a layout that the recipes do not train."""
     check_layout(config, layout, training)
-    if training.load_in_4bit and layout.dp_replicate < layout.devices:
-        raise ValueError(f"load_in_4bit needs the whole model on each device: use DDP; got {layout}")
+    if training.load_in_4bit and layout.tp * layout.ep > 1:
+        raise ValueError(f"load_in_4bit cannot divide a matrix: use FSDP2 or a pipeline; got {layout}")
     if layout.pp == 1:
         return
     if layout.dp_replicate > 1:

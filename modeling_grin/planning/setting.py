@@ -38,7 +38,7 @@ PRECISIONS = {
 }
 AUTOCAST = Precision(4, 2, 4, 4, autocast=True)
 MIXED_LORA = Precision(2, 2, 4, 4)  # autocast over frozen bfloat16 weights, which it does not copy
-FOUR_BITS = 0.516  # bytes of a number in nf4 with double quantisation, scales included
+PACKED, SCALES = 0.5, 0.016  # bytes of a number in nf4 with double quantisation; every rank has the scales whole
 OPTIMIZERS = {"adamw": 2, "sgd_momentum": 1, "sgd": 0}  # moments per weight, in the weights' precision
 
 

@@ -7,9 +7,18 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from ..kernels.chunked_loss import CHUNK_TOKENS
-from .memory import BUFFERS, Stage, copied_by_autocast, pad_sizes, saved_by_layer, stage_memory, stages
+from .memory import (
+    BUFFERS,
+    Stage,
+    copied_by_autocast,
+    pad_sizes,
+    saved_by_layer,
+    saved_by_packing,
+    stage_memory,
+    stages,
+)
 from .parameters import adapters_of_layer, layer_tensors, matrices_of_layer, sum_counts
-from .setting import FLOAT32, FOUR_BITS, INT64, Assumptions, Layout, Training, micro_batches, precision_of
+from .setting import FLOAT32, INT64, PACKED, SCALES, Assumptions, Layout, Training, micro_batches, precision_of
 
 MULTIPLY_ADD = 2  # FLOPs of a matmul, per parameter and token
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes of gradients that DDP reduces together: the first ones, later ones
@@ -79,7 +88,8 @@ def communication(
     repeats, sides = (m, 2) if layout.pp == 1 else (1, 1)
     kept = sides - 1 if stage.head else 0  # last norm and head stay gathered from forward to backward
     gathers, size = repeats * (sides * len(dense) - kept), repeats * (sides * sum(dense) - kept * dense[-1])
-    send("FSDP weights", "all_gather", gathers, size * precision.gathered, layout.fsdp, width)
+    packed = saved_by_packing(config, training, repeats * sides * stage.layers, precision.gathered)
+    send("FSDP weights", "all_gather", gathers, size * precision.gathered - packed, layout.fsdp, width)
     reduced = precision.reduced * (not training.lora_r)
     count, size = repeats * len(dense), repeats * sum(dense) * reduced
     send("FSDP gradients", "reduce_scatter", count, size, layout.fsdp, width)
@@ -170,7 +180,7 @@ def layer_time(config: PreTrainedConfig, layout: Layout, training: Training, ass
         saved -= 2 * training.tokens * config.hidden_size * precision.compute
     copies = sum(copied_by_autocast(config, layout, training)) * (1 + precision.weights / precision.compute)
     if training.load_in_4bit:  # each pass unpacks the matrices, and reads them
-        copies = matrices_of_layer(config) * (FOUR_BITS + 2 * precision.compute)
+        copies = matrices_of_layer(config) * (PACKED + SCALES + 2 * precision.compute)
     return (2 + (not training.lora_r) + again) * matmuls + ((5 + 2 * again) * saved + (2 + again) * copies) / bandwidth
 
 

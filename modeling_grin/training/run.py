@@ -253,10 +253,6 @@ def load_adapted(
     Raises:
         ValueError: LoRA, or the merge of its adapter, cannot be done in this launch.
     """
-    if arguments.load_in_4bit and (layout is not None or arguments.pipeline_parallel_size > 1):
-        raise ValueError(
-            "load_in_4bit needs all layers in each process: launch with recipes/accelerate/ddp.yaml, or leave it out"
-        )
     if arguments.lora_r and arguments.merge_adapter and getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"merge_adapter cannot merge into the quantised weights of {arguments.model_name_or_path}: set it to "

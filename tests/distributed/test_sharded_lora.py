@@ -17,23 +17,25 @@ from modeling_grin import GrinMoeForCausalLM
 
 TOLERANCE = 1e-5
 FSDP2, TP = {"fsdp_size": 2}, {"tp_size": 2}
+HSDP = {**FSDP2, "dp_replicate_size": 2}
 LORA = {"seed": 7, "r": 3, "lora_alpha": 6, "router": True}
 NOISE = {"router_jitter_noise": 0.1, "input_jitter_noise": 0.1}
 # bfloat16 weights. Every expert takes every token: no pick can be another one because of rounding. grouped_mm takes
 # rows of multiples of 16 bytes, on each rank.
-BF16 = {"bf16": True, "checkpoint": "wide", "max_steps": 1, "config": {
-    "dtype": "bfloat16", "router_estimator": "gshard", "num_experts_per_tok": 6, "experts_implementation": "grouped_mm"
-}}  # fmt: skip
+ALL_EXPERTS = {"dtype": "bfloat16", "router_estimator": "gshard", "num_experts_per_tok": 6}
+BF16 = {"bf16": True, "checkpoint": "wide", "max_steps": 1,
+        "config": {**ALL_EXPERTS, "experts_implementation": "grouped_mm"}}  # fmt: skip
 NF4 = {"quantization_config": {
     "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
     "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32"
 }}  # fmt: skip
 FOUR_BITS = {"checkpoint": "blocks", "config": NF4}
+FOUR_BITS_BF16 = {**BF16, "checkpoint": "blocks", "config": {**ALL_EXPERTS, **NF4}}
 SAVED = f"checkpoint-{sharded_runs.SAVED_AT}"
 SAVING = {"save_strategy": "steps", "save_steps": sharded_runs.SAVED_AT}
 # The first run's, whose checkpoint another one resumes.
 RESUMED = {"fsdp2-resumed": ("fsdp2", FSDP2), "tp-from-fsdp2": ("fsdp2", TP), "fsdp2-from-one": ("one", FSDP2),
-           "fsdp2-4bit-resumed": ("fsdp2-4bit", FSDP2), "fsdp2-4bit-from-one": ("one-4bit", FSDP2)}  # fmt: skip
+           "fsdp2-4bit-resumed": ("fsdp2-4bit", FSDP2)}  # fmt: skip
 
 
 def resumed(before):
@@ -46,22 +48,27 @@ def cases(num_ranks):
     if num_ranks == 1:
         yield "one", {"layout": None, **SAVING}
         yield "one-bf16", {"layout": None, **BF16}
+        yield "one-4bit-bf16", {"layout": None, **FOUR_BITS_BF16}
         yield "one-4bit", {"layout": None, **FOUR_BITS, **SAVING}
         yield "one-4bit-resumed", {"layout": None, **FOUR_BITS, **resumed("one-4bit")}
     elif num_ranks == 2:
         yield "ddp", {"layout": None}
         yield "ddp-4bit", {"layout": None, **FOUR_BITS}
-        yield "fsdp2-4bit", {"layout": {**FSDP2, "fsdp_cpu_offload": True}, "activation_checkpointing": True,
-                             **FOUR_BITS, **SAVING}
+        yield (
+            "fsdp2-4bit",
+            {"layout": {**FSDP2, "fsdp_cpu_offload": True}, "activation_checkpointing": True, **FOUR_BITS, **SAVING},
+        )
         yield "fsdp2", {"layout": FSDP2, **SAVING}
         yield "tp", {"layout": TP, "saved": True}
         yield "fsdp2-recomputed", {"layout": {**FSDP2, "fsdp_cpu_offload": True}, "activation_checkpointing": True}
         for name, (before, layout) in RESUMED.items():
             yield name, {"layout": layout, **(FOUR_BITS if "4bit" in name else {}), **resumed(before)}
+        yield "fsdp2-4bit-from-one", {"layout": FSDP2, "checkpoint": "published", **resumed("one-4bit")}
     else:
         yield "fsdp2_tp", {"layout": {**FSDP2, **TP}}
         yield "fsdp2_tp-bf16", {"layout": {**FSDP2, **TP, "fsdp_mixed_precision": True}, **BF16}
-        yield "hsdp", {"layout": {**FSDP2, "dp_replicate_size": 2}}
+        yield "hsdp", {"layout": HSDP}
+        yield "hsdp-4bit-bf16", {"layout": {**HSDP, "fsdp_mixed_precision": True}, **FOUR_BITS_BF16}
 
 
 PIPELINE = {**sharded_runs.TRAINING, "checkpoint": "source", "lora": LORA}
@@ -92,6 +99,7 @@ def folder(tmp_path_factory):
         file.write_text(json.dumps([{"name": name, **defaults, **case} for name, case in cases(num_ranks)]))
         if num_ranks == 1:
             sharded_runs.main(folder, file)
+            GrinMoeForCausalLM.from_pretrained(folder / "blocks", **NF4).save_pretrained(folder / "published")
         else:
             launch(Path(sharded_runs.__file__), num_ranks, folder, file)
             stages = [{"name": name, **PIPELINE, **case} for name, case in PIPELINES[num_ranks].items()]
@@ -158,15 +166,16 @@ def test_a_pipeline_saves_the_adapters_of_all_stages(folder):
 
 @pytest.mark.parametrize("name", ["ddp-4bit", "fsdp2-4bit", "one-4bit-resumed", "fsdp2-4bit-from-one"])
 def test_experts_in_4_bits(folder, name):
-    """And CPU offload, recomputation and resuming."""
+    """And CPU offload, recomputation, published 4-bit files and resuming."""
     actual, expected = result(folder, name), result(folder, "one-4bit")
     assert sum(".experts.0.w1.lora_" in key for key in actual["parameters"]) == 4
     assert difference(moved(folder, actual, **FOUR_BITS), moved(folder, expected, **FOUR_BITS)) < TOLERANCE
     check_logs(actual, expected, slice(-len(actual["logs"]), None))
 
 
-def test_bfloat16_weights_and_mixed_precision(folder):
-    actual, expected = result(folder, "fsdp2_tp-bf16"), result(folder, "one-bf16")
+@pytest.mark.parametrize(("name", "one"), [("fsdp2_tp-bf16", "one-bf16"), ("hsdp-4bit-bf16", "one-4bit-bf16")])
+def test_bfloat16_weights_and_mixed_precision(folder, name, one):
+    actual, expected = result(folder, name), result(folder, one)
     assert difference(actual["gradients"], expected["gradients"]) < 0.05
     assert {tensor.dtype for tensor in actual["gradients"].values()} == {torch.float32}
 
