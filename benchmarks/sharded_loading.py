@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.progress import track
-from transformers import modeling_utils
+from transformers import BitsAndBytesConfig, modeling_utils
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from benchmarks.measure import show
 from benchmarks.quantized_memory import OwnPagesPeak, in_fresh_process, memory, write_checkpoint
-from modeling_grin import GrinMoeForCausalLM
+from modeling_grin import GrinMoeForCausalLM, packed_grinmoe
 from modeling_grin.training import sharded
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -38,9 +38,11 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "FSDP2, 4 ranks": {"fsdp_size": 4},
     "TP, 4 ranks": {"tp_size": 4},
     "FSDP2 x TP, 4 ranks": {"fsdp_size": 2, "tp_size": 2},
+    "FSDP2 in 4 bits, 2 ranks": {"fsdp_size": 2, "load_in_4bit": True},
+    "FSDP2 in 4 bits, 4 ranks": {"fsdp_size": 4, "load_in_4bit": True},
 }
 READ = ["read", "by all ranks"]
-COLUMNS = ["layout", "part", "load: peak", *READ, "save: peak", "load again: peak", *READ]
+COLUMNS = ["layout", "part", "load: peak", "of all ranks", *READ, "save: peak", "load again: peak", *READ]
 TINY = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4,
         "num_key_value_heads": 4, "num_local_experts": 4}  # fmt: skip
 
@@ -103,7 +105,11 @@ def run_rank(rank: int, folder: str, tiny: str, layout: dict[str, int], file_byt
     """Return one rank's figures, relative to the bytes of the checkpoint."""
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    safetensors.safe_open = modeling_utils.safe_open = CountedFile
+    safetensors.safe_open = modeling_utils.safe_open = packed_grinmoe.safe_open = CountedFile
+    layout = dict(layout)
+    four_bits = layout.pop("load_in_4bit", False)
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quantization = BitsAndBytesConfig(load_in_4bit=True, **settings) if four_bits else None
     config = DistributedConfig(**layout)
     num_ranks = config.dp_size * config.tp_size
     os.environ["LOCAL_RANK"] = str(rank)
@@ -112,19 +118,23 @@ def run_rank(rank: int, folder: str, tiny: str, layout: dict[str, int], file_byt
     sharded.MAX_SHARD_SIZE, sharded.MAX_PART_BYTES = file_bytes // 16, file_bytes // 64
 
     def load(path: str) -> GrinMoeForCausalLM:
-        return GrinMoeForCausalLM.from_pretrained(path, distributed_config=config)
+        return GrinMoeForCausalLM.from_pretrained(path, distributed_config=config, quantization_config=quantization)
 
-    sharded.save_weights(load(tiny), f"{tiny}/saved")  # imports and first uses
+    model = load(tiny)  # imports and first uses
+    if not four_bits:
+        sharded.save_weights(model, f"{tiny}/saved")
     dist.barrier()
     before = memory("RssAnon")
     model, load_peak, load_read = measure_call(lambda: load(folder))
     part = sum(getattr(parameter, "to_local", lambda p=parameter: p)().nbytes for parameter in model.parameters())
-    _, save_peak, _ = measure_call(lambda: sharded.save_weights(model, f"{tiny}/saved"))
-    _, again_peak, again_read = measure_call(lambda: sharded.load_weights(model, f"{tiny}/saved"))
+    peaks, figures = {"load": load_peak}, {"part": part, "load read": load_read}
+    if not four_bits:
+        _, peaks["save"], _ = measure_call(lambda: sharded.save_weights(model, f"{tiny}/saved"))
+        _, peaks["load again"], figures["load again read"] = measure_call(
+            lambda: sharded.load_weights(model, f"{tiny}/saved")
+        )
     dist.destroy_process_group()
-    peaks = {"load": load_peak, "save": save_peak, "load again": again_peak}
-    figures = {f"{name} peak": peak - before for name, peak in peaks.items()}
-    figures |= {"part": part, "load read": load_read, "load again read": again_read}
+    figures |= {f"{name} peak": peak - before for name, peak in peaks.items()}
     return {name: figure / file_bytes for name, figure in figures.items()}
 
 
@@ -170,20 +180,23 @@ def main(
     for name, ranks in found.items():
 
         def most(figure: str, ranks: Figures = ranks) -> str:
-            return f"{max(rank[figure] for rank in ranks):.3f}"
+            return f"{max(rank[figure] for rank in ranks):.3f}" if figure in ranks[0] else "-"
 
         def total(figure: str, ranks: Figures = ranks) -> str:
-            return f"{sum(rank[figure] for rank in ranks):.3f}"
+            return f"{sum(rank[figure] for rank in ranks):.3f}" if figure in ranks[0] else "-"
 
-        row = [name, most("part"), most("load peak"), most("load read"), total("load read"), most("save peak")]
-        rows.append([*row, most("load again peak"), most("load again read"), total("load again read")])
+        row = [name, most("part"), most("load peak"), total("load peak"), most("load read"), total("load read")]
+        rows.append(
+            [*row, most("save peak"), most("load again peak"), most("load again read"), total("load again read")]
+        )
     title = f"Models spread over ranks: hidden {hidden_size}, FFN {intermediate_size} x {experts}, {layers} layers, "
     notes = (
         "All relative to the checkpoint's bytes; the largest figure of the ranks. Part: the parameters of a rank. "
         "Peaks are over a rank's memory after its imports, and include the part. Load: from_pretrained; save: "
         "save_weights; load again: load_weights. Files that ranks write hold a 64th of the model, the checkpoint's "
         "files a 16th. Each rank reads the tensors that all have (norms, routers, some biases). Parameters that are "
-        "used as they lie in a file stay in its pages until written to, and are in no peak."
+        "used as they lie in a file stay in its pages until written to, and are in no peak. In 4 bits each rank reads "
+        "and packs whole matrices; the part is without scales, and no base is saved."
     )
     show(f"{title}{file_bytes / 2**20:.0f} MiB in bfloat16", COLUMNS, rows, record, notes)
 

@@ -67,13 +67,14 @@ def main(argv: list[str] | None = None) -> None:
         data_checks.check_preference_routing(config, dropout_is_disabled=training.disable_dropout)
         train, held_out = load_train_and_eval(arguments, training, select)
         layout = distributed_config_from_accelerate(training)
-        if arguments.pipeline_parallel_size > 1 or layout is not None:
+        is_whole = layout is None or (layout.tp_size == 1 and arguments.lora_r > 0)
+        if arguments.pipeline_parallel_size > 1 or not is_whole:
             raise ValueError(
-                "GRPO generates with whole models in each process: launch with recipes/accelerate/ddp.yaml, with "
-                "lora_r and load_in_4bit where memory is short"
+                "GRPO generates and compares on each rank: launch with recipes/accelerate/ddp.yaml, or with fsdp2.yaml"
+                " and lora_r"
             )
         trainer = GrinMoeGRPOTrainer(
-            model=load_adapted(arguments, training, config),
+            model=load_adapted(arguments, training, config, layout),
             reward_funcs=similarity,
             args=training,
             train_dataset=train,

@@ -432,6 +432,7 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         ("sft", {**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, ["--pipeline_parallel_size", "2"],
          "a pipeline has neither fsdp_offload_params nor dp_replicate_size"),
         ("sft", {**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, [], "fsdp_activation_checkpointing is not read"),
+        ("grpo", FSDP2, [], "GRPO generates and compares on each rank"),
         ("dpo", {}, ["--pipeline_parallel_size", "2"], "DPO of all weights needs whole models in each process"),
     ],
 )  # fmt: skip

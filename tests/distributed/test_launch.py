@@ -74,7 +74,8 @@ def arguments(recipe, folder, micro_batch, accumulation):
              str(micro_batch), "--gradient_accumulation_steps", str(accumulation)]  # fmt: skip
     if recipe == "pretrain":  # layers for two stages of two chunks each
         return [*given, *model_config(COEFFICIENT, num_hidden_layers=4)]
-    return [*given, "--model_name_or_path", str(folder / "pretrain"), "--neftune_noise_alpha", "0",
+    noise = [] if recipe == "grpo" else ["--neftune_noise_alpha", "0"]
+    return [*given, "--model_name_or_path", str(folder / "pretrain"), *noise,
             *model_config(COEFFICIENT, expert_dropout=0.0)]  # fmt: skip
 
 
@@ -124,14 +125,20 @@ def test_recipe_trains_alike_in_every_layout(name, workdir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "processes", "recipe"), [("fsdp2_tp", 4, "sft"), ("pipeline", 2, "sft"), ("fsdp2", 2, "dpo")]
+    ("name", "processes", "recipe", "more"),
+    [
+        ("fsdp2_tp", 4, "sft", ["--parallelism_config_dp_shard_size=2"]),
+        ("pipeline", 2, "sft", ["--pipeline_parallel_size", "2", "--load_in_4bit", "true"]),
+        ("fsdp2", 2, "dpo", []),
+        ("fsdp2", 2, "grpo", ["--max_completion_length", "4", "--max_steps", "2", *model_config(0.0)]),
+    ],
 )
-def test_lora_leaves_an_adapter_and_the_merged_model(name, processes, recipe, workdir, tmp_path):
-    sizes = {"fsdp2_tp": ["--parallelism_config_dp_shard_size=2"], "pipeline": ["--pipeline_parallel_size", "2"]}
+def test_lora_leaves_an_adapter_and_the_merged_model(name, processes, recipe, more, workdir, tmp_path):
     out = tmp_path / "out"
-    more = ["--lora_r", "4", *sizes.get(name, []), "--output_dir", str(out)]
+    more = ["--lora_r", "4", *more, "--output_dir", str(out)]
     launch_recipe(name, processes, recipe, *arguments(recipe, workdir, 1, 4), *more)
-    base, before = AutoModelForCausalLM.from_pretrained(workdir / "pretrain"), weights(workdir / "pretrain")
+    experts = {"experts_implementation": "linear"} if "--load_in_4bit" in more else {}
+    base, before = AutoModelForCausalLM.from_pretrained(workdir / "pretrain", **experts), weights(workdir / "pretrain")
     ids = torch.randint(5, 100, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = PeftModel.from_pretrained(base, out).eval()(ids).logits
