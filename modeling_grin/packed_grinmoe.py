@@ -68,6 +68,7 @@ def load_packed(model: PreTrainedModel, tensors: dict[str, Any], device: torch.d
         data = next((parts.pop(key) for key in [*parts] if key.endswith(stem)), None)
         if data is None:
             continue
+        weight: Any
         if parts:
             weight = Params4bit.from_prequantized(data.view(torch.uint8), parts, False, device, layer)
         else:
