@@ -12,13 +12,15 @@ from functools import partial
 
 import torch
 
+from modeling_grin.routing_grinmoe import inference_rule
+
 from .checkpoint import Checkpoint
 from .forms import HUB, model_class_of
 from .tensors import ConversionError, StoredTensor
 
 EXPERT_NAME = re.compile(r"(.*\blayers\.(\d+)\.block_sparse_moe\.experts\.)(\d+)\.(w[123])\.weight")
 ROUTER_NAME = re.compile(r".*\blayers\.(\d+)\.block_sparse_moe\.gate\.weight")
-WEIGHT_OF_ONE = {"sparsemixer_v2", "sparsemixer_v2_paper", "sparsemixer_v2_star"}  # for each of a token's K experts
+WEIGHT_OF_ONE = {"sparsemixer_v2", "sparsemixer_v2_star"}  # inference rules with this for each of K experts
 
 
 def upcycle(checkpoint: Checkpoint, num_experts: int, top_k: int) -> Checkpoint:
@@ -28,10 +30,11 @@ def upcycle(checkpoint: Checkpoint, num_experts: int, top_k: int) -> Checkpoint:
     dense model does, whatever its routers choose, except at near-ties, whose weights are below 1.
     """
     config = checkpoint.config
-    if not 1 <= top_k <= num_experts or num_experts < 2 or config.router_estimator not in WEIGHT_OF_ONE:
+    if not 1 <= top_k <= num_experts or num_experts < 2 or inference_rule(config) not in WEIGHT_OF_ONE:
         raise ConversionError(
-            f"upcycling needs num_experts >= 2, top_k from 1 to num_experts, and a router_estimator that weights "
-            f"experts by 1 ({', '.join(sorted(WEIGHT_OF_ONE))}); got {num_experts}, {top_k}, {config.router_estimator}"
+            f"upcycling needs num_experts >= 2, top_k from 1 to num_experts, and a router_estimator that infers as "
+            f"{' or '.join(sorted(WEIGHT_OF_ONE))}, which weight experts by 1; got {num_experts}, {top_k}, "
+            f"{config.router_estimator}"
         )
 
     def make_copy(name: str) -> StoredTensor:

@@ -34,6 +34,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.constants import MODEL_TENSOR
 
 from modeling_grin import GrinMoeConfig
+from modeling_grin.routing_grinmoe import inference_rule
 
 from .checkpoint import Checkpoint
 from .gguf_vocabulary import add_vocabulary
@@ -210,11 +211,14 @@ def list_places(config: GrinMoeConfig) -> Iterator[Place]:
             yield Place(kind, layer, parameter, [f"{module.format(n=layer, e=e)}.{parameter}" for e in experts])
 
 
+KNOWN_RULES = ("sparsemixer_v2", "sparsemixer_v2_star", "gshard")  # of inference; a single weight is 1 there
+
+
 def check_representable(config: GrinMoeConfig) -> None:
     """Raise ConversionError for the first field whose value llama.cpp's graph cannot represent."""
-    heads, estimator = f"{config.hidden_size} / {config.num_attention_heads}", config.router_estimator
+    heads, rule = f"{config.hidden_size} / {config.num_attention_heads}", inference_rule(config)
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    is_unnormalised = estimator == "dense" or (estimator == "gshard" and config.num_experts_per_tok == 1)
+    known = ("sparsemixer_v2", "sparsemixer_v2_star") if config.num_experts_per_tok == 1 else KNOWN_RULES
     for field, is_other, reason in (
         ("head_dim", config.head_dim != config.hidden_size / config.num_attention_heads,
          f"has heads of hidden_size / num_attention_heads = {heads}"),
@@ -222,7 +226,7 @@ def check_representable(config: GrinMoeConfig) -> None:
         ("rope_parameters", rope_type != "default", "is only proven equal for rope_type='default'"),
         ("moe_output_scale", config.moe_output_scale, "has no scale of the mixture's output"),
         ("num_local_experts", config.num_local_experts > MAX_EXPERTS, f"has at most {MAX_EXPERTS}"),
-        ("router_estimator", is_unnormalised, "normalises the experts' weights, which this one does not"),
+        ("router_estimator", rule not in known, "normalises the experts' weights, which this one does not"),
     ):  # fmt: skip
         if is_other:
             raise ConversionError(f"{field}={getattr(config, field)!r} cannot be exported to GGUF: llama.cpp {reason}")
@@ -249,7 +253,7 @@ def estimate_router_std(gate: torch.Tensor, norm_weight: torch.Tensor, norm_bias
 
 def choose_router_shift(router_std: float, config: GrinMoeConfig) -> int:
     """Return k of one layer; 0 if llama.cpp's weights equal the model's: a single one is 1, GShard normalises."""
-    if config.num_experts_per_tok == 1 or config.router_estimator == "gshard":
+    if config.num_experts_per_tok == 1 or inference_rule(config) == "gshard":
         return 0
     return ROUTER_SHIFT + (round(math.log2(router_std / ROUTER_STD)) if 0 < router_std < math.inf else 0)
 
@@ -266,7 +270,7 @@ def choose_fold(place: Place, config: GrinMoeConfig, router_shifts: Sequence[int
         MODEL_TENSOR.FFN_GATE_INP: 2.0 ** (on_norm - shift),
         MODEL_TENSOR.FFN_GATE_EXP: 2.0**on_norm,
         MODEL_TENSOR.FFN_UP_EXP: 2.0**on_norm,
-        MODEL_TENSOR.FFN_DOWN_EXP: 1.0 if config.router_estimator == "gshard" else float(config.num_experts_per_tok),
+        MODEL_TENSOR.FFN_DOWN_EXP: 1.0 if inference_rule(config) == "gshard" else float(config.num_experts_per_tok),
     }
     return Fold(centred, factors.get(place.kind, 1.0))
 

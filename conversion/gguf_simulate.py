@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from modeling_grin.routing_grinmoe import inference_rule
 
 from . import verify
 from .checkpoint import Checkpoint
@@ -103,7 +104,7 @@ def compare_gguf(checkpoint: Checkpoint, path: Path, input_ids: torch.Tensor, *,
 
     input_ids = input_ids[:, : context_length(checkpoint.config)]
     model = verify.load_model(verify.without_near_ties(checkpoint), verify.DTYPE)
-    shift = 0 if checkpoint.config.router_estimator == "gshard" else ROUTER_SHIFT
+    shift = 0 if inference_rule(checkpoint.config) == "gshard" else ROUTER_SHIFT
     before = verify.compute(model, input_ids)
     after = verify.compute(load_gguf(path, verify.DTYPE, router_shift=shift), input_ids)
     # Centring takes the mean out of the residual stream, as every norm does anyway.

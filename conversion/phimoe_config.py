@@ -6,10 +6,9 @@ from transformers import PhimoeConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_grin import GrinMoeConfig
+from modeling_grin.routing_grinmoe import inference_rule
 
 from .tensors import ConversionError
-
-PHIMOE_ESTIMATORS = {"sparsemixer_v2", "sparsemixer_v2_paper"}  # whose inference is Phimoe's routing
 
 # transformers' name, which says what `sliding_window` means, and the one that vLLM and SGLang know the model by.
 PHIMOE_ARCHITECTURES = ("PhimoeForCausalLM", "PhiMoEForCausalLM")
@@ -43,7 +42,7 @@ def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
     is_quantized = getattr(config, "quantization_config", None) is not None
     for field, phimoe_has, is_other in (
         (f"num_experts_per_tok={top_k}", "top-2", top_k != 2),
-        (f"router_estimator={estimator!r}", "sparsemixer_v2's inference", estimator not in PHIMOE_ESTIMATORS),
+        (f"router_estimator={estimator!r}", "sparsemixer_v2's inference", inference_rule(config) != "sparsemixer_v2"),
         ("moe_output_scale=True", "no output scales", config.moe_output_scale),
         (f"rope_type={rope_type!r}", "default and longrope", rope_type not in ("default", "longrope")),
         ("quantization_config", "plain weights", is_quantized),

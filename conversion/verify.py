@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel, route
 from modeling_grin.modeling_grinmoe import GrinMoePreTrainedModel
+from modeling_grin.routing_grinmoe import inference_rule
 
 from .checkpoint import Checkpoint
 from .forms import model_class_of
@@ -74,7 +75,7 @@ def calibrate(model: GrinMoePreTrainedModel, rows: Sequence[torch.Tensor]) -> Ca
             routing = route(logits, config.num_experts_per_tok, config.router_jitter_noise,
                             estimator=config.router_estimator, training=False)  # fmt: skip
             choices[layer] += torch.bincount(routing.experts.flatten(), minlength=experts)
-            if config.router_estimator != "gshard":  # which has no keep set
+            if inference_rule(config) != "gshard":  # which has no keep set
                 near_ties += int((routing.weights < 1).any(dim=-1).sum())
     load = choices / choices.sum(dim=1, keepdim=True)
     return Calibration((squares / num_tokens).sqrt().tolist(), near_ties / num_tokens / layers, load)

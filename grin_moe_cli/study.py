@@ -16,14 +16,15 @@ from .terminal import console, escape
 def gradients(
     output_dir: Annotated[Path, typer.Option(help="folder for gradients.csv and plots")] = Path("gradients"),
     over: Annotated[list[str] | None, typer.Option(help="variable to sweep; may be repeated; default: all")] = None,
-    layers: Annotated[int, typer.Option(min=1, help="random layers per point; their median counts")] = 20,
+    layers: Annotated[int, typer.Option(min=1, help="random layers per point; quartiles are over them")] = 20,
     batch: Annotated[int, typer.Option(min=1, help="tokens per batch for the signal-to-noise ratio (SNR)")] = 1024,
 ) -> None:
-    """Measure each router-gradient estimator exactly: bias, cosine, variance, signal-to-noise ratio.
+    """Measure each router-gradient estimator exactly: bias, cosine, length, variance, signal-to-noise ratio (SNR).
 
     Example: grin-moe gradients --over num_experts --over curvature --layers 5
     """
-    from modeling_grin.analysis.gradients import SWEEPS, Setting, objective, plot_sweep, sweep
+    from modeling_grin.analysis.gradients import FIGURES, SWEEPS, Setting, plot_sweep, sweep
+    from modeling_grin.routing_grinmoe import ROUTER_ESTIMATORS
 
     variables = over or list(SWEEPS)
     points = sweep(variables, layers, batch)
@@ -43,19 +44,21 @@ def gradients(
     for variable in variables:
         plot_sweep(rows[variable], variable, output_dir / f"gradients_{variable}.png")
 
-    console.print("Gradient of the router logits; each estimator against its own objective:")
+    console.print("Gradient of the router logits; each estimator against its own objective, medians:")
     for variable in variables:
         table = Table(title=f"over {variable}, default {getattr(Setting(), variable)}", title_justify="left")
-        for column in (variable, "estimator", "Eq.", "bias", "cosine", "variance", "SNR"):
+        for column in (variable, "estimator", "Eq.", "bias", "cosine", "length", "variance", "SNR", "up to scale"):
             table.add_column(column, justify="left" if column == "estimator" else "right", no_wrap=True)
         for row in rows[variable]:
-            if row["quantity"] == "router_logits" and objective(row["estimator"]) == row["equation"]:
-                figures = (row[key] for key in ("bias", "cosine", "variance", "snr"))
-                table.add_row(
-                    f"{row[variable]:g}", row["estimator"], str(row["equation"]), *(f"{x:.2g}" for x in figures)
-                )
-        console.print(table)
-    console.print(f"{escape(output_dir / 'gradients.csv')} has all quantities and both equations; plots are beside it")
+            if row["quantity"] == "router_logits" and ROUTER_ESTIMATORS[row["estimator"]].equation == row["equation"]:
+                figures = (f"{row[figure]:.2g}" for figure in FIGURES)
+                table.add_row(f"{row[variable]:g}", row["estimator"], str(row["equation"]), *figures)
+        Console(width=max(console.width, 110)).print(table)  # no column is cut off
+    console.print("Only tokens with a choice have a router gradient; the column `choice` says how many that are.")
+    if left_out := [name for name, e in ROUTER_ESTIMATORS.items() if e.sampled and e.end_probability is None]:
+        console.print(f"left out, because their draws cannot be listed: {', '.join(left_out)}")
+    path = escape(output_dir / "gradients.csv")
+    console.print(f"{path} has all quantities, both equations and the quartiles; plots are beside it")
 
 
 MODEL, DEVICES, STEP, OUTPUT = "Model", "Devices", "Training step", "Output"

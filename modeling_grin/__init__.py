@@ -12,7 +12,16 @@ from .modeling_grinmoe import (
     GrinMoeModel,
     GrinMoePreTrainedModel,
 )
-from .routing_grinmoe import ROUTER_ESTIMATORS, Routing, RoutingNoise, draw_noise, route
+from .routing_grinmoe import (
+    ROUTER_ESTIMATORS,
+    Mixture,
+    RouterEstimator,
+    Routing,
+    RoutingNoise,
+    draw_noise,
+    route,
+    router_estimator,
+)
 from .tokenization_grinmoe import GrinMoeTokenizer
 
 register_kernels()
@@ -36,9 +45,12 @@ __all__ = [
     "GrinMoeModel",
     "GrinMoePreTrainedModel",
     "GrinMoeTokenizer",
+    "Mixture",
+    "RouterEstimator",
     "Routing",
     "RoutingNoise",
     "draw_noise",
     "load_balancing_loss",
     "route",
+    "router_estimator",
 ]

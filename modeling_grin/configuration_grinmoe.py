@@ -3,6 +3,7 @@
 from .compat_grinmoe import CACHES_READ_TEXT_CONFIG  # first: it checks the version
 
 # isort: split
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
@@ -13,7 +14,8 @@ from transformers import PhimoeConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .routing_grinmoe import ROUTER_ESTIMATORS, TOP_1_ESTIMATORS
+from .carried_estimator_grinmoe import save_estimator
+from .estimators_grinmoe import ROUTER_ESTIMATORS
 
 MAX_INT = 2**63 - 1  # of torch
 POSITIVE = (
@@ -100,7 +102,7 @@ class GrinMoeConfig(PreTrainedConfig):
         router_jitter_noise: r of Equation 2, width of the keep set of MaskedSoftmax. Part of inference too.
         input_jitter_noise: in training, the MoE input is multiplied by U(1 - e, 1 + e).
         router_estimator: how the router's gradient is estimated, a key of `routing_grinmoe.ROUTER_ESTIMATORS`;
-            inference follows its rule as well.
+            inference follows its rule as well. A name that nobody registered fails at the first routing.
         router_sampling: whether training samples experts. If not, it takes the best ones, as inference does.
         freeze_router: build and load the routers' weights with `requires_grad=False`. (In a LoRA configuration, leave
             `gate` out of the targets as well.)
@@ -110,8 +112,8 @@ class GrinMoeConfig(PreTrainedConfig):
         output_router_logits: whether forward passes return `router_logits` and `aux_loss`.
 
     Raises:
-        ValueError: impossible sizes or values (heads not divisible, top-k above the number of experts, unknown
-            estimator, negative jitter, ...), named with field and value; or a file of another model type.
+        ValueError: impossible sizes or values (heads not divisible, top-k above the number of experts,
+            negative jitter, ...), named with field and value; or a file of another model type.
     """
 
     model_type = "grinmoe"
@@ -199,7 +201,10 @@ class GrinMoeConfig(PreTrainedConfig):
         for field in POSITIVE:
             self._require(getattr(self, field) >= 1, f"{field}={getattr(self, field)} must be at least 1")
         width, heads, key_value_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads or 1
-        top_k, names, estimator = self.num_experts_per_tok, self.architectures, self.router_estimator
+        top_k, names = self.num_experts_per_tok, self.architectures
+        # An estimator that nobody registered yet fails at the first routing: here, an override would come too late.
+        estimator = ROUTER_ESTIMATORS.get(self.router_estimator)
+        most = (estimator and estimator.max_top_k) or top_k
         is_list, window = isinstance(names, list), self.sliding_window
         for field, is_right, reason in (
             ("hidden_size", self.head_dim or width % heads == 0, f"must be divisible by num_attention_heads={heads}"),
@@ -209,12 +214,10 @@ class GrinMoeConfig(PreTrainedConfig):
              f"must be divisible by num_key_value_heads={key_value_heads}"),
             ("num_experts_per_tok", top_k <= self.num_local_experts,
              f"must not exceed num_local_experts={self.num_local_experts}"),
-            ("num_experts_per_tok", top_k == 1 or estimator not in TOP_1_ESTIMATORS,
-             f"must be 1: router_estimator={estimator!r} is defined for a single choice"),
+            ("num_experts_per_tok", top_k <= most,
+             f"must be at most {most}: router_estimator={self.router_estimator!r} is not defined for more"),
             ("hidden_act", self.hidden_act in ACT2FN, f"is unknown; use one of {sorted(ACT2FN)}"),
             ("sliding_window", window is None or window >= 1, "must be at least 1 or None"),
-            ("router_estimator", estimator in ROUTER_ESTIMATORS,
-             f"is unknown; use one of {sorted(ROUTER_ESTIMATORS)}"),
             ("rms_norm_eps", self.rms_norm_eps > 0, "must be above 0"),
             *((field, getattr(self, field) >= 0, "must not be negative") for field in NOT_NEGATIVE),
             *((field, 0 <= getattr(self, field) < 1, "must be in [0, 1)") for field in SHARES),
@@ -262,6 +265,11 @@ class GrinMoeConfig(PreTrainedConfig):
             self._require(is_right, f"rope_parameters: longrope's {field}={value!r} must be a number above 0")
         is_pair = (rope.get("short_mscale") is None) == (rope.get("long_mscale") is None)
         self._require(is_pair, "rope_parameters: longrope has only one of short_mscale and long_mscale; give both")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """As in transformers; an estimator of a user's own goes along, or a warning says that it does not."""
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        save_estimator(self.router_estimator, save_directory)
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, without an `auto_map` that is empty."""

@@ -56,16 +56,22 @@ def run_experts(
 def mix_experts(experts: nn.Module, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
     """The layer's sum over experts, `[T, H]` -> `[T, H]`.
 
-    A `Mixture` needs the output of each slot's expert by itself: one slot becomes one row, so that any experts
-    implementation will do.
+    A `Mixture` needs the output of each slot's expert by itself. Slots whose experts do not learn keep nothing for the
+    backward pass.
     """
-    if routing.mixture is None:
+    mixture = routing.mixture
+    if mixture is None:
         return run_experts(experts, tokens, routing.experts, routing.weights.to(tokens.dtype))
-    num_slots = routing.mixture.experts.shape[1]
-    outputs = run_experts(
-        experts,
-        tokens.repeat_interleave(num_slots, dim=0),
-        routing.mixture.experts.reshape(-1, 1),
-        tokens.new_ones(routing.mixture.experts.numel(), 1),
-    )
-    return mix_outputs(outputs.reshape(-1, num_slots, tokens.shape[-1]), routing.mixture)
+    num_learning = mixture.expert_weights.shape[1]
+    outputs = run_slots(experts, tokens, mixture.experts[:, :num_learning])
+    if num_learning < mixture.experts.shape[1]:
+        with torch.no_grad():
+            others = run_slots(experts, tokens, mixture.experts[:, num_learning:])
+        outputs = torch.cat([outputs, others], dim=1)
+    return mix_outputs(outputs, mixture)
+
+
+def run_slots(experts: nn.Module, tokens: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The output of each slot's expert, `[T, H]`, `[T, S]` -> `[T, S, H]`; to any implementation a slot is a row."""
+    rows, ones = tokens.repeat_interleave(slots.shape[1], dim=0), tokens.new_ones(slots.numel(), 1)
+    return run_experts(experts, rows, slots.reshape(-1, 1), ones).reshape(*slots.shape, -1)

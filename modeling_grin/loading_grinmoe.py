@@ -18,6 +18,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import cached_file
 
+from .carried_estimator_grinmoe import load_estimator
 from .compat_grinmoe import require_layouts
 from .configuration_grinmoe import GrinMoeConfig
 from .layout_grinmoe import (
@@ -70,6 +71,8 @@ class GrinMoeLoadingMixin(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """`PreTrainedModel.from_pretrained`, from safetensors only, that loads every tensor or raises.
 
+        With `trust_remote_code=True` it runs the file of a user's own estimator that the checkpoint carries.
+
         Raises:
             ValueError: the checkpoint lacks a tensor that the model needs (a new head aside), has it in another shape
                 (unless `ignore_mismatched_sizes`), has tensors without a place, or one of its files is damaged.
@@ -102,6 +105,8 @@ class GrinMoeLoadingMixin(PreTrainedModel):
         for module in model.modules():
             if hasattr(module, "freeze_router"):
                 module.freeze_router()  # once more: loading has made new parameters
+        if kwargs.get("trust_remote_code") and pretrained_model_name_or_path is not None:
+            load_estimator(model.config.router_estimator, pretrained_model_name_or_path, **kwargs)
         return loaded
 
     @classmethod

@@ -2,17 +2,23 @@
 
 Read beside Appendix A of "GRIN: GRadient-INformed MoE" (arXiv 2409.12136). Shapes: T tokens, E experts, K = top_k.
 
-| here            | paper                                              |
-| --------------- | -------------------------------------------------- |
-| `router_logits` | z, `[T, E]`                                        |
-| `jitter_eps`    | r of Equation 2, `router_jitter_noise` in configs  |
-| `probs`         | p = MaskedSoftmax(z), Equation 2                   |
-| `expert`        | D, the expert drawn from p                         |
-| `prob`          | p_D                                                |
-| `at_end`        | max(delta_D, B): f' is taken at the end of the ray |
+| here                        | paper                                                                     |
+| --------------------------- | ------------------------------------------------------------------------- |
+| `router_logits`             | z, `[T, E]`; `top_k` is K, `best` in `keep_set` is z*                     |
+| `jitter_eps`                | r of Equation 2, `router_jitter_noise` in configs                         |
+| `kept`                      | delta_i of Equation 2: expert i is in the keep set                        |
+| `probs`                     | p = MaskedSoftmax(z), Equation 2                                          |
+| `expert`                    | D, the expert drawn from p                                                |
+| `expert == best`            | delta_D of Algorithms 1 and 2: D is the argmax                            |
+| `uniform < end_probability` | B, a Bernoulli draw                                                       |
+| `at_end`                    | max(delta_D, B): f' is taken at the end of the ray                        |
+| c in docstrings             | the scale of the forward pass, (1 + 2 max(delta_D, B)) / 3 in Algorithm 1 |
+| `Routing.weights`           | c p_D. The paper's h = p_D Expert_D(x) and y = c h are made by the layer  |
+| f, w                        | loss as a function of the layer's output; an expert's weights             |
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +65,8 @@ class Mixture(NamedTuple):
     """The sum over experts of a layer whose gradients differ from the plain `sum_k weights_k Expert_k(x)`.
 
     Its value is `sum_s weights_s Expert_s(x)` over S slots. The router gets the gradient of `weights`; the experts get
-    the gradient that `sum_s expert_weights_s Expert_s(x)` would give them.
+    the gradient that `sum_s expert_weights_s Expert_s(x)` over the first L slots would give them. The experts of other
+    slots have no backward pass.
     """
 
     weights: torch.Tensor
@@ -67,7 +74,7 @@ class Mixture(NamedTuple):
     experts: torch.Tensor
     """`[T, S]`, int64."""
     expert_weights: torch.Tensor
-    """`[T, S]`, no gradient."""
+    """`[T, L]`, no gradient; L from 1 to S."""
 
 
 class Routing(NamedTuple):
@@ -79,6 +86,67 @@ class Routing(NamedTuple):
     """The chosen experts, `[T, K]`, int64."""
     mixture: Mixture | None = None
     """In training, what to compute for the estimators whose gradients the weighted sum of K experts lacks."""
+
+
+@dataclass(frozen=True)
+class RouterEstimator:
+    """An estimator of the router's gradient, and what others have to know about it."""
+
+    function: Callable[..., Routing]
+    """`(router_logits [T, E], top_k, jitter_eps, noise) -> Routing`; no noise means inference."""
+    sampled: bool = True
+    """Whether training draws experts; otherwise no noise is made."""
+    temperature: float = 1.0
+    """Of the MaskedSoftmax that experts are drawn from."""
+    end_probability: float | None = None
+    """P(B = 1), 1.0 without a B. None: its draws cannot be listed, so that the laboratory refuses it."""
+    equation: int = 4
+    """The objective whose gradient it estimates."""
+    max_top_k: int | None = None
+    """Most choices that it is defined for."""
+    infers_as: str | None = None
+    """The estimator whose rule inference follows, if it is another's."""
+    in_kernel: bool = False
+    """Whether it uses the logits in `choose` alone, which takes any precision where a GPU kernel chooses."""
+    travels: bool = False
+    """Whether `save_pretrained` copies the function's file to the checkpoint."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Routing:
+        return self.function(*args, **kwargs)
+
+
+ROUTER_ESTIMATORS: dict[str, RouterEstimator] = {}
+"""`config.router_estimator` -> the estimator."""
+
+
+def router_estimator(name: str, **facts: Any) -> Callable[[Callable[..., Routing]], Callable[..., Routing]]:
+    """Register a function under `name` for configs; `facts` are the fields of `RouterEstimator`."""
+
+    def register(function: Callable[..., Routing]) -> Callable[..., Routing]:
+        ROUTER_ESTIMATORS[name] = RouterEstimator(function, **facts)
+        return function
+
+    return register
+
+
+def find_estimator(name: str) -> RouterEstimator:
+    """The estimator of that name.
+
+    Raises:
+        ValueError: nobody registered it.
+    """
+    if name not in ROUTER_ESTIMATORS:
+        raise ValueError(
+            f"router estimator {name!r} is unknown; use one of {sorted(ROUTER_ESTIMATORS)}, as in "
+            "from_pretrained(..., router_estimator='gshard'), or run the code that registers it first. A checkpoint "
+            "that carries this code, as router_estimator.py, runs it with trust_remote_code=True"
+        )
+    return ROUTER_ESTIMATORS[name]
+
+
+def inference_rule(config: Any) -> str:
+    """The estimator by whose rule a model infers, for those who compute it elsewhere."""
+    return find_estimator(config.router_estimator).infers_as or config.router_estimator
 
 
 def draw_noise(
@@ -195,6 +263,7 @@ def choose(
     return Choices(*(torch.cat(column, dim=-1) for column in zip(*choices, strict=True)))
 
 
+@router_estimator("sparsemixer_v2", end_probability=HEUN_END_PROBABILITY, equation=7, in_kernel=True)
 def sparsemixer_v2(
     router_logits: torch.Tensor,
     top_k: int,
@@ -219,6 +288,13 @@ def sparsemixer_v2(
     return Routing(with_value(probs, torch.where(at_end, probs, HEUN_POINT_IN_CODE * probs)), experts)
 
 
+@router_estimator(
+    "sparsemixer_v2_paper",
+    end_probability=HEUN_END_PROBABILITY,
+    equation=7,
+    infers_as="sparsemixer_v2",
+    in_kernel=True,
+)
 def sparsemixer_v2_paper(
     router_logits: torch.Tensor,
     top_k: int,
@@ -235,6 +311,7 @@ def sparsemixer_v2_paper(
     return Routing(weights, experts, Mixture(weights, experts, probs.detach()))
 
 
+@router_estimator("sparsemixer_v2_star", temperature=2.0, end_probability=HEUN_STAR_END_PROBABILITY, in_kernel=True)
 def sparsemixer_v2_star(
     router_logits: torch.Tensor,
     top_k: int,
@@ -245,7 +322,8 @@ def sparsemixer_v2_star(
 ) -> Routing:
     """SparseMixer-v2* (Algorithm 2, Equation 6), the estimator of Equation 4: `y = 2 h + detach(c h - 2 h)`.
 
-    The temperature of 2 in Algorithm 2, line 1 is kept in inference: the model that was trained is the one that runs.
+    The temperature of 2 in Algorithm 2, line 1 is kept in inference, where the paper's text has Equation 3: the model
+    that was trained is the one that runs. The keep set compares ratios of logits and does not notice it.
     """
     experts, probs, at_end = choose(
         router_logits / 2, top_k, jitter_eps, noise, HEUN_STAR_END_PROBABILITY, argmax_exception
@@ -256,6 +334,13 @@ def sparsemixer_v2_star(
     return Routing(weights, experts, Mixture(weights, experts, 2 * probs.detach()))
 
 
+@router_estimator(
+    "sparsemixer",
+    end_probability=MID_POINT_END_PROBABILITY,
+    max_top_k=1,
+    infers_as="sparsemixer_v2",
+    in_kernel=True,
+)
 def sparsemixer(
     router_logits: torch.Tensor,
     top_k: int,
@@ -282,6 +367,7 @@ def best_experts(probs: torch.Tensor, top_k: int, noise: Noise) -> torch.Tensor:
     return torch.where(is_replayed.any(dim=-1), is_replayed.int().argmax(dim=-1), experts.t()).t()
 
 
+@router_estimator("gshard", sampled=False)
 def gshard(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: Noise) -> Routing:
     """The control recipe of the paper's Figure 2: top-k of softmax(z), gradient through the gate weights alone.
 
@@ -290,47 +376,18 @@ def gshard(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: No
     """
     probs = router_logits.softmax(dim=-1)
     experts = best_experts(probs, top_k, noise)
-    weights = probs.gather(-1, experts)
-    return Routing(weights if top_k == 1 else weights / weights.sum(dim=-1, keepdim=True), experts)
+    return Routing(shares(probs.gather(-1, experts)), experts)
 
 
-def dense(router_logits: torch.Tensor, top_k: int, jitter_eps: float, noise: Noise) -> Routing:
-    """Straight-through over all experts, as in DenseMixer: the router gets the soft mixture's gradient.
-
-    Forward, the top-k of softmax(z), not renormalised; backward, the router learns as if every expert had been mixed
-    in with softmax(z)_i, for which training computes them all. The experts learn from the tokens that chose them.
-    """
-    probs = router_logits.softmax(dim=-1)
-    experts = best_experts(probs, top_k, noise)
-    weights = probs.gather(-1, experts)
-    if noise is None:
-        return Routing(weights, experts)
-    chosen = torch.zeros_like(probs).scatter(-1, experts, weights.detach())
-    everyone = torch.arange(probs.shape[-1], device=probs.device).expand_as(probs)
-    return Routing(weights, experts, Mixture(with_value(probs, chosen), everyone, chosen))
-
-
-RouterEstimator = Callable[[torch.Tensor, int, float, Noise], Routing]
-
-ROUTER_ESTIMATORS: dict[str, RouterEstimator] = {
-    "sparsemixer_v2": sparsemixer_v2,
-    "sparsemixer_v2_paper": sparsemixer_v2_paper,
-    "sparsemixer_v2_star": sparsemixer_v2_star,
-    "sparsemixer": sparsemixer,
-    "gshard": gshard,
-    "dense": dense,
-}
-"""`config.router_estimator` -> `(router_logits, top_k, jitter_eps, noise) -> Routing`; no noise means inference."""
-
-TOP_1_ESTIMATORS = {"sparsemixer"}  # defined for a single choice
-CHOOSING_ESTIMATORS = {name for name in ROUTER_ESTIMATORS if name.startswith("sparsemixer")}  # by `choose`
-DETERMINISTIC_ESTIMATORS = {"gshard", "dense"}  # have no use for noise, so that none is drawn
+def shares(weights: torch.Tensor) -> torch.Tensor:
+    """GShard's weights `[T, K]`: shares of their sum, unless there is one alone."""
+    return weights if weights.shape[-1] == 1 else weights / weights.sum(dim=-1, keepdim=True)
 
 
 def noise_settings(config: Any) -> dict[str, Any]:
     """Fields of a config that make equal passes in training differ, and values that make them alike."""
     settings: dict[str, Any] = {}
-    if config.router_sampling and config.router_estimator not in DETERMINISTIC_ESTIMATORS:
+    if config.router_sampling and find_estimator(config.router_estimator).sampled:
         settings["router_sampling"] = False
     if config.input_jitter_noise > 0:
         settings["input_jitter_noise"] = 0
@@ -370,26 +427,24 @@ def route(
     Raises:
         ValueError: `estimator` is not registered, or not defined for `top_k` of that many experts.
     """
-    num_experts = router_logits.shape[-1]
-    if estimator not in ROUTER_ESTIMATORS:
-        raise ValueError(f"router estimator {estimator!r} is unknown; use one of {sorted(ROUTER_ESTIMATORS)}")
-    if not 1 <= top_k <= (1 if estimator in TOP_1_ESTIMATORS else num_experts):
+    num_experts, record = router_logits.shape[-1], find_estimator(estimator)
+    if not 1 <= top_k <= min(record.max_top_k or num_experts, num_experts):
         raise ValueError(f"router estimator {estimator!r} is not defined for top_k={top_k} of {num_experts} experts")
     drawn: Noise = noise
     if not training:
         drawn = None
-    elif not sampling or estimator in DETERMINISTIC_ESTIMATORS:
+    elif not sampling or not record.sampled:
         drawn = TokenKeys(None)
     elif noise is None:
         drawn = TokenKeys(random_keys(len(router_logits), router_logits.device) if keys is None else keys)
     if replayed is not None:
         drawn = replay(router_logits, top_k, drawn, replayed)
-    if estimator in CHOOSING_ESTIMATORS and runs_in_kernel(router_logits, drawn):
-        return ROUTER_ESTIMATORS[estimator](router_logits, top_k, jitter_eps, drawn)
+    if record.in_kernel and runs_in_kernel(router_logits, drawn):
+        return record(router_logits, top_k, jitter_eps, drawn)
     logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
     # If all logits are -inf, a softmax is NaN, and an argmax is the first expert even if it is already taken.
     finite_logits = logits.clamp(min=torch.finfo(logits.dtype).min)
-    routing = ROUTER_ESTIMATORS[estimator](finite_logits, top_k, jitter_eps, drawn)
+    routing = record(finite_logits, top_k, jitter_eps, drawn)
     return drop_impossible(routing, logits == -torch.inf)
 
 
@@ -401,10 +456,9 @@ def drop_impossible(routing: Routing, impossible: torch.Tensor) -> Routing:
 
     weights, experts, mixture = routing
     if mixture is not None:
+        learning = mixture.experts[:, : mixture.expert_weights.shape[1]]
         mixture = Mixture(
-            drop(mixture.weights, mixture.experts),
-            mixture.experts,
-            drop(mixture.expert_weights, mixture.experts),
+            drop(mixture.weights, mixture.experts), mixture.experts, drop(mixture.expert_weights, learning)
         )
     return Routing(drop(weights, experts), experts, mixture)
 
@@ -412,7 +466,8 @@ def drop_impossible(routing: Routing, impossible: torch.Tensor) -> Routing:
 def mix_outputs(outputs: torch.Tensor, mixture: Mixture) -> torch.Tensor:
     """Sum the outputs of the slots' experts, `[T, S, H]` -> `[T, H]`, with the gradients that `Mixture` promises."""
     value = (mixture.weights.to(outputs.dtype).unsqueeze(-1) * outputs.detach()).sum(dim=1)
-    learnt = (mixture.expert_weights.to(outputs.dtype).unsqueeze(-1) * outputs).sum(dim=1)
+    num_learning = mixture.expert_weights.shape[1]
+    learnt = (mixture.expert_weights.to(outputs.dtype).unsqueeze(-1) * outputs[:, :num_learning]).sum(dim=1)
     return value + (learnt - learnt.detach())
 
 

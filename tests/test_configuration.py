@@ -88,7 +88,6 @@ IMPOSSIBLE = [
         for field in (*RELEASED_SIZES, "num_experts_per_tok", "max_position_embeddings", "sliding_window")
     ),
     ({"hidden_act": "sillu"}, "hidden_act='sillu'"),
-    ({"router_estimator": "reinforce"}, "router_estimator='reinforce'"),
     ({"router_jitter_noise": -0.01}, "router_jitter_noise=-0.01"),
     ({"router_jitter_noise": float("nan")}, "router_jitter_noise=nan"),
     ({"router_aux_loss_coef": -1}, "router_aux_loss_coef=-1"),

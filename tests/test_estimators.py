@@ -140,13 +140,17 @@ def test_gshard_is_top_k_of_softmax_with_the_gates_gradient(x, upstream):
         torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-12)
 
 
-def test_dense_equals_autograd_through_the_soft_mixtures_straight_through_form(x, upstream):
-    """Forward top-2; the router's gradient that of sum_i softmax(z)_i Expert_i over all experts."""
-    block = make_block("dense")
+@pytest.mark.parametrize("estimator", ["dense", "dense_shares"])
+def test_dense_equals_autograd_through_the_soft_mixtures_straight_through_form(estimator, x, upstream):
+    """Forward top-2; the router's gradient is the soft mixture's, over all experts. With shares, both are divided by
+    the sum of the chosen probabilities, which has no gradient."""
+    block = make_block(estimator)
     output, selected, gradients = run(block, x, upstream)
     block.zero_grad()
     leaf = x.clone().requires_grad_()
     probs = (leaf @ block.gate.weight.T).softmax(-1)  # [T, E]
+    if estimator == "dense_shares":
+        probs = probs / probs.detach().topk(2).values.sum(-1, keepdim=True)
     experts = expert_outputs(block, leaf)  # [E, T, H]
     soft = torch.einsum("te,eth->th", probs, experts.detach())
     mask = torch.zeros_like(probs).scatter(1, selected, 1.0)
@@ -155,6 +159,20 @@ def test_dense_equals_autograd_through_the_soft_mixtures_straight_through_form(x
     torch.testing.assert_close(output, sparse.detach())
     for ours, other in zip(gradients, [block.gate.weight.grad, block.experts.down_proj.grad, leaf.grad], strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-12)
+
+
+def test_experts_that_do_not_learn_have_no_backward_pass(x, upstream):
+    """`dense` runs 5 experts for each token, of which 2 are part of the graph."""
+    block, rows = make_block("dense").float(), []
+    forward = block.experts.forward
+
+    def count(hidden_states, *args):
+        rows.append((len(hidden_states), torch.is_grad_enabled()))
+        return forward(hidden_states, *args)
+
+    block.experts.forward = count
+    run(block, x.float(), upstream.float())
+    assert rows == [(2 * 32, True), (3 * 32, False)]
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
@@ -184,9 +202,12 @@ def test_inference_follows_each_methods_own_rule(estimator):
         "sparsemixer": [near_tie.softmax(0)[0].item()],
         "gshard": (soft[:2] / soft[:2].sum()).tolist(),
         "dense": soft[:2].tolist(),
-    }[estimator]
+    }
+    expected |= dict.fromkeys(("dense_shares", "gshard_sampled"), expected["gshard"])
+    masked = ("euler", "midpoint", "joint_ray", "reinmax", "gumbel_straight_through")
+    expected |= dict.fromkeys(masked, expected["sparsemixer_v2"])
     assert routing.experts.tolist() == [[0, 1][:top_k]]
-    assert routing.weights[0].tolist() == pytest.approx(expected, rel=1e-12)
+    assert routing.weights[0].tolist() == pytest.approx(expected[estimator], rel=1e-12)
     assert routing.mixture is None
 
 
@@ -229,7 +250,7 @@ def test_greedy_training_is_one_setting(estimator):
     torch.testing.assert_close(logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
     model.config.router_sampling = True
     sampled = [model.train()(ids).logits for _ in range(2)]
-    assert torch.equal(*sampled) == (estimator in ("gshard", "dense"))
+    assert torch.equal(*sampled) == (estimator in ("gshard", "dense", "dense_shares"))
 
 
 @pytest.mark.parametrize(("estimator", "top_k"), [("sparsemixer", 2), ("gshard", 5), ("sparsemixer_v2", 0)])
@@ -310,5 +331,5 @@ def test_output_scale_begins_as_ones_on_a_checkpoint_without_it(tmp_path):
 
 
 def test_sparsemixer_is_refused_for_more_than_one_choice():
-    with pytest.raises(ValueError, match="num_experts_per_tok=2 must be 1: router_estimator='sparsemixer'"):
+    with pytest.raises(ValueError, match="num_experts_per_tok=2 must be at most 1: router_estimator='sparsemixer'"):
         GrinMoeConfig(router_estimator="sparsemixer")

@@ -1,9 +1,11 @@
 """The gradient laboratory against finite differences and sampling, and the theory of Appendix A with it."""
 
 import csv
+import inspect
 import itertools
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +13,8 @@ import pytest
 import torch
 
 from grin_moe_cli import main
-from modeling_grin import ROUTER_ESTIMATORS, Routing, draw_noise
+from modeling_grin import ROUTER_ESTIMATORS, RouterEstimator, Routing, draw_noise
 from modeling_grin.analysis.gradients import (
-    TEMPERATURES,
     Setting,
     curved_loss,
     direction,
@@ -21,19 +22,29 @@ from modeling_grin.analysis.gradients import (
     exact_gradient,
     list_outcomes,
     measure,
-    objective,
     polynomial_loss,
     random_layer,
 )
-from modeling_grin.routing_grinmoe import Mixture, choose, mix_outputs, with_value
+from modeling_grin.routing_grinmoe import Mixture, choose, mix_outputs
 
 ALL_KEPT = 10.0
 COEFFICIENTS = [0.7, 0.9, -0.5, 0.3]
 FAMILY = ["sparsemixer_v2", "sparsemixer_v2_paper", "sparsemixer_v2_star", "sparsemixer"]
+LISTED = [name for name in ROUTER_ESTIMATORS if name != "gumbel_straight_through"]
 
 
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
+
+
+def without_exception(estimator):
+    """The record of an estimator without the argmax exception, where it has one."""
+    record = ROUTER_ESTIMATORS[estimator]
+    if "argmax_exception" not in inspect.signature(record.function).parameters:
+        return record
+    plain = partial(record.function, argmax_exception=False)
+    plain.__name__ = estimator
+    return replace(record, function=plain)
 
 
 @pytest.mark.parametrize("equation", [4, 7])
@@ -89,14 +100,12 @@ def test_exact_gradient_of_experts_and_input_equals_autograd_through_the_plain_l
     assert relative(exact.input, by_input) < 1e-12
 
 
-@pytest.mark.parametrize("estimator", ROUTER_ESTIMATORS)
+@pytest.mark.parametrize("estimator", LISTED)
 def test_moments_equal_those_of_sampled_training(estimator):
     """The estimator with its own noise, 400000 times: mean within 5 standard errors, variance within 3 %."""
     top_k, jitter_eps, num_draws = 1 if estimator == "sparsemixer" else 2, 0.6, 400_000
     layer, loss = random_layer(5, seed=1), curved_loss(0.5)
-    moments = estimator_moments(
-        layer, loss, top_k, jitter_eps, ROUTER_ESTIMATORS[estimator], TEMPERATURES.get(estimator, 1.0)
-    )
+    moments = estimator_moments(layer, loss, top_k, jitter_eps, ROUTER_ESTIMATORS[estimator])
     logits = layer.router_logits.expand(num_draws, -1).clone().requires_grad_()
     noise = draw_noise(logits, top_k, torch.Generator().manual_seed(0))
     routing = ROUTER_ESTIMATORS[estimator](logits, top_k, jitter_eps, noise)
@@ -120,7 +129,9 @@ def test_moments_equal_those_of_sampled_training(estimator):
 
 @pytest.mark.parametrize(("top_k", "jitter_eps"), [(1, 0.2), (2, 0.6), (3, ALL_KEPT)])
 def test_outcomes_are_all_there_is(top_k, jitter_eps):
-    probabilities, noise = list_outcomes(random_layer(5).router_logits, top_k, jitter_eps, 1.0)
+    estimator = ROUTER_ESTIMATORS["sparsemixer_v2"]
+    probabilities, noise, forced = list_outcomes(random_layer(5).router_logits, top_k, jitter_eps, estimator)
+    assert forced.shape == (len(probabilities), top_k)
     assert probabilities.sum().item() == pytest.approx(1.0, abs=1e-14)
     assert noise.gumbel.shape == (top_k, len(probabilities), 5)
     assert noise.uniform.shape == (top_k, len(probabilities))
@@ -128,40 +139,166 @@ def test_outcomes_are_all_there_is(top_k, jitter_eps):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    ("estimator", "exact_up_to"), [("sparsemixer_v2_star", 3), ("sparsemixer_v2_paper", 3), ("sparsemixer", 2)]
-)
-def test_rules_are_exact_up_to_their_degree(estimator, exact_up_to, seed):
-    """Heun's third-order rule for polynomials of degree 3, the mid-point rule for degree 2; top-1, no argmax
-    exception, all experts kept: v2* and v1 have no bias against Equation 4, v2 none against Equation 7."""
-    layer, temperature = random_layer(6, seed=seed), TEMPERATURES.get(estimator, 1.0)
-    plain = partial(ROUTER_ESTIMATORS[estimator], argmax_exception=False)
+    ("estimator", "top_k", "exact_up_to"),
+    [
+        ("euler", 1, 1), ("sparsemixer", 1, 2), ("midpoint", 1, 2), ("reinmax", 1, 2), ("sparsemixer_v2_star", 1, 3),
+        ("sparsemixer_v2_paper", 1, 3), ("joint_ray", 1, 3), ("joint_ray", 2, 3), ("joint_ray", 3, 3),
+    ],
+)  # fmt: skip
+def test_rules_are_exact_up_to_their_degree(estimator, top_k, exact_up_to, seed):
+    """Euler's rule for polynomials of degree 1, mid-point and Heun's second for 2, Heun's third for 3; all experts
+    kept, no argmax exception. Against the objective of each; for several choices the joint ray alone."""
+    layer, record = random_layer(6, seed=seed), without_exception(estimator)
     for degree in (1, 2, 3, 4):
-        arguments = (layer, polynomial_loss(COEFFICIENTS[:degree]), 1, ALL_KEPT)
-        exact = exact_gradient(*arguments, equation=objective(estimator), temperature=temperature)
-        error = relative(estimator_moments(*arguments, plain, temperature).mean.router_logits, exact.router_logits)
+        arguments = (layer, polynomial_loss(COEFFICIENTS[:degree]), top_k, ALL_KEPT)
+        exact = exact_gradient(*arguments, equation=record.equation, temperature=record.temperature)
+        mean = estimator_moments(*arguments, record).mean
+        error = relative(mean.router_logits, exact.router_logits)
         assert error < 1e-10 if degree <= exact_up_to else error > 1e-4, (degree, error)
+        if estimator == "joint_ray":  # without a bias whatever f is: the experts learn at the end of the ray
+            assert relative(mean.experts, exact.experts) < 1e-10
 
 
-def euler(router_logits, top_k, jitter_eps, noise):
-    """Equation 4 by Euler's rule alone: f' at the end of the ray, whatever is drawn."""
-    choices = choose(router_logits, top_k, jitter_eps, noise, end_probability=1.0, argmax_exception=False)
-    return Routing(with_value(2 * choices.probs, choices.probs), choices.experts)
-
-
-@pytest.mark.parametrize("estimator", [euler, "sparsemixer_v2_star", "sparsemixer"])
-def test_eulers_rule_is_exact_up_to_degree_one(estimator):
-    """Alone, and as the argmax exception of others: bias begins at degree 2."""
-    layer, temperature = random_layer(6, seed=0), TEMPERATURES.get(estimator, 1.0)
+@pytest.mark.parametrize("estimator", ["sparsemixer_v2_star", "sparsemixer"])
+def test_the_argmax_exception_is_eulers_rule(estimator):
+    """Exact for degree 1 alone: the exception's bias begins at degree 2."""
+    layer, record = random_layer(6, seed=0), ROUTER_ESTIMATORS[estimator]
     errors = []
     for degree in (1, 2):
         arguments = (layer, polynomial_loss(COEFFICIENTS[:degree]), 1, ALL_KEPT)
-        exact = exact_gradient(*arguments, equation=4, temperature=temperature)
-        moments = estimator_moments(*arguments, ROUTER_ESTIMATORS.get(estimator, euler), temperature)
-        errors.append(relative(moments.mean.router_logits, exact.router_logits))
+        exact = exact_gradient(*arguments, equation=4, temperature=record.temperature)
+        errors.append(relative(estimator_moments(*arguments, record).mean.router_logits, exact.router_logits))
     assert errors[0] < 1e-10 < 1e-4 < errors[1]
 
 
-@pytest.mark.parametrize("estimator", ROUTER_ESTIMATORS)
+def by_plain_loops(estimator, outputs, z, a, curvature, top_k, jitter_eps):
+    """Mean and total variance of an estimator's dL/dz, L = (exp(c a y) - 1) / c, from its formula: closed forms in z,
+    no autograd, nothing of the library."""
+    temperature, end, inner, own = {
+        "sparsemixer_v2": (1, 1 / 4, 0.3333, 1), "sparsemixer_v2_paper": (1, 1 / 4, 1 / 3, 1),
+        "sparsemixer_v2_star": (2, 5 / 8, 1 / 3, 2), "sparsemixer": (1, 1 / 2, 1 / 2, 2), "euler": (1, 1, 1, 1),
+        "midpoint": (1, 0, 1 / 2, 1), "joint_ray": (1, 5 / 8, 1 / 3, None), "reinmax": (1, 1, 1, None),
+    }[estimator]  # fmt: skip
+    z = (z / temperature).tolist()
+    pulls = (outputs @ a).tolist()  # a Expert_i
+    mean, square = [0.0] * len(z), 0.0
+
+    def masked_softmax(taken):
+        left = [i for i in range(len(z)) if i not in taken]
+        best = max(left, key=lambda i: z[i])
+        kept = [i for i in left if (z[best] - z[i]) / max(abs(z[i]), z[best]) <= 2 * jitter_eps]
+        total = sum(math.exp(z[i]) for i in kept)
+        return best, [math.exp(z[i]) / total if i in kept else 0.0 for i in range(len(z))]
+
+    for drawn in itertools.permutations(range(len(z)), top_k):
+        steps = [masked_softmax(drawn[:k]) for k in range(top_k)]
+        p = [probs[expert] for expert, (_, probs) in zip(drawn, steps, strict=True)]
+        if math.prod(p) == 0:
+            continue
+        for points in itertools.product((True, False), repeat=1 if estimator == "joint_ray" else top_k):
+            chance = math.prod(p) * math.prod(end if is_end else 1 - end for is_end in points)
+            if chance == 0:
+                continue
+            scale, gradient = [], [0.0] * len(z)
+            for k in range(top_k):
+                is_end = points[0] if estimator == "joint_ray" else points[k]
+                has_exception = estimator.startswith("sparsemixer") or estimator == "midpoint"
+                scale.append(1.0 if is_end or (has_exception and drawn[k] == steps[k][0]) else inner)
+            slope = math.exp(curvature * sum(c * p[k] * pulls[drawn[k]] for k, c in enumerate(scale)))  # f' = slope a
+            for k, (_, probs) in enumerate(steps):
+                for i in range(len(z)):
+                    d_log = [(drawn[j] == i) - steps[j][1][i] for j in range(top_k)]  # d log p_j / d z_i
+                    if estimator == "joint_ray":
+                        whole = sum(d_log)
+                        part = 1.6 * d_log[k] + 0.4 * whole if points[0] else 2 * whole
+                        gradient[i] += slope * pulls[drawn[k]] * p[k] * part
+                    elif estimator == "reinmax":  # sum_j of (g_j - its mean) under (onehot + p) / 2, and under p
+                        values = [slope * probs[j] * pulls[j] for j in range(len(z))]
+                        middle = [((drawn[k] == j) + probs[j]) / 2 for j in range(len(z))]
+                        for weights, factor in ((middle, 2), (probs, -0.5)):
+                            average = sum(w * v for w, v in zip(weights, values, strict=True))
+                            gradient[i] += factor * weights[i] * (values[i] - average)
+                    else:
+                        gradient[i] += slope * pulls[drawn[k]] * own * p[k] * d_log[k] / temperature
+            mean = [m + chance * g for m, g in zip(mean, gradient, strict=True)]
+            square += chance * sum(g * g for g in gradient)
+    return torch.tensor(mean, dtype=torch.float64), square - sum(m * m for m in mean)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "top_k", "jitter_eps"),
+    [
+        (estimator, top_k, jitter_eps)
+        for estimator in (*FAMILY, "euler", "midpoint", "joint_ray", "reinmax")
+        for top_k, jitter_eps in ((1, ALL_KEPT), (1, 0.4), (2, ALL_KEPT), (2, 0.5), (3, 0.6))
+        if top_k <= (ROUTER_ESTIMATORS[estimator].max_top_k or top_k)
+    ],
+)
+def test_laboratory_equals_an_independent_enumeration(estimator, top_k, jitter_eps):
+    """Expected gradient and variance of every sampled estimator, to rounding."""
+    record, curvature = ROUTER_ESTIMATORS[estimator], 0.7
+    layer = random_layer(5, seed=11)
+    moments = estimator_moments(layer, curved_loss(curvature), top_k, jitter_eps, record)
+    mean, variance = by_plain_loops(
+        estimator, layer.linearised()[0], layer.router_logits, direction(4, seed=1), curvature, top_k, jitter_eps
+    )
+    assert mean.norm() > 1e-3
+    assert relative(moments.mean.router_logits, mean) < 1e-12
+    assert moments.variance["router_logits"] == pytest.approx(variance, rel=1e-10)
+
+
+def test_gumbel_straight_through_is_biased_as_quadrature_says():
+    """Two experts: the gradient depends on the difference of two Gumbels alone, which is logistic. Its mean over a
+    grid is the sampled one's, to 5 standard errors, and not Equation 7's; the laboratory refuses to list it."""
+    record = ROUTER_ESTIMATORS["gumbel_straight_through"]
+    layer, a, num_draws = random_layer(2, seed=4), direction(4, seed=1), 400_000
+    z, (one, two) = layer.router_logits, (layer.linearised()[0] @ a).tolist()
+    with pytest.raises(ValueError, match="gumbel_straight_through is sampled and its record has no end_probability"):
+        estimator_moments(layer, polynomial_loss([1.0]), 1, ALL_KEPT, record)
+
+    p = z.softmax(0)
+    gap = (z[0] - z[1]) + torch.linspace(-40, 40, 400_001, dtype=torch.float64)
+    density = torch.sigmoid(gap - (z[0] - z[1])) * torch.sigmoid((z[0] - z[1]) - gap)
+    soft = torch.sigmoid(gap)  # of the perturbed logits; the loss is linear, f' = a
+    expected = torch.trapezoid(density * soft * (1 - soft) * (p[0] * one - p[1] * two), gap)
+
+    logits = z.expand(num_draws, -1).clone().requires_grad_()
+    noise = draw_noise(logits, 1, torch.Generator().manual_seed(0))
+    mixture = record(logits, 1, ALL_KEPT, noise).mixture
+    (dz,) = torch.autograd.grad((mixture.weights * (layer.linearised()[0] @ a)[mixture.experts]).sum(), logits)
+    error = dz[:, 0].std() / math.sqrt(num_draws)
+    assert abs(dz[:, 0].mean() - expected) < 5 * error
+    exact = exact_gradient(layer, polynomial_loss([1.0]), 1, ALL_KEPT, equation=7).router_logits[0]
+    assert abs(expected - exact) > 50 * error
+
+
+def test_laboratory_refuses_records_that_do_not_say_what_is_done():
+    """Another P(B = 1), another temperature, and draws that do not follow the noise were silently wrong."""
+    layer, loss = random_layer(5), curved_loss(0.5)
+
+    def off_the_tables(router_logits, top_k, jitter_eps, noise):
+        choices = choose(router_logits, top_k, jitter_eps, noise, 0.4, argmax_exception=False)
+        return Routing(torch.where(choices.at_end, 1.0, 0.5) * choices.probs, choices.experts)
+
+    def greedy(router_logits, top_k, jitter_eps, noise):
+        return Routing(*router_logits.softmax(-1).topk(top_k))
+
+    star = ROUTER_ESTIMATORS["sparsemixer_v2_star"]
+    for record, message in (
+        (RouterEstimator(off_the_tables), "record has no end_probability"),
+        (RouterEstimator(off_the_tables, end_probability=0.3), "elsewhere than at its record's end_probability=0.3"),
+        (replace(star, temperature=1.0), r"does not sample from softmax\(z / 1\)"),
+        (RouterEstimator(greedy, end_probability=1.0), "greedy does not draw"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            estimator_moments(layer, loss, 2, ALL_KEPT, record)
+    right = RouterEstimator(off_the_tables, end_probability=0.4)
+    probabilities, _, _ = list_outcomes(layer.router_logits, 1, ALL_KEPT, right)
+    estimator_moments(layer, loss, 2, ALL_KEPT, right)
+    assert probabilities.reshape(-1, 2).sum(0).tolist() == pytest.approx([0.4, 0.6])
+
+
+@pytest.mark.parametrize("estimator", LISTED)
 def test_one_kept_expert_gives_a_zero_router_gradient(estimator):
     loss = curved_loss(0.5)
     moments = estimator_moments(random_layer(1), loss, 1, ALL_KEPT, ROUTER_ESTIMATORS[estimator])
@@ -175,11 +312,11 @@ def test_one_kept_expert_gives_a_zero_router_gradient(estimator):
 @pytest.mark.parametrize("estimator", FAMILY)
 def test_linear_loss_all_kept_agrees_up_to_the_known_factor(estimator):
     """Equation 4's gradient is twice Equation 7's on a linear loss; v2 estimates the one, v2* and v1 the other."""
-    temperature = TEMPERATURES.get(estimator, 1.0)
+    record = ROUTER_ESTIMATORS[estimator]
     arguments = (random_layer(6), polynomial_loss([1.0]), 1, ALL_KEPT)
-    exact = {e: exact_gradient(*arguments, equation=e, temperature=temperature).router_logits for e in (4, 7)}
-    mean = estimator_moments(*arguments, ROUTER_ESTIMATORS[estimator], temperature).mean.router_logits
-    factor = 1 if objective(estimator) == 7 else 2
+    exact = {e: exact_gradient(*arguments, equation=e, temperature=record.temperature).router_logits for e in (4, 7)}
+    mean = estimator_moments(*arguments, record).mean.router_logits
+    factor = 1 if record.equation == 7 else 2
     assert relative(mean, factor * exact[7]) < 1e-10
     assert relative(mean, factor / 2 * exact[4]) < 1e-10
 
@@ -224,7 +361,7 @@ def test_documented_table_is_what_is_measured():
     measured = {
         row["estimator"]: row
         for row in measure(Setting())
-        if row["quantity"] == "router_logits" and row["equation"] == objective(row["estimator"])
+        if row["quantity"] == "router_logits" and row["equation"] == ROUTER_ESTIMATORS[row["estimator"]].equation
     }
     documented = set()
     for line in table:
@@ -251,6 +388,6 @@ def test_command_writes_table_csv_and_plots(tmp_path, capsys):
     assert run_cli("gradients", "--over", "top_k", "--layers", "2", "--output-dir", str(tmp_path / "out")) == 0
     assert "sparsemixer_v2_star" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "out" / "gradients.csv").open()))
-    assert len(rows) == (6 + 5 + 5) * 2 * 3  # estimators at top-1, 2, 3; equations; quantities
+    assert len(rows) == (12 + 11 + 11) * 2 * 3  # estimators at top-1, 2, 3; equations; quantities
     assert all(math.isfinite(float(row["bias"])) for row in rows)
     assert (tmp_path / "out" / "gradients_top_k.png").read_bytes().startswith(b"\x89PNG")

@@ -4,13 +4,16 @@ A mixture-of-experts layer with one token: router logits z `[E]`, input x `[H]`,
 output. Training draws K experts in order and K points B, so every outcome can be listed with its probability, and both
 an estimator's expectation and the gradient it estimates are sums instead of samples: float64, no Monte Carlo error.
 
-The estimators are the ones that train (`ROUTER_ESTIMATORS` and `mix_outputs`), with the draws forced.
+The estimators are the ones that train (`ROUTER_ESTIMATORS` and `mix_outputs`), with the draws forced. How they draw is
+in their records, which `check_record` holds against what they do.
 Shapes: R outcomes, E experts, K = top_k, S slots of a mixture, H hidden size, P parameters of an expert.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,10 +22,12 @@ from torch.func import jacrev, vmap
 
 from ..routing_grinmoe import (
     ROUTER_ESTIMATORS,
-    TOP_1_ESTIMATORS,
     Mixture,
+    Noise,
     RouterEstimator,
     RoutingNoise,
+    TokenKeys,
+    draw_noise,
     keep_set,
     mix_outputs,
 )
@@ -31,17 +36,11 @@ Loss = Callable[[torch.Tensor], torch.Tensor]
 """f: layer outputs `[R, H]` -> losses `[R]`."""
 
 FORCE = 1e6  # Gumbel noise that decides a draw
-# Where some estimator's P(B = 1) lies: noise in one of these cells of [0, 1) gives one B, whatever the estimator. One
-# with another P(B = 1) needs a boundary of its own here.
-UNIFORM_CELLS = ((0.0, 1 / 4), (1 / 4, 1 / 2), (1 / 2, 5 / 8), (5 / 8, 1.0))
-TEMPERATURES = {"sparsemixer_v2_star": 2.0}  # of the softmax that is sampled from (Algorithm 2, line 1)
-
-# The equation whose gradient each estimator is made for. Others, conventional recipes among them, are held against
-# Equation 4.
-OBJECTIVES = {"sparsemixer_v2": 7, "sparsemixer_v2_paper": 7}
+CHECKED_DRAWS = 2**15
+STANDARD_ERRORS = 6  # that a frequency may be off: once in 10^9 for a right record
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """One token's view of a mixture-of-experts layer, float64."""
 
@@ -63,6 +62,7 @@ class Layer:
         w1, w3, w2 = parameters.reshape(3, -1, x.shape[0])
         return (torch.nn.functional.silu(w1 @ x) * (w3 @ x)) @ w2
 
+    @cache  # noqa: B019 - a layer is small, and many estimators ask
     def linearised(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The experts' outputs `[E, H]`, and their Jacobians by parameters `[E, H, P]` and by input `[E, H, H]`."""
         outputs = vmap(self.expert, in_dims=(0, None))(self.expert_parameters, self.x)
@@ -161,24 +161,82 @@ def exact_gradient(
     )
 
 
+def uniform_cells(estimator: RouterEstimator) -> list[tuple[float, float]]:
+    """The parts of [0, 1) in which uniform noise gives one B, by the estimator's record.
+
+    Raises:
+        ValueError: the record has no `end_probability`.
+    """
+    end = estimator.end_probability
+    if end is None:
+        raise ValueError(
+            f"{estimator.function.__name__} is sampled and its record has no end_probability, without which its "
+            "outcomes cannot be listed: give P(B = 1), or 1.0 if it has no B"
+        )
+    return [cell for cell in ((0.0, end), (end, 1.0)) if cell[0] < cell[1]]
+
+
 def list_outcomes(
-    z: torch.Tensor, top_k: int, jitter_eps: float, temperature: float
-) -> tuple[torch.Tensor, RoutingNoise]:
+    z: torch.Tensor, top_k: int, jitter_eps: float, estimator: RouterEstimator, *, at_end_of_cell: bool = False
+) -> tuple[torch.Tensor, Noise, torch.Tensor | None]:
     """Every draw that training can make, with its probability.
 
+    Args:
+        at_end_of_cell: take the last uniform number of each cell instead of the first.
+
     Returns:
-        Probabilities `[R]`, which sum to 1, and the noise that forces each outcome, `[K, R, E]` and `[K, R]`.
+        Probabilities `[R]`, which sum to 1; the noise that forces each outcome, `[K, R, E]` and `[K, R]`; and the
+        experts that it forces, `[R, K]`. Where nothing is drawn, one outcome without them.
     """
-    probabilities, gumbel, uniform = [], [], []
-    for experts, probs in ordered_choices(z, top_k, jitter_eps, temperature):
-        forced = torch.zeros(top_k, len(z), dtype=torch.float64)
-        forced[range(top_k), list(experts)] = FORCE
-        for cells in itertools.product(UNIFORM_CELLS, repeat=top_k):
-            sizes = torch.tensor([end - start for start, end in cells], dtype=torch.float64)
+    if not estimator.sampled:
+        return torch.ones(1, dtype=torch.float64), TokenKeys(None), None
+    probabilities, gumbel, uniform, forced = [], [], [], []
+    cells = uniform_cells(estimator)
+    for experts, probs in ordered_choices(z, top_k, jitter_eps, estimator.temperature):
+        force = torch.zeros(top_k, len(z), dtype=torch.float64)
+        force[range(top_k), list(experts)] = FORCE
+        for drawn in itertools.product(cells, repeat=top_k):
+            sizes = torch.tensor([end - start for start, end in drawn], dtype=torch.float64)
+            places = [math.nextafter(end, 0) if at_end_of_cell else start for start, end in drawn]
             probabilities.append(torch.stack(probs).prod() * sizes.prod())
-            gumbel.append(forced)
-            uniform.append(torch.tensor([start for start, _ in cells], dtype=torch.float64))
-    return torch.stack(probabilities), RoutingNoise(torch.stack(gumbel, dim=1), torch.stack(uniform, dim=1))
+            gumbel.append(force)
+            uniform.append(torch.tensor(places, dtype=torch.float64))
+            forced.append(torch.tensor(experts))
+    noise = RoutingNoise(torch.stack(gumbel, dim=1), torch.stack(uniform, dim=1))
+    return torch.stack(probabilities), noise, torch.stack(forced)
+
+
+@cache
+def check_record(estimator: RouterEstimator, top_k: int) -> None:
+    """Hold what an estimator's record says about its draws against what it does.
+
+    Raises:
+        ValueError: it does not draw the experts that its noise asks for; its weights change inside a cell of the
+            uniform noise; or the frequencies of its draws are not those of a softmax with its temperature.
+    """
+    if not estimator.sampled:
+        return
+    name, eps = estimator.function.__name__, 10.0  # all experts are kept
+    z = torch.tensor([1.0, 0.3, -0.4, 0.8, -1.5], dtype=torch.float64)
+    routings = []
+    for at_end_of_cell in (False, True):
+        _, noise, forced = list_outcomes(z, top_k, eps, estimator, at_end_of_cell=at_end_of_cell)
+        assert forced is not None
+        routing = estimator(z.expand(len(forced), -1), top_k, eps, noise)
+        if not torch.equal(routing.experts, forced):
+            raise ValueError(f"{name} does not draw argmax(z / temperature + gumbel) for each choice")
+        routings.append(routing.weights)
+    if not torch.equal(*routings):
+        end = estimator.end_probability
+        raise ValueError(f"{name} changes its weights elsewhere than at its record's end_probability={end}")
+    logits = z.expand(CHECKED_DRAWS, -1)
+    drawn = estimator(logits, top_k, eps, draw_noise(logits, top_k, torch.Generator().manual_seed(0))).experts[:, 0]
+    expected = (z / estimator.temperature).softmax(dim=0)
+    error = (expected * (1 - expected) / CHECKED_DRAWS).sqrt()
+    if ((drawn.bincount(minlength=len(z)) / CHECKED_DRAWS - expected).abs() > STANDARD_ERRORS * error).any():
+        raise ValueError(
+            f"{name} does not sample from softmax(z / {estimator.temperature:g}), its record's temperature"
+        )
 
 
 @dataclass(frozen=True)
@@ -189,16 +247,15 @@ class Moments:
     variance: dict[str, float]
 
 
-def estimator_moments(
-    layer: Layer, loss: Loss, top_k: int, jitter_eps: float, estimator: RouterEstimator, temperature: float = 1.0
-) -> Moments:
+def estimator_moments(layer: Layer, loss: Loss, top_k: int, jitter_eps: float, estimator: RouterEstimator) -> Moments:
     """Compute the mean and the scatter of `estimator` over its draws, without sampling.
 
-    Args:
-        temperature: of the MaskedSoftmax that the estimator samples from.
+    Raises:
+        ValueError: its draws cannot be listed, or are not as its record says.
     """
+    check_record(estimator, top_k)
     z = layer.router_logits
-    probabilities, noise = list_outcomes(z, top_k, jitter_eps, temperature)
+    probabilities, noise, _ = list_outcomes(z, top_k, jitter_eps, estimator)
     outputs, by_parameters, by_input = layer.linearised()
 
     logits = z.expand(len(probabilities), -1).clone().requires_grad_()
@@ -239,10 +296,18 @@ class Quality:
     """Between E[estimate] and the exact gradient."""
     variance: float
     """Total variance / |exact|^2."""
+    length: float
+    """|E[estimate]| / |exact|."""
 
     def signal_to_noise(self, batch: int) -> float:
         """|exact| over the root mean square error of the average over `batch` tokens that share the exact gradient."""
         return (self.bias**2 + self.variance / batch) ** -0.5 if self.bias or self.variance else float("inf")
+
+    def scaled_signal_to_noise(self, batch: int) -> float:
+        """The same after the best common factor, for optimizers that do not mind a gradient's length, as Adam."""
+        square = self.length**2 + self.variance / batch
+        error = 1 - (max(self.cosine, 0.0) * self.length) ** 2 / square if square else 1.0
+        return error**-0.5 if error > 0 else float("inf")
 
 
 def compare(moments: Moments, exact: Gradient) -> dict[str, Quality]:
@@ -252,7 +317,8 @@ def compare(moments: Moments, exact: Gradient) -> dict[str, Quality]:
         mean, target = getattr(moments.mean, name), getattr(exact, name)
         norm = target.norm()
         cosine = torch.nn.functional.cosine_similarity(mean, target, dim=0, eps=1e-300)
-        qualities[name] = Quality(((mean - target).norm() / norm).item(), cosine.item(), variance / norm.item() ** 2)
+        figures = (mean - target).norm() / norm, cosine, variance / norm**2, mean.norm() / norm
+        qualities[name] = Quality(*(figure.item() for figure in figures))
     return qualities
 
 
@@ -276,19 +342,41 @@ SWEEPS: dict[str, tuple] = {
 }
 
 
-def objective(estimator: str) -> int:
-    """The equation that `estimator` is held against."""
-    return OBJECTIVES.get(estimator, 4)
+FIGURES = ("bias", "cosine", "length", "variance", "snr", "scaled_snr")
+
+
+def listed_estimators(top_k: int) -> dict[str, RouterEstimator]:
+    """The registered estimators that are defined for `top_k` and whose draws can be listed."""
+    return {
+        name: estimator
+        for name, estimator in ROUTER_ESTIMATORS.items()
+        if top_k <= (estimator.max_top_k or top_k) and not (estimator.sampled and estimator.end_probability is None)
+    }
+
+
+@torch.no_grad()
+def share_with_choice(setting: Setting, num_tokens: int = 50_000) -> float:
+    """The share of tokens with normal logits that sampling leaves a choice; the others have no router gradient."""
+    generator = torch.Generator().manual_seed(0)
+    z = setting.logit_scale * torch.randn(num_tokens, setting.num_experts, generator=generator)
+    available, has_choice = torch.ones_like(z, dtype=torch.bool), torch.zeros(num_tokens, dtype=torch.bool)
+    for _ in range(setting.top_k):  # before the first choice there is only one way
+        kept = keep_set(z, available, setting.jitter_eps)
+        has_choice |= kept.sum(dim=-1) > 1
+        available = available.scatter(-1, z.masked_fill(~kept, -torch.inf).argmax(dim=-1, keepdim=True), False)
+    return has_choice.float().mean().item()
 
 
 def measure(setting: Setting, num_layers: int = 20, batch: int = 1024) -> list[dict]:
-    """Every estimator at one setting, against Equations 4 and 7: medians over `num_layers` random layers.
+    """Every estimator at one setting, against Equations 4 and 7: quartiles over `num_layers` random layers.
 
     Layers on which only one choice is possible have no router gradient to estimate; others are drawn in their place.
+    The share of layers with a choice is `share_with_choice`. Estimators whose draws cannot be listed are left out.
 
     Returns:
-        One row per estimator, equation and quantity: bias, cosine, variance, and the signal-to-noise ratio of an
-        average over `batch` tokens.
+        One row per estimator, equation and quantity: the median of bias, cosine, length, variance, and the
+        signal-to-noise ratio of an average over `batch` tokens, as it is and after the best common factor; with
+        `_low` and `_high` their quartiles.
 
     Raises:
         ValueError: there are hardly any layers with a choice, because the keep set is too narrow.
@@ -305,25 +393,33 @@ def measure(setting: Setting, num_layers: int = 20, batch: int = 1024) -> list[d
     else:
         raise ValueError(f"jitter_eps={setting.jitter_eps} leaves next to no layers with a choice; use a wider one")
 
-    rows = []
-    for name, estimator in ROUTER_ESTIMATORS.items():
-        if name in TOP_1_ESTIMATORS and setting.top_k > 1:
-            continue
-        temperature = TEMPERATURES.get(name, 1.0)
-        collected: dict[tuple[int, str], list[Quality]] = {}
-        for layer in layers:
-            arguments = (layer, loss, setting.top_k, setting.jitter_eps)
-            moments = estimator_moments(*arguments, estimator, temperature)
+    collected: dict[tuple[str, int, str], list[Quality]] = {}
+    for layer in layers:
+        arguments = (layer, loss, setting.top_k, setting.jitter_eps)
+        exact: dict[tuple[int, float], Gradient] = {}
+        for name, estimator in listed_estimators(setting.top_k).items():
+            moments = estimator_moments(*arguments, estimator)
             for equation in (4, 7):
-                exact = exact_gradient(*arguments, equation=equation, temperature=temperature)
-                for quantity, quality in compare(moments, exact).items():
-                    collected.setdefault((equation, quantity), []).append(quality)
-        for (equation, quantity), qualities in collected.items():
-            columns = torch.tensor([(q.bias, q.cosine, q.variance, q.signal_to_noise(batch)) for q in qualities])
-            names = ("bias", "cosine", "variance", "snr")
-            medians = dict(zip(names, columns.median(dim=0).values.tolist(), strict=True))
-            measured = {"batch": batch, "estimator": name, "equation": equation, "quantity": quantity, **medians}
-            rows.append({**vars(setting), **measured})
+                key = equation, estimator.temperature
+                if key not in exact:
+                    exact[key] = exact_gradient(*arguments, equation=equation, temperature=estimator.temperature)
+                for quantity, quality in compare(moments, exact[key]).items():
+                    collected.setdefault((name, equation, quantity), []).append(quality)
+    constants = {"choice": share_with_choice(setting), "batch": batch}
+    quartiles, rows = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64), []
+    for (name, equation, quantity), qualities in collected.items():
+        columns = [
+            (q.bias, q.cosine, q.length, q.variance, q.signal_to_noise(batch), q.scaled_signal_to_noise(batch))
+            for q in qualities
+        ]
+        values = torch.tensor(columns, dtype=torch.float64).quantile(quartiles, dim=0, interpolation="nearest")
+        measured = {
+            f"{figure}{suffix}": value
+            for suffix, row in zip(("", "_low", "_high"), values.tolist(), strict=True)
+            for figure, value in zip(FIGURES, row, strict=True)
+        }
+        rows.append({**vars(setting), **constants, "estimator": name, "equation": equation, "quantity": quantity,
+                     **measured})  # fmt: skip
     return rows
 
 
@@ -343,30 +439,31 @@ def sweep(variables: list[str], num_layers: int = 20, batch: int = 1024) -> Iter
 
 
 def plot_sweep(rows: list[dict], variable: str, path: str | Path, quantity: str = "router_logits") -> None:
-    """Bias, variance and signal-to-noise along one sweep, each estimator against the objective it estimates."""
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    """Bias, variance and signal to noise along one sweep, each estimator against the objective it estimates."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     panels = figure.subplots(1, 3)
     columns = {
         "bias": "|bias| / |exact|",
         "variance": "variance / |exact|²",
-        "snr": f"signal to noise, average of {rows[0]['batch']} tokens",
+        "scaled_snr": f"signal to noise up to scale, {rows[0]['batch']} tokens",
     }
     for axes, (column, label) in zip(panels, columns.items(), strict=True):
-        for number, estimator in enumerate(ROUTER_ESTIMATORS):
-            equation = objective(estimator)
+        for number, (name, estimator) in enumerate(ROUTER_ESTIMATORS.items()):
+            equation = estimator.equation
             points = [
                 (row[variable], row[column])
                 for row in rows
-                if (row["estimator"], row["equation"], row["quantity"]) == (estimator, equation, quantity)
+                if (row["estimator"], row["equation"], row["quantity"]) == (name, equation, quantity)
             ]
             if points:
                 axes.plot(
                     *zip(*points, strict=True),
                     "o-" if equation == 4 else "s--",
-                    color=f"C{number}",
-                    linewidth=5 if estimator == "sparsemixer_v2" else 1.5,  # it hides under its paper form
-                    alpha=0.4 if estimator == "sparsemixer_v2" else 1,
-                    label=f"{estimator} (Eq. {equation})",
+                    color=f"C{number % 10}",
+                    markersize=3,
+                    linewidth=5 if name == "sparsemixer_v2" else 1.5,  # it hides under its paper form
+                    alpha=0.4 if name == "sparsemixer_v2" else 1,
+                    label=f"{name} (Eq. {equation})",
                 )
         axes.set(xlabel=variable, title=label)
         axes.set_yscale("symlog", linthresh=1e-3)
@@ -375,6 +472,6 @@ def plot_sweep(rows: list[dict], variable: str, path: str | Path, quantity: str 
         axes.set_xticks(SWEEPS[variable], labels=[f"{value:g}" for value in SWEEPS[variable]])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle(f"Gradient of the {quantity.replace('_', ' ')}")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
