@@ -41,7 +41,7 @@ from recipes.demo import read_standard_library, tiny_config
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode="markdown")
 
-EVALUATIONS, ALPHA = 12, 0.01
+EVALUATIONS, ALPHA = 6, 0.01
 # The keep set compares ratios of logits, so their scale, early or late, does not matter. With 8 random logits the
 # released 0.01 leaves 3 % of tokens a choice, too few to learn a router from in some hundred steps; 0.1 leaves 29 %.
 JITTER = 0.1
@@ -79,7 +79,7 @@ SCALES = {
     "small": Scale(
         {"vocab_size": 1024, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 3,
          "num_attention_heads": 3, "num_key_value_heads": 1, "num_local_experts": 8, "max_position_embeddings": 128},
-        batch=16, tokens=600_000, choosing_tokens=600_000, rates=(1.5e-3, 3e-3, 6e-3), seeds=6,
+        batch=16, tokens=300_000, choosing_tokens=300_000, rates=(1.5e-3, 3e-3, 6e-3), seeds=6,
     ),
     "large": Scale(
         {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 8,

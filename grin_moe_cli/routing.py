@@ -15,6 +15,7 @@ from .terminal import console, errors, escape
 if TYPE_CHECKING:
     import torch
 
+    from modeling_grin.analysis.report import RoutingStudy
     from modeling_grin.modeling_grinmoe import GrinMoeForCausalLM
 
 MODELS, COUNTING, REPORT = "Models", "Counting", "Report"
@@ -74,6 +75,21 @@ def display_name(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
+def regret_table(study: "RoutingStudy") -> Table:
+    """The regret of each set, as means over the layers, in units of a thousandth of a nat."""
+    title = "Regret, in 0.001 nats a token of a layer: another expert in place of the last"
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("set", overflow="fold")
+    for column in ("runner-up adds", "best saves", "worst layer", "some better", "near-ties", "best saves there"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, regret in study.regrets.items():
+        adds, saves, ties = 1e3 * regret.runner_up(), 1e3 * regret.regret(), 1e3 * regret.regret_of_near_ties()
+        figures = (f"{adds.mean():.2f}", f"{saves.mean():.2f}", f"{saves.max():.2f}", f"{regret.better().mean():.1%}",
+                   f"{regret.near_tie_rate().mean():.1%}", f"{ties.nanmean():.2f}")  # fmt: skip
+        table.add_row(escape(name), *figures)
+    return table
+
+
 def routing(
     model: Annotated[str, typer.Argument(help="folder or Hub name of a GRIN-MoE or Phimoe checkpoint")],
     data: Annotated[
@@ -104,6 +120,18 @@ def routing(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass", rich_help_panel=COUNTING)] = 8,
+    regret: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="tokens of each set and layer for which to try other experts: how much loss would these have saved?",
+            rich_help_panel=COUNTING,
+        ),
+    ] = 0,
+    alternatives: Annotated[
+        int,
+        typer.Option(min=1, help="experts that --regret tries for a token's last", rich_help_panel=COUNTING),
+    ] = 3,
     output_dir: Annotated[
         Path, typer.Option(help="folder for report.html, tables and pictures", rich_help_panel=REPORT)
     ] = Path("routing"),
@@ -119,6 +147,7 @@ def routing(
     """
     from transformers import AutoTokenizer
 
+    from modeling_grin.analysis.regret import routing_regret
     from modeling_grin.analysis.report import RoutingStudy, view_tokens, write_report
     from modeling_grin.analysis.routing import collect_routing, compare_routing
     from modeling_grin.data import batched, token_rows
@@ -147,6 +176,9 @@ def routing(
             else:
                 study.comparisons[name] = compare_routing(models[0], models[1], batches)
                 study.sets[name] = study.comparisons[name].before
+            if regret:
+                batches = batched(token_rows(path, tokenizer, length, max_tokens), batch_size)
+                study.regrets[name] = routing_regret(models[0], batches, regret, alternatives)
             viewed = [ids for ids, _ in token_rows(path, tokenizer, length, VIEWED_TOKENS)]
             for loaded, which in zip(models, titles, strict=True):
                 title = name if against is None else f"{name}, {which}"
@@ -166,4 +198,6 @@ def routing(
                    f"{row['balance_loss']:.3f}", f"{row['load_max_worst']:.2f} x")  # fmt: skip
         table.add_row(escape(name), *figures)
     console.print(table)
+    if study.regrets:
+        console.print(regret_table(study))
     console.print(f"wrote {escape(output_dir / 'report.html')}, with pictures and tables beside it", highlight=False)

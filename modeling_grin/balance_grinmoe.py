@@ -128,6 +128,7 @@ class BalanceLoss:
         window: BalanceWindow,
         counted: torch.Tensor,
         loss_share: torch.Tensor | float | None,
+        z_coefficient: float = 0.0,
     ):
         """
         Args:
@@ -135,6 +136,7 @@ class BalanceLoss:
             counted: bool `[T]`, False for padding.
             loss_share: this forward pass's share of an optimizer step whose number of tokens is unknown; None if it is
                 the whole step.
+            z_coefficient: `router_z_loss_coef`.
         """
         self.num_experts = num_experts
         self.window = window
@@ -147,7 +149,9 @@ class BalanceLoss:
         else:
             part = 1 if loss_share is None else window.world_size * loss_share
             per_token = part / counted.sum().clamp(min=1)
-        self.token_weight = counted * (coefficient * num_experts / num_layers * window.gradient_scale * per_token)
+        share = counted * (window.gradient_scale / num_layers * per_token)  # of a mean over tokens and layers
+        self.token_weight = coefficient * num_experts * share
+        self.z_weight = z_coefficient * share
 
     def count(self, selected_experts: Sequence[torch.Tensor]) -> None:
         """Add the forward pass's experts, per layer `[T, K]`, to the window."""
@@ -157,19 +161,37 @@ class BalanceLoss:
         self.fractions.data[: len(fractions)] = fractions  # as data: autograd has kept rows of it for the layers
 
 
-def balance_gradient(router_logits: torch.Tensor, token_weight: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
-    """d/dz of `sum_t token_weight_t sum_i f_i softmax(z_t)_i`, `[T, E]`, from z, `token_weight` `[T]` and f `[E]`."""
-    probs = router_logits.float().softmax(dim=-1)
+def balance_gradient(
+    router_logits: torch.Tensor, token_weight: torch.Tensor, fractions: torch.Tensor, z_weight: torch.Tensor
+) -> torch.Tensor:
+    """d/dz of `sum_t token_weight_t sum_i f_i softmax(z_t)_i + z_weight_t logsumexp(z_t)^2`, `[T, E]`.
+
+    The second term is the router z-loss (ST-MoE, arXiv 2202.08906).
+
+    Args:
+        router_logits: z.
+        token_weight, z_weight: `[T]`.
+        fractions: f, `[E]`.
+    """
+    logits = router_logits.float()
+    size = logits.logsumexp(dim=-1, keepdim=True)
+    probs = (logits - size).exp()
     slope = probs * (fractions - (probs * fractions).sum(dim=-1, keepdim=True))
-    return (token_weight.unsqueeze(-1) * slope).to(router_logits.dtype)
+    shrink = 2 * z_weight.unsqueeze(-1) * size * probs
+    return (token_weight.unsqueeze(-1) * slope + shrink).to(router_logits.dtype)
 
 
 class AttachBalanceLoss(torch.autograd.Function):
-    """`router_logits` `[T, E]`, whose backward pass adds `balance_gradient`, with `fractions` as they then are."""
+    """`router_logits` `[T, E]`, whose backward pass adds `balance_gradient`, with `fractions` as they then are.
+
+    Into `gradients` `[2, E, H]`, if given, it adds the gradients of a router's weights by the task and by this loss,
+    from the router's inputs `tokens` `[T, H]`.
+    """
 
     @staticmethod
-    def forward(ctx, router_logits, token_weight, fractions):
-        ctx.save_for_backward(router_logits, token_weight, fractions)
+    def forward(ctx, router_logits, token_weight, fractions, z_weight, tokens=None, gradients=None):
+        ctx.save_for_backward(router_logits, token_weight, fractions, z_weight)
+        ctx.tokens, ctx.gradients = (None if gradients is None else tokens.detach()), gradients
         return router_logits.view_as(router_logits)
 
     @staticmethod
@@ -178,4 +200,8 @@ class AttachBalanceLoss(torch.autograd.Function):
         router_logits, *constants = ctx.saved_tensors
         # Only now to the layer's device: a copy made in the forward pass would not see `fractions` filled in.
         constants = (constant.to(router_logits.device) for constant in constants)
-        return grad_logits + balance_gradient(router_logits, *constants), None, None
+        own = balance_gradient(router_logits, *constants)
+        if ctx.gradients is not None:
+            inputs = ctx.tokens.float()
+            ctx.gradients += torch.stack([grad.float().T @ inputs for grad in (grad_logits, own)]).to(ctx.gradients)
+        return grad_logits + own, None, None, None, None, None

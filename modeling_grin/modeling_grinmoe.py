@@ -128,7 +128,7 @@ class GrinMoeSparseMoeBlock(nn.Module):
                 tokens = jitter_input(tokens, config.input_jitter_noise, jitter_keys)
         router_logits = learning_logits = self.gate(tokens)
         if layer_pass is not None and layer_pass.fractions is not None:
-            learning_logits = layer_pass.attach_balance(router_logits)
+            learning_logits = layer_pass.attach_balance(router_logits, tokens)
             router_logits = router_logits.detach()  # a trainer's own balance loss on them would come on top
         routing = route(
             learning_logits,

@@ -41,6 +41,7 @@ class TrainingPass:
         keys: torch.Tensor | None,
         balance: BalanceLoss | None,
         observer: RoutingObserver | None,
+        gradients: torch.Tensor | None = None,
     ):
         """
         Args:
@@ -48,7 +49,9 @@ class TrainingPass:
             keys: int64 `[L, 2, T]`, seeds of the tokens' noise (`layer_keys`); None if the model draws none.
             balance: the load-balance loss of the pass.
             observer: called by `finish`.
+            gradients: `OptimizerStepMixin.router_gradients`.
         """
+        self.gradients = gradients
         self.counted, self.keys, self.balance, self.observer = counted, keys, balance, observer
         self.layers: list[LayerPass] = []
 
@@ -84,15 +87,18 @@ class LayerPass:
             fractions: `[E]`, of the balance loss, which has them by the time of the backward pass; None without one.
         """
         self.keys, self.fractions = keys, fractions
-        self.token_weight = None if fractions is None else training_pass.balance.token_weight  # type: ignore[union-attr]
+        self.balance = None if fractions is None else training_pass.balance
+        number = len(training_pass.layers)
+        self.gradients = None if training_pass.gradients is None else training_pass.gradients[number]
         self.is_recorded = fractions is not None or training_pass.observer is not None
         self.router_logits: Any = None
         self.selected_experts: Any = None
 
-    def attach_balance(self, router_logits: torch.Tensor) -> torch.Tensor:
-        """`router_logits` `[T, E]`, to which a backward pass adds the gradient of the balance loss."""
-        assert self.fractions is not None and self.token_weight is not None
-        return AttachBalanceLoss.apply(router_logits, self.token_weight, self.fractions)
+    def attach_balance(self, router_logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """`router_logits` `[T, E]` of `tokens` `[T, H]`, to which a backward pass adds the balance loss's gradient."""
+        assert self.fractions is not None and self.balance is not None
+        weights = self.balance.token_weight, self.fractions, self.balance.z_weight
+        return AttachBalanceLoss.apply(router_logits, *weights, tokens, self.gradients)
 
     def record(self, router_logits: torch.Tensor, experts: torch.Tensor) -> None:
         """Record the layer's routing, logits `[T, E]` and experts `[T, K]`, for the balance loss and the observer."""
@@ -108,6 +114,9 @@ class OptimizerStepMixin(PreTrainedModel):
     routing_observer: RoutingObserver | None = None
     """Called once per forward pass in training, and not when a layer is recomputed, with every layer's router logits
     `[T, E]` and selected experts `[T, K]`, and which tokens are not padding, bool `[T]`. Set it on the decoder."""
+    router_gradients: torch.Tensor | None = None
+    """Backward passes with a balance loss add the gradients of the routers' weights by the task and by the balance
+    loss, `[L, 2, E, H]`, over this process's tokens. Set it on the decoder."""
     adapts_experts: bool | None = None
     """Whether the decoder's experts have adapters. None: unknown; False: they have none on purpose (`add_lora`)."""
 
@@ -187,9 +196,10 @@ class OptimizerStepMixin(PreTrainedModel):
             positions = position_ids.expand_as(counted) if attention_mask is None else counted.cumsum(dim=-1) - 1
             layers = range(self.first_layer, self.first_layer + len(self.layers))
             keys = layer_keys(token_keys(key, token_ids, counted, positions), layers)
-        if is_learning and self.config.router_aux_loss_coef > 0:
+        if is_learning and max(self.config.router_aux_loss_coef, self.config.router_z_loss_coef) > 0:
             balance = self.begin_balance(counted.reshape(-1), loss_share)
-        return TrainingPass(counted.reshape(-1), keys, balance, self.routing_observer if is_learning else None)
+        observer = self.routing_observer if is_learning else None
+        return TrainingPass(counted.reshape(-1), keys, balance, observer, self.router_gradients)
 
     def begin_balance(self, counted: torch.Tensor, loss_share: torch.Tensor | None) -> BalanceLoss:
         """The load-balance loss of a forward pass; arguments as in `BalanceLoss`.
@@ -218,7 +228,8 @@ class OptimizerStepMixin(PreTrainedModel):
         if loss_share is not None:  # window.world_size includes the tensor-parallel ranks, which share their tokens
             loss_share = loss_share / getattr(getattr(config, "distributed_config", None), "tp_size", 1)
         sizes = config.num_hidden_layers, config.num_local_experts
-        return BalanceLoss(config.router_aux_loss_coef, *sizes, window, counted, loss_share)
+        coefficients = config.router_aux_loss_coef, config.router_z_loss_coef
+        return BalanceLoss(coefficients[0], *sizes, window, counted, loss_share, coefficients[1])
 
     def run_decoder(
         self,

@@ -131,6 +131,24 @@ def test_acts_in_training_and_is_reported_apart(model):
     assert model.eval()(**batch, output_router_logits=True).aux_loss.item() == pytest.approx(by_hand, rel=1e-6)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_z_loss_is_the_mean_square_of_the_logsumexp(model, alpha):
+    """By autograd, from the definition: mean over the tokens that are not padding, then over the layers."""
+    batch = random_batch(0, padding=4)
+    model.config.router_aux_loss_coef = alpha
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    model.config.router_aux_loss_coef = 0.0
+    logits = model.model(batch["input_ids"], batch["attention_mask"], output_router_logits=True).router_logits
+    real = batch["attention_mask"].flatten().bool()
+    (0.3 * torch.stack([z[real].exp().sum(-1).log().square().mean() for z in logits]).mean()).backward()
+    for name, gradient in gradients(model).items():
+        expected[name] += gradient
+    model.config.router_aux_loss_coef, model.config.router_z_loss_coef = alpha, 0.3
+    model(**batch).loss.backward()
+    assert_gradients_close(gradients(model), expected)
+
+
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
 @pytest.mark.parametrize("loss", ["returned", "returned / 7", "smoothed", "embeddings", "hidden"])
 def test_no_way_of_building_the_loss_loses_or_scales_it(model, loss, checkpointing):
@@ -204,7 +222,7 @@ def test_bound_of_what_later_micro_batches_would_change():
         for name, window in {"known": known, "running": running}.items():
             balance = BalanceLoss(alpha, 1, num_experts, window, torch.ones(len(z), dtype=torch.bool), None)
             balance.count((z.topk(2).indices,))
-            gradient[name] = balance_gradient(z, balance.token_weight, balance.fractions[0])
+            gradient[name] = balance_gradient(z, balance.token_weight, balance.fractions[0], balance.z_weight)
         error = (gradient["running"] - gradient["known"]).abs().sum(-1)
         unseen = sum(sizes[m + 1 :]) / total
         if unseen == 0:
@@ -342,6 +360,6 @@ def test_a_layer_on_another_device_uses_the_counts_of_the_whole_pass():
     balance = BalanceLoss(1.0, 1, 6, BalanceWindow(), counted, None)
     layer_pass = TrainingPass(counted, None, balance, None).for_next_layer()
     logits = torch.zeros(4, 6, device="meta", requires_grad=True)
-    saved = layer_pass.attach_balance(logits).grad_fn.saved_tensors[2]
+    saved = layer_pass.attach_balance(logits, torch.zeros(4, 3)).grad_fn.saved_tensors[2]
     balance.count([torch.tensor([[0, 1]] * 4)])
     assert saved.tolist() == [0.5, 0.5, 0, 0, 0, 0]

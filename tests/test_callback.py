@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from transformers.trainer_callback import TrainerCallback
 
 from modeling_grin import GrinMoeForCausalLM
+from modeling_grin.training import GrinMoeTrainer
 from modeling_grin.training import callback as callback_module
 from modeling_grin.training.callback import RoutingCallback
 
 NUM_EXPERTS = 6
 METRICS = {
-    "load_max", "load_entropy", "dead_experts", "router_entropy", "near_tie_rate", "non_argmax_rate", "balance_loss",
+    "load_max", "max_vio", "load_entropy", "dead_experts", "router_entropy", "near_tie_rate", "non_argmax_rate",
+    "balance_loss",
 }  # fmt: skip
 
 
@@ -106,6 +108,7 @@ def expected_layer(steps: list[list[dict]], layer: int, eps: float) -> dict:
     load = [count / sum(total_counts) for count in total_counts]
     return {
         "load_max": NUM_EXPERTS * max(load),
+        "max_vio": NUM_EXPERTS * max(load) - 1,
         "load_entropy": -sum(share * math.log(share) for share in load if share) / math.log(NUM_EXPERTS),
         "dead_experts": sum(count == 0 for count in total_counts),
         "router_entropy": sum(entropies) / len(entropies) / math.log(NUM_EXPERTS),
@@ -129,7 +132,7 @@ def expected(steps: list[list[dict]], eps: float, layers: tuple[int, ...] = ()) 
 
 def logged(trainer: Trainer) -> list[dict]:
     return [
-        {key: value for key, value in entry.items() if key.startswith("routing/")}
+        {key: value for key, value in entry.items() if key.startswith("routing/") and "to_task" not in key}
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
@@ -171,9 +174,42 @@ def test_file_holds_every_layer(run):
     for index, line in enumerate(lines):
         for layer in range(2):
             wanted = expected_layer(witness.steps[2 * index : 2 * index + 2], layer, eps=0.2)
-            assert line.keys() == wanted.keys()
+            assert line.keys() == wanted.keys() | {"balance_to_task"}
             assert line["load"][layer] == pytest.approx(wanted.pop("load"), rel=1e-6)
             assert {name: line[name][layer] for name in METRICS} == pytest.approx(wanted, rel=1e-5)
+
+
+def test_balance_to_task_is_the_ratio_of_two_backward_passes(tmp_path):
+    """Of a step of two micro-batches that are not padded: by the losses alone, without a trainer."""
+    rows = make_rows(8).remove_columns("attention_mask")
+    rows = rows.map(lambda row: {"labels": row["input_ids"]})
+    settings = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0, "router_aux_loss_coef": 0.3}
+    model = make_model(tmp_path / "model", **settings)
+    lengths = {}
+    for coefficient in (0.3, 0.0):
+        model.config.router_aux_loss_coef = coefficient
+        model.begin_step(0, num_tokens=40)
+        gates = [layer.block_sparse_moe.gate.weight for layer in model.train().model.layers]
+        for part in (rows[:2], rows[2:4]):
+            ids = torch.tensor(part["input_ids"])
+            (model(input_ids=ids, labels=ids).loss / 2).backward()
+        lengths[coefficient] = [gate.grad.clone() for gate in gates]
+        model.zero_grad()
+    model.begin_step(None)
+    model.config.router_aux_loss_coef = 0.3
+    balance = [whole - task for whole, task in zip(lengths[0.3], lengths[0.0], strict=True)]
+
+    arguments = make_arguments(tmp_path / "out", max_steps=1, logging_steps=1, gradient_accumulation_steps=2)
+    arguments.train_sampling_strategy = "sequential"
+    trainer = GrinMoeTrainer(model, arguments, train_dataset=rows)
+    trainer.add_callback(RoutingCallback(trainer))
+    trainer.train()
+    norm = [torch.stack(list(grads)).norm().item() for grads in (balance, lengths[0.0])]
+    assert trainer.state.log_history[0]["routing/balance_to_task"] == pytest.approx(norm[0] / norm[1], rel=1e-4)
+    (line,) = map(json.loads, (tmp_path / "out" / "routing" / "layers.jsonl").read_text().splitlines())
+    by_layer = [(b.norm() / t.norm()).item() for b, t in zip(balance, lengths[0.0], strict=True)]
+    assert line["balance_to_task"] == pytest.approx(by_layer, rel=1e-4)
+    assert model.model.router_gradients is None
 
 
 def test_a_resumed_run_has_a_line_for_each_step(tmp_path):

@@ -66,7 +66,7 @@ def test_the_decorator_keeps_the_function_and_records_the_facts():
 @pytest.mark.parametrize("training", [False, True])
 def test_an_unknown_name_fails_at_the_first_routing(training):
     model = make_model(router_estimator="switch").train(training)
-    with pytest.raises(ValueError, match=r"'switch' is unknown; use one of .*'gshard'.*or run the code that registers"):
+    with pytest.raises(ValueError, match=r"'switch' is unknown; use one of .*'gshard'.*run the code that registers"):
         model(IDS)
 
 

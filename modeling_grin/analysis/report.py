@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..files import write_whole
 from . import figures
 from .figures import MIN_EXPECTED, SIGNIFICANT
+from .regret import RoutingRegret
 from .routing import RoutingComparison, RoutingCounts, token_routing
 from .specialization import Specialization, cluster, routing_similarity, specialization
 
@@ -28,7 +29,7 @@ ALL_SETS = "all sets"  # their sum, in the tables
 TEMPLATE = "report.html"  # beside this file
 PICTURES = ("expert_load", "expert_load_by_set", "similarity", "specialization", "layers", "pairs", "agreement",
             "load_difference")  # fmt: skip
-TABLES = ("load", "layers", "pairs", "similarity", "specialization", "comparison", "load_difference")
+TABLES = ("load", "layers", "pairs", "similarity", "specialization", "comparison", "load_difference", "regret")
 
 
 @dataclass
@@ -55,6 +56,7 @@ class RoutingStudy:
     comparisons: dict[str, RoutingComparison] = field(default_factory=dict)  # of `model` with `against`, by set
     views: list[TokenView] = field(default_factory=list)
     order: str = "clustered"  # of the sets in the picture of similarities: clustered, or given
+    regrets: dict[str, RoutingRegret] = field(default_factory=dict)  # by set
 
 
 def view_tokens(
@@ -164,6 +166,9 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
         summary["against"] = study.against
         summary["agreement"] = {name: c.agreement().tolist() for name, c in study.comparisons.items()}
         summary["overlap"] = {name: c.overlap().tolist() for name, c in study.comparisons.items()}
+    if study.regrets:
+        summary["regret"] = {name: regret.regret().tolist() for name, regret in study.regrets.items()}
+        write_regret(folder, study.regrets)
     context["routing"] = [
         {"tokens": view.tokens, "experts": view.experts, "weights": view.weights} for view in study.views
     ]
@@ -171,6 +176,17 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
     template = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(TEMPLATE)
     write_whole(folder / TEMPLATE, template.render(context))
     return summary
+
+
+def write_regret(folder: Path, regrets: Mapping[str, RoutingRegret]) -> None:
+    """Write regret.csv: a row for each set and layer, in nats."""
+    rows = []
+    for name, regret in regrets.items():
+        values = regret.runner_up(), regret.regret(), regret.better(), regret.near_tie_rate()
+        num_tokens = regret.saved.shape[1]
+        rows += [(name, layer, num_tokens, *row) for layer, *row in by_layer(*values, regret.regret_of_near_ties())]
+    columns = ["runner_up", "regret", "better", "near_tie_rate", "regret_of_near_ties"]
+    write_table(folder / "regret.csv", ["set", "layer", "tokens", *columns], rows)
 
 
 def describe_set(counts: RoutingCounts) -> dict[str, float]:

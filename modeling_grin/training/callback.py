@@ -31,13 +31,17 @@ class RoutingCallback(TrainerCallback):
 
     - `routing/load_max`: choices of the busiest expert, relative to a fair share: 1 balanced, at most E / K;
     - `routing/load_max_worst`: the same in the layer where it is largest;
+    - `routing/max_vio`: `load_max` - 1, the MaxVio of loss-free balancing (arXiv 2408.15664): 0 balanced;
     - `routing/load_entropy`: entropy of the experts' shares of the choices, relative to log E: 1 balanced;
     - `routing/dead_experts`: experts that no token chose, in all layers together;
     - `routing/router_entropy`: entropy of softmax(z), mean over tokens, relative to log E: 1 undecided;
     - `routing/near_tie_rate`: share of tokens with a second expert in the keep set of their first choice;
     - `routing/non_argmax_rate`: share of choices that fell on another expert than the best one left;
     - `routing/balance_loss`: the load-balance loss of an optimizer step, mean over the steps: 1 balanced;
-    - `routing/balance_loss_worst`: the same in the layer where it is largest.
+    - `routing/balance_loss_worst`: the same in the layer where it is largest;
+    - `routing/balance_to_task`: length of the gradient of the routers' weights by the balance loss (and z-loss) over
+      its length by the task, all layers together, in the step that is logged: far above 1, the router learns little
+      else than balance. Without a balance loss, and in compiled models, it is not measured.
 
     `output_dir/routing/layers.jsonl` has a line for each log with the values by layer and the load `[L, E]`, each row
     the experts' shares of a layer's choices. A resumed run drops the lines of later steps, and appends. A model card
@@ -50,7 +54,7 @@ class RoutingCallback(TrainerCallback):
         """
         Args:
             trainer: the trainer that logs; this callback must come before those that report.
-            layers: layers whose values are scalars in the log as well: `routing/layer_3/load_max` and so on, 7 each.
+            layers: layers whose values are scalars in the log as well: `routing/layer_3/load_max` and so on.
         """
         self._handler = trainer.callback_handler
         self.layers = list(layers)
@@ -81,6 +85,7 @@ class RoutingCallback(TrainerCallback):
         self._handler.callbacks = [self, *(callback for callback in self._handler.callbacks if callback is not self)]
         self._decoder = decoder
         self._sums = torch.zeros(config.num_hidden_layers, 2 * config.num_local_experts + 4, device=model.device)
+        self._measures_gradients = config.router_aux_loss_coef > 0 and not args.torch_compile
         self._start_window()
         self._folder = Path(args.output_dir) / "routing"
         if state.is_world_process_zero:
@@ -88,8 +93,13 @@ class RoutingCallback(TrainerCallback):
             drop_lines_after(state.global_step, self._folder / "layers.jsonl")
         decoder.routing_observer = self._observe  # replaces the observer of a training that raised
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         self._sums.zero_()
+        is_logged = (state.global_step + 1) % state.logging_steps == 0 or args.logging_strategy == "epoch"
+        if self._measures_gradients and is_logged:
+            layers = self._decoder.layers
+            shape = len(layers), 2, *layers[0].block_sparse_moe.gate.weight.shape
+            self._decoder.router_gradients = torch.zeros(shape, device=self._sums.device)
 
     def _observe(
         self,
@@ -101,6 +111,9 @@ class RoutingCallback(TrainerCallback):
         self._sums += sums.to(self._sums.device)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        gradients, self._decoder.router_gradients = self._decoder.router_gradients, None
+        if gradients is not None:
+            self._lengths = reduce(gradients, "sum").flatten(2).norm(dim=-1).cpu().double()  # [L, 2]
         self._pending.append(self._sums.clone())
         if len(self._pending) == MAX_PENDING_STEPS:
             self._gather()
@@ -115,11 +128,14 @@ class RoutingCallback(TrainerCallback):
     ) -> None:
         if "loss" not in logs or not (self._pending or self._balance_losses):
             return  # evaluation, the summary at the end, or a trainer's extra lines
+        lengths = self._lengths
         load, metrics = self._close_window()
         scalars = {f"routing/{name}": values.mean().item() for name, values in metrics.items()}
         scalars["routing/dead_experts"] = metrics["dead_experts"].sum().item()
         for name in ("load_max", "balance_loss"):
             scalars[f"routing/{name}_worst"] = metrics[name].max().item()
+        if lengths is not None:
+            scalars["routing/balance_to_task"] = (lengths[:, 1].norm() / lengths[:, 0].norm()).item()
         for layer in self.layers:
             scalars.update({f"routing/layer_{layer}/{name}": values[layer].item() for name, values in metrics.items()})
         logs.update(scalars)
@@ -131,12 +147,13 @@ class RoutingCallback(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **by_layer}) + "\n")
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._decoder.routing_observer = None
+        self._decoder.routing_observer = self._decoder.router_gradients = None
 
     def _start_window(self) -> None:
         self._pending: list[torch.Tensor] = []
         self._total = torch.zeros(self._sums.shape, dtype=torch.float64)
         self._balance_losses: list[torch.Tensor] = []
+        self._lengths: torch.Tensor | None = None
 
     def _gather(self) -> None:
         """Add the pending steps' sums over all ranks to the window."""
@@ -155,6 +172,7 @@ class RoutingCallback(TrainerCallback):
             raise ValueError("RoutingCallback saw no token: the trainer's loss does not come from its model's decoder")
         metrics = {
             "load_max": sums.load_max(),
+            "max_vio": sums.load_max() - 1,
             "load_entropy": sums.load_entropy(),
             "dead_experts": (sums.choices == 0).double().sum(dim=-1),
             "router_entropy": sums.router_entropy(),
@@ -162,5 +180,7 @@ class RoutingCallback(TrainerCallback):
             "non_argmax_rate": sums.other_draws / sums.choices.sum(dim=-1),
             "balance_loss": torch.stack(self._balance_losses).mean(dim=0),
         }
+        if self._lengths is not None:
+            metrics["balance_to_task"] = self._lengths[:, 1] / self._lengths[:, 0]
         self._start_window()
         return sums.load(), metrics

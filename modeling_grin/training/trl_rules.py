@@ -40,11 +40,12 @@ def check_trl_trainer(name: str, model: Any, args: Any, exact_balance: bool) -> 
     coefficient = getattr(args, "router_aux_loss_coef", None)
     if coefficient is None:
         coefficient = config.router_aux_loss_coef
-    if coefficient > 0 and name not in COUNTED:
-        raise ValueError(
-            f"router_aux_loss_coef={coefficient} is a loss over the tokens of a step, and {name} makes some of them "
-            "within the step: set router_aux_loss_coef=0"
-        )
+    for field, value in (("router_aux_loss_coef", coefficient), ("router_z_loss_coef", config.router_z_loss_coef)):
+        if value > 0 and name not in COUNTED:
+            raise ValueError(
+                f"{field}={value} is a loss over the tokens of a step, and {name} makes some of them within the step: "
+                f"set {field}=0"
+            )
 
 
 def check_reference(config: PreTrainedConfig, reference: PreTrainedConfig | None) -> None:
