@@ -3,7 +3,7 @@
 import csv
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -18,11 +18,23 @@ def gradients(
     over: Annotated[list[str] | None, typer.Option(help="variable to sweep; may be repeated; default: all")] = None,
     layers: Annotated[int, typer.Option(min=1, help="random layers per point; quartiles are over them")] = 20,
     batch: Annotated[int, typer.Option(min=1, help="tokens per batch for the signal-to-noise ratio (SNR)")] = 1024,
+    target: Annotated[
+        Literal["own", "deployed"],
+        typer.Option(
+            help="own: each estimator's objective; deployed: the loss of its inference, over a population of tokens "
+            "(minutes; --tokens and --layers, then the number of populations, shorten it)"
+        ),
+    ] = "own",
+    tokens: Annotated[int, typer.Option(min=100, help="tokens of a population")] = 40_000,
 ) -> None:
     """Measure each router-gradient estimator exactly: bias, cosine, length, variance, signal-to-noise ratio (SNR).
 
     Example: grin-moe gradients --over num_experts --over curvature --layers 5
     """
+    if target == "deployed":
+        if over:
+            raise ValueError("--over is of --target own; --target deployed has settings of its own")
+        return against_deployed(output_dir, tokens, min(layers, 3))
     from modeling_grin.analysis.gradients import FIGURES, SWEEPS, Setting, plot_sweep, sweep
     from modeling_grin.routing_grinmoe import ROUTER_ESTIMATORS
 
@@ -59,6 +71,27 @@ def gradients(
         console.print(f"left out, because their draws cannot be listed: {', '.join(left_out)}")
     path = escape(output_dir / "gradients.csv")
     console.print(f"{path} has all quantities, both equations and the quartiles; plots are beside it")
+
+
+def against_deployed(output_dir: Path, tokens: int, worlds: int) -> None:
+    """Compare the estimators with the deployed loss's gradient, and draw how its length depends on r."""
+    from modeling_grin.analysis.deployed import compare_with_deployed, plot_share
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    table = Table(title=f"mean gradient against the deployed loss's, {worlds} populations", title_justify="left")
+    columns = ["top_k", "jitter_eps", "estimator", "inference", "cosine", "length", "ceiling"]
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("estimator", "inference") else "right", no_wrap=True)
+    with (output_dir / "deployed.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
+        writer.writeheader()
+        for top_k, jitter_eps in ((1, 0.1), (2, 0.1), (2, 0.01)):
+            for row in compare_with_deployed(top_k, jitter_eps, num_tokens=tokens, seeds=worlds):
+                writer.writerow(row)
+                table.add_row(*(f"{x:.2g}" if isinstance(x, float) else str(x) for x in row.values()))
+    plot_share(output_dir / "gradients_share.png")
+    Console(width=max(console.width, 110)).print(table)
+    console.print("ceiling: the cosine between the deployed gradients of two halves of the tokens")
 
 
 MODEL, DEVICES, STEP, OUTPUT = "Model", "Devices", "Training step", "Output"

@@ -131,6 +131,23 @@ def test_acts_in_training_and_is_reported_apart(model):
     assert model.eval()(**batch, output_router_logits=True).aux_loss.item() == pytest.approx(by_hand, rel=1e-6)
 
 
+def test_a_routers_gradient_is_told_apart(model):
+    """Both parts add up to it; the last layer's parts are those of two backward passes."""
+    batch, found = random_batch(0, padding=4), {}
+    model.config.router_estimator = "gshard"  # its routers learn without near-ties
+    for coefficient in (0.5, 0.0):
+        model.config.router_aux_loss_coef = coefficient
+        model.model.router_gradients = torch.zeros(2, 2, 4, 16)
+        model(**batch).loss.backward()
+        found[coefficient] = gradients(model), model.model.router_gradients
+    (whole, parts), (task, none) = found[0.5], found[0.0]
+    assert not none.any()
+    for layer in range(2):
+        name = f"model.layers.{layer}.block_sparse_moe.gate.weight"
+        torch.testing.assert_close(parts[layer].sum(dim=0), whole[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parts[1], torch.stack([task[name], whole[name] - task[name]]), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_z_loss_is_the_mean_square_of_the_logsumexp(model, alpha):
     """By autograd, from the definition: mean over the tokens that are not padding, then over the layers."""

@@ -41,7 +41,8 @@ class RoutingCallback(TrainerCallback):
     - `routing/balance_loss_worst`: the same in the layer where it is largest;
     - `routing/balance_to_task`: length of the gradient of the routers' weights by the balance loss (and z-loss) over
       its length by the task, all layers together, in the step that is logged: far above 1, the router learns little
-      else than balance. Without a balance loss, and in compiled models, it is not measured.
+      else than balance. What reaches a router from later layers' balance losses counts as the task. Without a balance
+      loss, and in compiled models, it is not measured.
 
     `output_dir/routing/layers.jsonl` has a line for each log with the values by layer and the load `[L, E]`, each row
     the experts' shares of a layer's choices. A resumed run drops the lines of later steps, and appends. A model card
