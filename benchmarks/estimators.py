@@ -327,5 +327,36 @@ def report(
     show(title, columns, rows, record, notes)
 
 
+def first_gradients(model: GrinMoeForCausalLM, rows: torch.Tensor) -> torch.Tensor:
+    """The gradients of the routers' weights by the task and by the balance loss, `[2, L E H]`."""
+    layers, gate = model.model.layers, model.model.layers[0].block_sparse_moe.gate.weight
+    model.model.router_gradients = torch.zeros(len(layers), 2, *gate.shape)
+    model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+    return model.model.router_gradients.transpose(0, 1).flatten(1)
+
+
+@app.command()
+def ratio(
+    rows: Annotated[int, typer.Option(min=2, help="rows of each of two batches")] = 64,
+    record: Annotated[bool, typer.Option(help="append the table to benchmarks/RESULTS.md")] = False,
+) -> None:
+    """Measure the routers' first gradients by the task and by the balance loss, for several r.
+
+    Example: python -m benchmarks.estimators ratio
+    """
+    logging.set_verbosity_error()
+    data, sizes, table = prepare("small"), SCALES["small"].sizes, []
+    batches = data.training[: 2 * rows].long().split(rows)
+    for estimator, jitter in (("gshard", JITTER), *(("sparsemixer_v2", r) for r in (0.01, 0.1, 0.5))):
+        model = build(data, sizes, {"router_estimator": estimator, "router_jitter_noise": jitter}, 0, "cpu")
+        (task, balance), (other, later) = (first_gradients(model, batch) for batch in batches)
+        cosines = (torch.cosine_similarity(*pair, dim=0).item() for pair in ((task, other), (balance, later)))
+        label = estimator if estimator == "gshard" else f"{estimator}, r = {jitter:g}"
+        table.append([label, f"{balance.norm() / task.norm():.2f}", *(f"{cosine:.2f}" for cosine in cosines)])
+    columns = ["", "balance / task", "cosine of the task's, two batches", "of the balance loss's"]
+    notes = f"Small scale, first weights, alpha {ALPHA}, {batches[0].numel()} tokens a batch."
+    show("Gradients of untrained routers", columns, table, record, notes)
+
+
 if __name__ == "__main__":
     app()

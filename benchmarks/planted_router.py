@@ -262,7 +262,7 @@ def table_row(runs: Runs, case: Case, label: str, control: Case | None = None) -
     """Error, NMI and the paired difference to the control's error, with 95 % intervals over the seeds."""
     cells = [label, f"{runs[case]['rate']:g}"]
     cells += [interval(finals(runs, case, key)).unsigned() for key in ("error", "nmi")]
-    if control in (None, case):
+    if control in (None, case) or control not in runs:
         return [*cells, "", ""]
     difference = paired(finals(runs, case), finals(runs, control))
     return [*cells, str(difference), f"{difference.detectable:.3f}"]
@@ -278,12 +278,15 @@ def report(runs: Runs, output_dir: Path, record: bool) -> None:
         "end; mean and 95 % interval over the seeds. The control has the same forward pass, teacher and seeds; "
         "detectable: the smallest true difference to it found with 80 % power at the level of 5 %."
     )
+    missing = [case for case in CASES if case not in runs]
+    if missing:
+        console.print(f"{len(missing)} cases are not trained yet, and left out")
     for teacher, weights in TEACHERS.items():
-        cases = [Case(arm, teacher) for arm in (*SOFTMAX, *MASKED)]
+        cases = [Case(arm, teacher) for arm in (*SOFTMAX, *MASKED) if Case(arm, teacher) in runs]
         rows = [table_row(runs, case, case.arm, replace(case, arm=CONTROLS[case.arm])) for case in cases]
         title = f"Planted router: teacher with {weights}, 8 experts, r = 0.1, {len(REPORTED_SEEDS)} seeds"
         show(title, COLUMNS, rows, record, notes)
-    sizes = [case for case in CASES if case.experts > 8]
+    sizes = [case for case in CASES if case.experts > 8 and case in runs]
     rows = [
         table_row(runs, case, f"{case.experts} experts, {case.arm}, {TEACHERS[case.teacher]}",
                   replace(case, arm=CONTROLS[case.arm]))
@@ -294,10 +297,12 @@ def report(runs: Runs, output_dir: Path, record: bool) -> None:
         table_row(runs, Case(arm, jitter=r), f"r = {r:g}, {arm}", Case("sparsemixer_v2", jitter=r))
         for r in WIDTHS
         for arm in WIDTH_ARMS
+        if Case(arm, jitter=r) in runs
     ]
     show("Planted router: width of the keep set", COLUMNS, rows, record, notes)
-    draw_curves(runs, output_dir / "planted_curves.png")
-    draw_sizes(runs, output_dir / "planted_sizes.png")
+    if not missing:
+        draw_curves(runs, output_dir / "planted_curves.png")
+        draw_sizes(runs, output_dir / "planted_sizes.png")
 
 
 def draw_curves(runs: Runs, path: Path) -> None:

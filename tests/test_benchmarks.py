@@ -10,7 +10,17 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import decoding, estimators, expert_scaling, measure, peers, quantized_memory
+from benchmarks import (
+    decoding,
+    estimators,
+    expert_scaling,
+    global_balance,
+    intervals,
+    measure,
+    peers,
+    planted_router,
+    quantized_memory,
+)
 
 SMALL = "--hidden-size 64 --intermediate-size 16 --experts 4 --layers 1"
 STEP = f"{SMALL} --vocab-size 96 --tokens 64"
@@ -63,19 +73,103 @@ def test_it_runs_and_records_numbers(name, monkeypatch, tmp_path):
     assert all(re.search(r"\d", row.split(" | ", 1)[1]) and "nan" not in row for row in rows)
 
 
-def test_estimators_trains_every_variant_resumes_and_reports(monkeypatch, trained_tokenizer, tmp_path):
-    ids = torch.randint(32, (24, 16), generator=torch.Generator().manual_seed(0))
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    monkeypatch.setattr(estimators, "SIZES", sizes)
-    monkeypatch.setattr(estimators, "prepare", lambda: (trained_tokenizer, ids[:16], ids[16:]))
-    monkeypatch.setattr(estimators, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
+@pytest.fixture
+def one_process(monkeypatch):
+    """Workers are threads, so that what a test has replaced counts there; torch's number of threads is restored."""
     threads = torch.get_num_threads()
-    train = ["train", "--seeds", "1", "--steps", "8", "--workers", "1", "--output-dir", str(tmp_path)]
-    assert "9 runs of 0.00M tokens, 0 done before" in CliRunner().invoke(estimators.app, train).output
-    assert "9 done before" in CliRunner().invoke(estimators.app, train).output
+    for module in (estimators, global_balance, planted_router):
+        monkeypatch.setattr(module, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
+    yield
     torch.set_num_threads(threads)
+
+
+def test_estimators_chooses_rates_resumes_and_reports(monkeypatch, trained_tokenizer, tmp_path, one_process):
+    ids = torch.randint(32, (24, 16), generator=torch.Generator().manual_seed(0))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1,
+             "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 16}  # fmt: skip
+    small = estimators.Scale(sizes, batch=2, tokens=32 * 7, choosing_tokens=32 * 6, rates=(1e-3, 1e-2), seeds=2)
+    monkeypatch.setattr(estimators, "SCALES", {"small": small})
+    config = estimators.tiny_config(trained_tokenizer)
+    monkeypatch.setattr(estimators, "prepare", lambda name: estimators.Data(config, ids[:16], ids[16:]))
+    train = ["train", "--workers", "1", "--output-dir", str(tmp_path)]
+    first = CliRunner().invoke(estimators.app, train)
+    assert first.exit_code == 0, (first.output, first.exception)
+    assert "8 runs, 0 done before" in first.output
+    assert "0 runs, 8 done before" in CliRunner().invoke(estimators.app, train).output
+    runs = estimators.read_runs(tmp_path / "small.jsonl")
+    assert len(runs) == 4 * 2 + 4 * 2
+    rates = estimators.chosen_rates(small, runs)
+    for plan in runs:
+        if plan.seed != estimators.CHOOSING_SEED:
+            assert plan.rate == rates[plan.arm]
+    weights = [estimators.build(estimators.Data(config, ids, ids), sizes, estimators.ARMS[arm], 5, "cpu") for arm in
+               ("gshard", "sparsemixer_v2")]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(weights[0].parameters(), weights[1].parameters(), strict=True))
     report = CliRunner().invoke(estimators.app, ["report", "--output-dir", str(tmp_path), "--record"])
     assert report.exit_code == 0 and (tmp_path / "estimators.png").is_file()
+
+
+def test_planted_router_trains_resumes_and_reports(monkeypatch, tmp_path, one_process):
+    """Students of one seed start alike and see the same; a student that is the teacher has no error."""
+    monkeypatch.setattr(planted_router, "STEPS", 20)
+    monkeypatch.setattr(planted_router, "TEST_TOKENS", 64)
+    monkeypatch.setattr(planted_router, "REPORTED_SEEDS", range(2))
+    cases = [planted_router.Case(arm, teacher) for arm, teacher in
+             (("gshard", "shares"), ("sparsemixer_v2", "ones"), ("sparsemixer_v2 no exception", "ones"))]  # fmt: skip
+    monkeypatch.setattr(planted_router, "CASES", cases)
+    monkeypatch.setattr(planted_router, "report", lambda *args: None)
+    planted_router.main(tmp_path, workers=1)
+    runs = planted_router.read_runs(tmp_path / "runs.jsonl")
+    assert set(runs) == set(cases)
+    size = (tmp_path / "runs.jsonl").stat().st_size
+    planted_router.main(tmp_path, workers=1)
+    assert (tmp_path / "runs.jsonl").stat().st_size == size
+    ones, other = (runs[case]["students"] for case in cases[1:])
+    assert all(a["error"][0] == b["error"][0] and a["error"][-1] != b["error"][-1]
+               for a, b in zip(ones, other, strict=True))  # fmt: skip
+
+    def normal(seeds, number, *shape):  # the student's numbers 3 and 4 are the teacher's 1 and 2
+        scale = {3: 1 / planted_router.ROUTER_STD * 4, 4: 2.0}.get(number, 1.0)
+        return scale * original(seeds, number - 2 if number > 2 else number, *shape)
+
+    original = planted_router.normal
+    monkeypatch.setattr(planted_router, "normal", normal)
+    for arm, teacher in (("gshard", "shares"), ("sparsemixer_v2", "ones")):
+        case = planted_router.Case(arm, teacher, jitter=0.0)
+        (student,) = planted_router.train(case, [3], [1e-3])
+        assert student["error"][0] < 1e-6 and student["nmi"][0] == pytest.approx(1)
+
+
+def test_global_balance_trains_resumes_and_reports(monkeypatch, trained_tokenizer, tmp_path, one_process):
+    generator = torch.Generator().manual_seed(0)
+    rows = {name: (torch.randint(32, (12, 16), generator=generator), torch.randint(32, (8, 16), generator=generator))
+            for name in ("python", "prose")}  # fmt: skip
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1,
+             "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 16}  # fmt: skip
+    monkeypatch.setattr(global_balance, "SIZES", sizes)
+    monkeypatch.setattr(global_balance, "ROW", 16)
+    data = estimators.Data(estimators.tiny_config(trained_tokenizer), None, None)
+    monkeypatch.setattr(global_balance, "prepare", lambda: (data, rows))
+    app = typer.Typer()
+    app.command()(global_balance.main)
+    arguments = ["--tokens", "512", "--seeds", "2", "--workers", "1", "--output-dir", str(tmp_path)]
+    first = CliRunner().invoke(app, [*arguments, "--record"])
+    assert first.exit_code == 0, (first.output, first.exception)
+    assert "6 runs, 0 done before" in first.output
+    assert "0 runs, 6 done before" in CliRunner().invoke(app, arguments).output
+    runs = global_balance.read_runs(tmp_path / "runs.jsonl")
+    losses = {plan.arm: entry["losses"]["python"] for plan, entry in runs.items() if plan.seed == 0}
+    assert len(set(losses.values())) == 3, "f makes a difference, and so does the balance loss"
+
+
+def test_intervals_are_those_of_student():
+    """Against a table: four values 1, 2, 3, 4 have t = 3.182, the 80 % quantile of 3 degrees of freedom is 0.978."""
+    found = intervals.interval([1.0, 2.0, 3.0, 4.0])
+    error = (5 / 3) ** 0.5 / 2
+    assert found.mean == 2.5 and found.high - found.low == pytest.approx(2 * 3.182 * error, rel=1e-3)
+    assert found.detectable == pytest.approx((3.182 + 0.978) * error, rel=1e-3)
+    assert found.p == pytest.approx(0.0305, abs=2e-4)
+    assert intervals.paired([2.0, 4.0, 9.0], [1.0, 2.0, 6.0]).mean == 2
 
 
 def test_peers_compute_the_same_function():
