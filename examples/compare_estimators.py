@@ -1,7 +1,7 @@
 """Train the same small GRIN-MoE with one router-gradient estimator after another, and draw the learning curves.
 
 The text is the source code of Python's standard library; weights, data and their order are the same for all.
-docs/router_gradients.md has longer runs, over three seeds, and conclusions.
+docs/router_gradients.md has experiments with more seeds, and conclusions.
 
     python examples/compare_estimators.py --output-dir estimators     # four minutes on two cores
 """

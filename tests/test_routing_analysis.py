@@ -476,7 +476,7 @@ def reported(release, changed, trained_tokenizer, tmp_path_factory):
     write_jsonl(folder / "chats.jsonl", [{"messages": MESSAGES}] * 5)
     text = (ROOT / "docs" / "study_routing.md").read_text(encoding="utf-8")
     commands = re.findall(r"^grin-moe (.*?)(?:  +#.*)?$", text.replace("\\\n", ""), re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in commands:
@@ -487,6 +487,7 @@ def reported(release, changed, trained_tokenizer, tmp_path_factory):
 
 def test_commands_write_what_they_promise(reported, model, trained_tokenizer):
     folder, stdout = reported
+    assert (folder / "regret" / "regret.csv").is_file()
     names = {path.name for path in (folder / "before-and-after").iterdir()}
     tables = {"load", "layers", "pairs", "similarity", "specialization", "comparison", "load_difference"}
     pictures = {"expert_load", "expert_load_by_set", "similarity", "specialization", "layers", "pairs",

@@ -51,6 +51,9 @@ class RoutingCallback(TrainerCallback):
         trainer.add_callback(RoutingCallback(trainer))
     """
 
+    _lengths: torch.Tensor | None
+    """Of the routers' gradients by the task and by the balance loss in the latest step that was measured, `[L, 2]`."""
+
     def __init__(self, trainer: Trainer, layers: Sequence[int] = ()):
         """
         Args:
@@ -154,7 +157,7 @@ class RoutingCallback(TrainerCallback):
         self._pending: list[torch.Tensor] = []
         self._total = torch.zeros(self._sums.shape, dtype=torch.float64)
         self._balance_losses: list[torch.Tensor] = []
-        self._lengths: torch.Tensor | None = None
+        self._lengths = None
 
     def _gather(self) -> None:
         """Add the pending steps' sums over all ranks to the window."""
