@@ -284,7 +284,7 @@ def report(runs: Runs, output_dir: Path, record: bool) -> None:
     for teacher, weights in TEACHERS.items():
         cases = [Case(arm, teacher) for arm in (*SOFTMAX, *MASKED) if Case(arm, teacher) in runs]
         rows = [table_row(runs, case, case.arm, replace(case, arm=CONTROLS[case.arm])) for case in cases]
-        title = f"Planted router: teacher with {weights}, 8 experts, r = 0.1, {len(REPORTED_SEEDS)} seeds"
+        title = f"Planted router: teacher with {weights}, 8 experts, keep set 0.1, {len(REPORTED_SEEDS)} seeds"
         show(title, COLUMNS, rows, record, notes)
     sizes = [case for case in CASES if case.experts > 8 and case in runs]
     rows = [
