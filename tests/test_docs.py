@@ -65,7 +65,8 @@ def run(command: str, release: Path) -> None:
         for name in words[2:]:
             assert name == "install" or name.startswith(("-", "torch", ".")) or Path(name).exists(), command
     elif words[0] in ("grin-moe", ".venv/bin/grin-moe"):
-        result = CliRunner().invoke(app, [*words[1:], *QUICK.get(words[1], [])])
+        quick = ["--tokens", "200"] if "deployed" in words else QUICK.get(words[1], [])
+        result = CliRunner().invoke(app, [*words[1:], *quick])
         assert result.exit_code == 0, (command, result.output, result.exception)
         for path in Path().glob("*.yaml"):  # a copied config names the release
             path.write_text(path.read_text("utf-8").replace("microsoft/GRIN-MoE", str(release)))
