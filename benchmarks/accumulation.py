@@ -39,7 +39,7 @@ def gradient(
             window = BalanceWindow(num_tokens)
         balance = BalanceLoss(1.0, 1, num_experts, window, c, None)
         balance.count((chosen,))
-        total += balance_gradient(z, balance.token_weight, balance.fractions[0]).T @ tokens
+        total += balance_gradient(z, balance.token_weight, balance.fractions[0], balance.z_weight).T @ tokens
     return total
 
 

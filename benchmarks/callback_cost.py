@@ -86,7 +86,7 @@ def balance_alone(config: GrinMoeConfig, logits: Any, experts: Any, counted: tor
     loss = BalanceLoss(COEFFICIENT, layers, config.num_local_experts, BalanceWindow(), counted, None)
     loss.count(experts)
     for layer in range(layers):
-        balance_gradient(logits[layer], loss.token_weight, loss.fractions[layer])
+        balance_gradient(logits[layer], loss.token_weight, loss.fractions[layer], loss.z_weight)
 
 
 def measure(training: Training, rounds: int) -> list[list[str]]:

@@ -21,7 +21,6 @@ from torch.nn.functional import linear
 
 from .layout_grinmoe import EXPERT_WEIGHTS
 from .modeling_grinmoe import GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoePreTrainedModel
-from .packed_grinmoe import packed_weight
 
 # Ends of the names of each group's modules, and of the fused experts' parameters.
 ATTENTION_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -142,9 +141,9 @@ def whole_weights(model: GrinMoePreTrainedModel) -> Iterator[None]:
     for module, name, weight in spread:
         weight.requires_grad_(False)
         whole = torch.zeros((), dtype=weight.dtype, device=weight.device_mesh.device_type).expand(weight.shape)
-        is_packed = hasattr(module, "packing")
+        is_packed = hasattr(module, "pack")
         module._parameters[name] = (  # one number
-            packed_weight(module, whole, bnb_quantized=True) if is_packed else nn.Parameter(whole, requires_grad=False)
+            module.pack(whole, bnb_quantized=True) if is_packed else nn.Parameter(whole, requires_grad=False)
         )
     model._device_mesh = None
     try:

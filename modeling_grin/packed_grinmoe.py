@@ -6,6 +6,7 @@ scales are whole on every rank.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,21 +30,14 @@ def pack_layers(model: nn.Module) -> None:
             raise ValueError("weights that are spread over ranks must not have 8 bits: use load_in_4bit, or DDP")
         if type(module).__name__ == "Linear4bit":
             layer: Any = module
-            layer.packing = {**layer.weight.__dict__, "quant_storage": torch.uint8}
+            layer.pack = partial(type(layer.weight), **{**layer.weight.__dict__, "quant_storage": torch.uint8})
             packed = torch.empty((layer.weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
             layer.weight = nn.Parameter(packed, requires_grad=False)
 
 
 def packed_layers(model: nn.Module) -> dict[str, Any]:
     """Name of the weight -> layer, of the layers that `pack_layers` has changed."""
-    return {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "packing")}
-
-
-def packed_weight(layer: Any, data: torch.Tensor, **changes: Any) -> Any:
-    """A 4-bit weight of `layer`; a whole matrix is packed when it is moved to a device."""
-    from bitsandbytes.nn import Params4bit
-
-    return Params4bit(data, **{**layer.packing, **changes})
+    return {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "pack")}
 
 
 def open_tensors(files: Iterable[Any]) -> dict[str, Any]:
@@ -58,8 +52,6 @@ def load_packed(model: PreTrainedModel, tensors: dict[str, Any], device: torch.d
     Returns:
         The names of the weights that were there.
     """
-    from bitsandbytes.nn import Params4bit  # an optional package
-
     prefix, loaded = f"{model.base_model_prefix}.", set()  # a bare decoder's names lack it
     for name, layer in packed_layers(model).items():
         stem, place = name.removeprefix(prefix), layer.weight
@@ -70,9 +62,9 @@ def load_packed(model: PreTrainedModel, tensors: dict[str, Any], device: torch.d
             continue
         weight: Any
         if parts:
-            weight = Params4bit.from_prequantized(data.view(torch.uint8), parts, False, device, layer)
+            weight = layer.pack.func.from_prequantized(data.view(torch.uint8), parts, False, device, layer)
         else:
-            weight = packed_weight(layer, data.to(device, model.dtype)).to(device)
+            weight = layer.pack(data.to(device, model.dtype)).to(device)  # packs when it is moved
         if isinstance(place, DTensor):
             (size, _), (start, _) = compute_local_shape_and_global_offset(
                 place.shape, place.device_mesh, place.placements
