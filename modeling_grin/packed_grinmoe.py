@@ -30,7 +30,8 @@ def pack_layers(model: nn.Module) -> None:
             raise ValueError("weights that are spread over ranks must not have 8 bits: use load_in_4bit, or DDP")
         if type(module).__name__ == "Linear4bit":
             layer: Any = module
-            layer.pack = partial(type(layer.weight), **{**layer.weight.__dict__, "quant_storage": torch.uint8})
+            kind: Any = type(layer.weight)
+            layer.pack = partial(kind, **{**vars(layer.weight), "quant_storage": torch.uint8})
             packed = torch.empty((layer.weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
             layer.weight = nn.Parameter(packed, requires_grad=False)
 
