@@ -79,7 +79,7 @@ SCALES = {
     "small": Scale(
         {"vocab_size": 1024, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 3,
          "num_attention_heads": 3, "num_key_value_heads": 1, "num_local_experts": 8, "max_position_embeddings": 128},
-        batch=16, tokens=300_000, choosing_tokens=300_000, rates=(1.5e-3, 3e-3, 6e-3), seeds=6,
+        batch=16, tokens=300_000, choosing_tokens=300_000, rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3), seeds=6,
     ),
     "large": Scale(
         {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 8,

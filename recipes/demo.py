@@ -70,7 +70,7 @@ def tiny_config(tokenizer: GrinMoeTokenizer) -> GrinMoeConfig:
 
 def main(
     output_dir: Annotated[Path, typer.Option(help="folder for checkpoints and pictures")] = Path("demo_output"),
-    max_steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 800,
+    max_steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 600,
     seed: Annotated[int, typer.Option(help="seed of weights, data order and routing")] = 0,
 ) -> None:
     """Train, save, reload and ask a tiny GRIN-MoE.
