@@ -61,7 +61,7 @@ def read_domains() -> dict[str, list[str]]:
 
 
 def prepare() -> tuple[Data, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """What a config has to know, and rows for training and validation of each domain."""
+    """Train a tokenizer, and pack rows for training and validation from each domain."""
     domains = read_domains()
     tokenizer = GrinMoeTokenizer.train_from_iterator(
         [text for texts in domains.values() for text in texts], SIZES["vocab_size"]

@@ -1,4 +1,4 @@
-"""What a comparison of a few seeds says, and what it could have said."""
+"""Confidence intervals of a few seeds, and the smallest difference that they could have shown."""
 
 import math
 from collections.abc import Sequence

@@ -5,9 +5,8 @@ A teacher mixture (linear router, tanh experts, top-2) makes targets; a student 
 seeds and learning rates of an arm are one batch of students. The learning rate of each arm is chosen on seeds that are
 not reported. Students of one seed see equal teachers, tokens, and first weights.
 
-A comparison is one of gradients only within one forward pass. The arms of `gshard` weight experts by shares of a
-softmax, those of SparseMixer by MaskedSoftmax, where far from ties both weights are 1; so there are two teachers, one
-with weights 1 and 1, one with shares of the softmax.
+Only arms with the same forward pass compare gradients. `gshard` weights experts by shares of a softmax. SparseMixer
+weights them by MaskedSoftmax: far from ties both weights are 1. Hence there are two teachers, one for each.
 
     python -m benchmarks.planted_router --output-dir planted    # what is finished there is not run again
 

@@ -141,7 +141,7 @@ def whole_weights(model: GrinMoePreTrainedModel) -> Iterator[None]:
     for module, name, weight in spread:
         weight.requires_grad_(False)
         whole = torch.zeros((), dtype=weight.dtype, device=weight.device_mesh.device_type).expand(weight.shape)
-        is_packed = hasattr(module, "pack")
+        is_packed = name == "weight" and hasattr(module, "pack")
         module._parameters[name] = (  # one number
             module.pack(whole, bnb_quantized=True) if is_packed else nn.Parameter(whole, requires_grad=False)
         )

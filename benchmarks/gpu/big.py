@@ -15,7 +15,7 @@ READ = {1: 13.0, 8: 55.0, 32: 82.0}
 PREDICTED = {1: (200, 250), 8: (None, None), 32: (None, None)}
 COPY_RATE = 4.3  # TB/s
 PROMPT = 128
-PREFILL_GOAL = 0.9  # of our speed over that of a dense model with as many active parameters
+PREFILL_GOAL = 0.9  # times the speed of a dense model with as many active parameters
 
 
 def decode(model: Any, sizes: Sizes, batch_size: int, compiled: bool) -> float:

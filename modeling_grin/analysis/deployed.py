@@ -1,4 +1,4 @@
-"""What an estimator's gradient has to do with the model that is deployed.
+"""Compare an estimator's gradient with the gradient of the deployed model's loss.
 
 Inference takes the best experts, so that the deployed loss jumps where two logits cross, and its gradient sits on
 these boundaries. Over a population of tokens that loss has a gradient all the same, which finite differences find.

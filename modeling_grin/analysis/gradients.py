@@ -212,7 +212,7 @@ def check_record(estimator: RouterEstimator, top_k: int) -> None:
 
     Raises:
         ValueError: it does not draw the experts that its noise asks for; its weights change inside a cell of the
-            uniform noise; or the frequencies of its draws are not those of a softmax with its temperature.
+            uniform noise; or it does not draw as often as a softmax with its temperature does.
     """
     if not estimator.sampled:
         return

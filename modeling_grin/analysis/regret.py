@@ -19,7 +19,7 @@ from .routing import inference
 
 
 class RoutingRegret(NamedTuple):
-    """What other routes would have saved."""
+    """The loss that other routes would have saved, by layer and token."""
 
     saved: torch.Tensor
     """The row's loss minus its loss with alternative a, in nats, `[L, N, A]`, float64. The first alternative takes
