@@ -328,8 +328,8 @@ SPOILS = {
     "being written": (lambda m: (m / f"{PART}x.json").touch(), r"\.part-x.json is still being written"),
     "fused": (lambda m: rewrite(m, fused), r"\(it is fused\): convert it by `grin-moe convert .*model NEW_FOLDER"),
 
-    "pickled": (pickle, r"weights in pickles, which can run code: `grin-moe convert .* --to hub --weights-only`"),
-    "adapter": (lambda m: (m / "adapter_config.json").write_text("{}"), r"holds an adapter, not a model: merge it by"),
+    "pickled": (pickle, r"pickles, which can run code \(add --weights-only\): convert it by `grin-moe convert .* --to hub`"),
+    "adapter": (lambda m: (m / "adapter_config.json").write_text("{}"), r"holds an adapter, not a model: convert it by"),
 
     "other tokenizer": (add_tokens, r"must have ids below vocab_size=1024; got 1024"),
 

@@ -3,6 +3,7 @@
 The template's environment escapes every value except `Markup`.
 """
 
+import html
 import re
 from pathlib import Path
 from shlex import quote
@@ -11,10 +12,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-SPECIAL = re.compile(
-    r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])"
-)  # in the Markdown of GitHub and the Hub; x86_64 needs no escape
-ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+SPECIAL = r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])"  # in the Markdown of GitHub and the Hub; x86_64 needs no escape
 
 
 def one_line(value: Any) -> str:
@@ -26,8 +24,7 @@ def escape(value: Any) -> Markup:
     """Escape text for a paragraph or heading; leave `Markup` as it is."""
     if isinstance(value, Markup):
         return value
-    text = SPECIAL.sub(r"\\\g<0>", one_line(value))
-    return Markup("".join(ENTITIES.get(character, character) for character in text))
+    return Markup(html.escape(re.sub(SPECIAL, r"\\\g<0>", one_line(value)), quote=False))
 
 
 def code(value: Any) -> Markup:

@@ -20,11 +20,11 @@ from yaml import YAMLError
 from conversion import open_checkpoint
 from conversion.conversion import COMPANIONS, check_settings, config_for
 from conversion.forms import model_class_of
-from conversion.headers import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, read_json
+from conversion.headers import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, read_config, read_json
 from conversion.inspection import describe, verify_tensors
 from conversion.pickles import find_dcp_folder, find_pickles
 
-from .. import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel, __version__
+from .. import GrinMoeConfig, __version__
 from ..files import PART, describe_links
 from ..safetensors_header import read_header
 from ..tokenization_grinmoe import GrinMoeTokenizer
@@ -39,12 +39,6 @@ OWNED = (*(name for name in COMPANIONS if name[0].islower()), CONFIG_FILE, INDEX
 PICTURES = ("figures/*.png", "figures/*.jpg", "figures/*.jpeg", "figures/*.gif", "figures/*.webp", "figures/*.svg")
 MACHINE_PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # settings of a tokenizer
 UNFINISHED = (f"{PART}*", "*.part", "*.partial", "*.tmp", "*.incomplete")  # names of files that are being written
-
-AUTO_CLASSES = {
-    GrinMoeModel: "AutoModel",
-    GrinMoeForCausalLM: "AutoModelForCausalLM",
-    GrinMoeForSequenceClassification: "AutoModelForSequenceClassification",
-}
 
 # No uploaded file may hold these; the Hub scans uploads for other kinds.
 SECRETS = {
@@ -156,17 +150,17 @@ def gather(
     if problem := describe_links(folder, [path for path in sources.values() if isinstance(path, Path)]):
         problems.append(problem)
     sources |= {path.name: path for path in Path(__file__).parents[1].glob(CODE)}
-
-    report.files = {
-        name: len(source) if isinstance(source, bytes) else source.stat().st_size
-        for name, source in sorted(sources.items())
-    }
-    report.skipped = skipped_entries(folder, sources)
     for path in (folder.resolve(), *folder.iterdir()):
         if any(fnmatch(path.name, pattern) for pattern in UNFINISHED):
             problems.append(f"{path} is still being written: let its writer end, or delete it")
     for name, source in sources.items():
         problems += find_secrets(name, source)
+    report.files = {
+        name: len(source) if isinstance(source, bytes) else source.stat().st_size
+        for name, source in sorted(sources.items())
+    }
+    problems[:] = dict.fromkeys(problems)  # parts may read the same file
+    report.skipped = skipped_entries(folder, sources)
     return sources
 
 
@@ -176,32 +170,31 @@ def weights_and_config(folder: Path, problems: list[str], progress: Callable[[in
     Raises:
         ValueError: the checkpoint is damaged or incomplete, or not one that `from_pretrained` loads as GRIN-MoE.
     """
-    to_hub = f"grin-moe convert {shlex.quote(str(folder))} NEW_FOLDER --to hub"
+    other = None
     if (folder / ADAPTER_CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} holds an adapter, not a model: merge it by `{to_hub}` and push the result")
-    if find_dcp_folder(folder) or find_pickles(folder):
-        raise ValueError(
-            f"{folder} has its weights in pickles, which can run code: `{to_hub} --weights-only` reads the tensors"
-        )
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} has no {CONFIG_FILE}: give the folder of a model")
-    checkpoint = open_checkpoint(folder)
-    if checkpoint.form != "hub" or not checkpoint.is_standard:
-        reason = "tensors or files have other names" if checkpoint.form == "hub" else f"it is {checkpoint.form}"
-        raise ValueError(
-            f"{folder} is not in the released layout ({reason}): convert it by `{to_hub}` and push the result"
-        )
+        other = "holds an adapter, not a model"
+    elif find_dcp_folder(folder) or find_pickles(folder):
+        other = "has its weights in pickles, which can run code (add --weights-only)"
+    else:
+        checkpoint = open_checkpoint(folder)
+        if checkpoint.form != "hub":
+            other = f"is not in the released layout (it is {checkpoint.form})"
+        elif not checkpoint.is_standard:
+            other = "is not in the released layout (tensors or files have other names)"
+    if other:
+        command = f"grin-moe convert {shlex.quote(str(folder))} NEW_FOLDER --to hub"
+        raise ValueError(f"{folder} {other}: convert it by `{command}` and push the result")
     found = describe(checkpoint)
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     verify_tensors(checkpoint.tensors.values(), found, lambda done: progress(done, total))
     problems += found.problems
     # config.json loads the uploaded code, as `save_pretrained` writes it after `register_for_auto_class`.
     model_class = model_class_of(checkpoint.tensors)
-    auto_map = {"AutoConfig": class_path(GrinMoeConfig), AUTO_CLASSES[model_class]: class_path(model_class)}
+    auto_class = "AutoModel" + model_class.__name__.removeprefix("GrinMoe").removeprefix("Model")
+    auto_map = {"AutoConfig": class_path(GrinMoeConfig), auto_class: class_path(model_class)}
     values = {**config_for(checkpoint, "hub", None), "auto_map": auto_map}
     values.pop("_name_or_path", None)  # may be a path of this machine
-    names = [*found.files, *find_files(folder, [INDEX_FILE])]
-    return {name: folder / name for name in names} | {CONFIG_FILE: as_json(values)}
+    return {**find_files(folder, [*found.files, INDEX_FILE]), CONFIG_FILE: as_json(values)}
 
 
 def class_path(cls: type) -> str:
@@ -219,46 +212,32 @@ def tokenizer_files(folder: Path) -> dict[str, Source]:
     Raises:
         ValueError: the tokenizer is missing, cannot be read or belongs to another model.
     """
-    if not (folder / TOKENIZER_FILE).is_file():
+    path, settings_path = folder / TOKENIZER_FILE, folder / TOKENIZER_CONFIG_FILE
+    if not path.is_file():
         raise ValueError(f"{folder} has no {TOKENIZER_FILE}: save the model's tokenizer there")
     try:
         largest = max(GrinMoeTokenizer.from_pretrained(folder).get_vocab().values())
     except Exception as error:  # the tokenizers package raises nothing more specific
-        raise ValueError(f"{folder / TOKENIZER_FILE} cannot be read: {error}") from error
-    if (folder / CONFIG_FILE).is_file():
-        vocab_size = read_json(folder / CONFIG_FILE).get("vocab_size")
-        if isinstance(vocab_size, int) and largest >= vocab_size:
-            raise ValueError(
-                f"{folder / TOKENIZER_FILE} must have ids below vocab_size={vocab_size}; got {largest}; save this "
-                "model's own tokenizer"
-            )
-    path = folder / TOKENIZER_CONFIG_FILE
-    settings = read_json(path) if path.is_file() else {}
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if (folder / CONFIG_FILE).is_file() and largest >= (vocab_size := read_config(folder).vocab_size):
+        raise ValueError(
+            f"{path} must have ids below vocab_size={vocab_size}; got {largest}; save this model's own tokenizer"
+        )
+    settings = read_json(settings_path) if settings_path.is_file() else {}
     settings = {name: value for name, value in settings.items() if name not in MACHINE_PATHS}
     settings |= {"tokenizer_class": GrinMoeTokenizer.__name__}
     settings |= {"auto_map": {"AutoTokenizer": [class_path(GrinMoeTokenizer), None]}}
-    return {TOKENIZER_FILE: folder / TOKENIZER_FILE, TOKENIZER_CONFIG_FILE: as_json(settings)}
+    return {TOKENIZER_FILE: path, TOKENIZER_CONFIG_FILE: as_json(settings)}
 
 
 def companion_files(folder: Path) -> dict[str, Source]:
-    """The other small files of a checkpoint, such as generation settings and licence.
-
-    Raises:
-        ValueError: one cannot be read.
-    """
+    """The other small files of a checkpoint, such as generation settings and licence."""
     check_settings(folder)
-    made = {CARD_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE}
-    return find_files(folder, [pattern for pattern in COMPANIONS if pattern not in made])
+    return find_files(folder, [pattern for pattern in COMPANIONS if pattern != CARD_FILE])
 
 
 def find_files(folder: Path, patterns: Sequence[str]) -> dict[str, Source]:
-    """Files of the folder by name.
-
-    Raises:
-        ValueError: a pattern leads out of the folder.
-    """
-    if outside := [pattern for pattern in patterns if Path(pattern).is_absolute() or ".." in Path(pattern).parts]:
-        raise ValueError(f"include must be patterns within {folder}; got {', '.join(outside)}")
+    """Files of the folder by name."""
     files = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     return {path.relative_to(folder).as_posix(): path for path in files}
 
@@ -286,14 +265,12 @@ def card_files(folder: Path, notes: list[str]) -> dict[str, Source]:
 
 def skipped_entries(folder: Path, sources: dict[str, Source]) -> list[str]:
     """Entries of the folder that are not sent. A folder of which nothing is sent is one entry."""
-    left = []
-    for entry in sorted(folder.iterdir()):
-        if any(name.startswith(f"{entry.name}/") for name in sources):
-            files = (path.relative_to(folder).as_posix() for path in sorted(entry.rglob("*")) if path.is_file())
-            left += [name for name in files if name not in sources]
-        elif entry.name not in sources:
-            left.append(f"{entry.name}/" if entry.is_dir() else entry.name)
-    return left
+    sent = {name.partition("/")[0] for name in sources}
+    whole = [
+        f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir() if entry.name not in sent
+    ]
+    parts = [name for name in find_files(folder, [f"{entry}/**/*" for entry in sent]) if name not in sources]
+    return sorted(whole + parts)
 
 
 def find_secrets(name: str, source: Source) -> Iterator[str]:

@@ -8,12 +8,13 @@ import glob
 import json
 import os
 import platform
-from importlib.metadata import distributions
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import __version__
 from ..compat_grinmoe import is_spread_over_ranks
 from ..files import write_whole
 
@@ -33,35 +34,24 @@ HYPERPARAMETERS = (  # fields of the recipes' and the trainer's arguments, in th
     "load_in_4bit", "attn_implementation", "experts_implementation", "load_best_model_at_end", "seed",
 )  # fmt: skip
 
-PACKAGES = ("grin-moe", "torch", "transformers", "accelerate", "datasets", "tokenizers", "trl", "peft")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "trl", "peft")
 
 
-def describe_source(name: str | None) -> dict[str, Any] | None:
-    """Describe a model or data set: `hub` tells a name on the Hub from the last part of a local path."""
+def describe_source(name: str | None, dataset: Any = None, **hub_fields: str | None) -> dict[str, Any] | None:
+    """Describe a model or data set, with its number of rows, packed ones if packing is on."""
     if name is None:
         return None
-    is_local = bool(glob.glob(name, recursive=True))
-    return {"name": Path(name).resolve().name if is_local else name, "hub": not is_local}
-
-
-def describe_data(name: str | None, dataset: Any, **hub_fields: str | None) -> dict[str, Any] | None:
-    """`describe_source` with the number of rows, packed ones if packing is on."""
-    source = describe_source(name)
-    if source is None:
-        return None
     rows = {"rows": len(dataset)} if hasattr(dataset, "__len__") else {}
-    return {**source, **(hub_fields if source["hub"] else {}), **rows}
+    if glob.glob(name, recursive=True):
+        return {"name": Path(name).resolve().name, "hub": False, **rows}
+    return {"name": name, "hub": True, **hub_fields, **rows}
 
 
-def describe_hardware(trainer: "Trainer") -> dict[str, Any]:
-    """The device, which all processes have, and the number of processes."""
-    device = trainer.args.device
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory / 1e9
-        name = f"{torch.cuda.get_device_name(device)}, {memory:.0f} GB"
-    else:
-        name = f"{device.type.upper()} ({platform.machine()}, {os.cpu_count()} cores)"
-    return {"device": name, "processes": trainer.args.world_size}
+def describe_device(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"{device.type.upper()} ({platform.machine()}, {os.cpu_count()} cores)"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
 
 
 def record_run(trainer: "Trainer", arguments: "RecipeArguments", method: str) -> None:
@@ -79,16 +69,14 @@ def record_run(trainer: "Trainer", arguments: "RecipeArguments", method: str) ->
     given["num_train_epochs" if training["max_steps"] > 0 else "max_steps"] = None  # the other one decides
     if not given["lora_r"]:
         given.update({name: None for name in given if name.startswith("lora_")})
-    installed = {distribution.name.lower(): distribution.version for distribution in distributions()}
     eval_data = None if trainer.eval_dataset is None else arguments.eval_data or arguments.train_data
     record = {
         "method": method,
         "base_model": describe_source(arguments.model_name_or_path),
-        "train_data": describe_data(
-            arguments.train_data, trainer.train_dataset,
-            split=arguments.train_split, config=arguments.dataset_config,
+        "train_data": describe_source(
+            arguments.train_data, trainer.train_dataset, split=arguments.train_split, config=arguments.dataset_config
         ),
-        "eval_data": describe_data(
+        "eval_data": describe_source(
             eval_data, trainer.eval_dataset,
             split=arguments.train_split if arguments.eval_fraction else arguments.eval_split or "test",
             config=arguments.dataset_config,
@@ -103,10 +91,9 @@ def record_run(trainer: "Trainer", arguments: "RecipeArguments", method: str) ->
             "tensor": trainer.get_tp_size() // arguments.pipeline_parallel_size,
             "fully sharded": trainer.is_fsdp_enabled or is_spread_over_ranks(trainer),
         },
-        "hardware": describe_hardware(trainer),
+        "hardware": {"device": describe_device(trainer.args.device), "processes": trainer.args.world_size},
         "versions": {
-            "python": platform.python_version(),
-            **{name: installed[name] for name in PACKAGES if name in installed},
+            "python": platform.python_version(), "grin-moe": __version__, **{name: version(name) for name in PACKAGES},
         },
     }  # fmt: skip
     folder = Path(trainer.args.output_dir)
