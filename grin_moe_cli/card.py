@@ -1,12 +1,11 @@
 """`grin-moe card`: a model card from what a training run leaves."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .terminal import console, escape
+from .terminal import Json, print_json, show
 
 
 def card(
@@ -26,7 +25,7 @@ def card(
     license: Annotated[str | None, typer.Option(help="license, as the Hub names it; GRIN-MoE's is mit")] = None,
     language: Annotated[list[str] | None, typer.Option(help="ISO 639 code, such as en; may be repeated")] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite an existing card")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a model card, README.md with pictures, from the files of a training run.
 
@@ -38,8 +37,6 @@ def card(
     del options["as_json"]
     written = write_card(**options | {"language": language or []})
     if as_json:
-        print(json.dumps(vars(written), indent=2))
-        return
-    console.print(f"wrote {escape(', '.join([written.path, *written.figures]))}")
-    for note in written.notes:
-        console.print(f"note: {escape(note)}", highlight=False)
+        print_json(written)
+    else:
+        show([("wrote", ", ".join([written.path, *written.figures])), *(("note", note) for note in written.notes)])

@@ -1,6 +1,7 @@
 """`grin-moe doctor`: the engines and trainers that are installed, and what each makes of a checkpoint."""
 
 import json
+from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .terminal import console, escape
+from .terminal import Json, console, escape
 
 # Names of distributions -> the version that was tested, and how the tool gets a checkpoint.
 ENGINES = {
@@ -25,15 +26,12 @@ ENGINES = {
 }
 
 
-def find_versions() -> dict[str, str | None]:
-    """Return the installed version of each engine, None where there is none."""
-    found: dict[str, str | None] = {}
-    for name in ENGINES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+def find_version(name: str) -> str | None:
+    """Return the installed version of a distribution, None where there is none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def find_limits(path: Path) -> dict[str, list[str]]:
@@ -43,7 +41,7 @@ def find_limits(path: Path) -> dict[str, list[str]]:
     from modeling_grin import GrinMoeConfig
 
     config = GrinMoeConfig.from_pretrained(path)
-    limits: dict[str, list[str]] = {name: [] for name in ENGINES}
+    limits: dict[str, list[str]] = defaultdict(list)
     try:
         phimoe_config(config)
         limits["sglang"] += phimoe_notes(config, "sglang")
@@ -73,37 +71,31 @@ def find_limits(path: Path) -> dict[str, list[str]]:
 def compare_with_float64(path: Path) -> float | None:
     """Return the largest relative error of this machine's logits, None for a model that takes more than seconds."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    import modeling_grin  # noqa: F401
     from conversion.checkpoint import open_checkpoint
-    from conversion.verify import SMALL, random_tokens
+    from conversion.verify import SMALL, load_model, random_tokens
 
     checkpoint = open_checkpoint(path)
     if sum(tensor.nbytes for tensor in checkpoint.tensors.values()) > SMALL:
         return None
-    ids = random_tokens(checkpoint.config)
+    ids, dtypes = random_tokens(checkpoint.config), (torch.float32, torch.float64)
     with torch.inference_mode():
-        ours, exact = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()(ids).logits.double()
-            for dtype in (torch.float32, torch.float64)
-        )
+        ours, exact = (load_model(checkpoint, dtype)(ids).logits.double() for dtype in dtypes)
     return float((ours - exact).abs().max() / exact.abs().max())
 
 
 def doctor(
     model: Annotated[Path | None, typer.Argument(exists=True, help="folder of a checkpoint")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say which engines and trainers are installed, how each gets a checkpoint, and what it computes otherwise.
 
     Example: grin-moe doctor GRIN-MoE
     """
-    versions = find_versions()
     limits = find_limits(model) if model else {}
     error = compare_with_float64(model) if model else None
     rows: list[dict[str, Any]] = [
-        {"engine": name, "installed": versions[name], "tested": tested, "use": use, "limits": limits.get(name, [])}
+        {"engine": name, "installed": find_version(name), "tested": tested, "use": use, "limits": limits.get(name, [])}
         for name, (tested, use) in ENGINES.items()
     ]
     if as_json:

@@ -1,14 +1,12 @@
 """`push`: a model to the Hub."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.filesize import decimal
-from rich.table import Table
 
-from .terminal import console, escape, on_interrupt, transfer
+from .terminal import Json, console, escape, on_interrupt, print_json, show, transfer
 
 
 def push(
@@ -21,7 +19,7 @@ def push(
         list[str] | None, typer.Option(help="pattern of other files to send, such as 'results.json'; may be repeated")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list files and problems; contact nobody")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Json = False,
 ) -> None:
     """Send a model to the Hub in one commit: weights, code, tokenizer, card. Run it again to resume.
 
@@ -33,30 +31,20 @@ def push(
         report = pushing.push(folder, repo_id, private=private, revision=revision, card=not no_card,
                               include=include or [], dry_run=dry_run, progress=progress)  # fmt: skip
     if as_json:
-        print(json.dumps(vars(report), indent=2))
+        print_json(report)
     else:
-        table = Table(box=None, show_header=False)
-        table.add_column()
-        table.add_column(overflow="fold")
-        table.add_column(justify="right", no_wrap=True)
-        for name, nbytes in report.files.items():
-            table.add_row("file", escape(name), decimal(nbytes))
-        for name in report.skipped:
-            table.add_row("skipped", escape(name))
-        for name in report.removed:
-            table.add_row("removed", escape(name))
-        for note in report.notes:
-            table.add_row("note", escape(note))
-        for problem in report.problems:
-            table.add_row("[red]refused[/red]", escape(problem))
-        console.print(table)
+        show(
+            [
+                *(("file", f"{name}, {decimal(nbytes)}") for name, nbytes in report.files.items()),
+                *(("skipped", name) for name in report.skipped),
+                *(("removed", name) for name in report.removed),
+                *(("note", note) for note in report.notes),
+                *(("[red]refused[/red]", problem) for problem in report.problems),
+            ]
+        )
         total = f"{len(report.files)} files, {decimal(sum(report.files.values()))}"
-        if dry_run:
-            console.print(f"{total} for {escape(report.repo_id)}; nothing was sent", highlight=False)
-        else:
-            outcome = "pushed to" if report.changed else "already in"
-            console.print(
-                f"{total} {outcome} {escape(report.url)}, commit {report.commit}", highlight=False, soft_wrap=True
-            )
+        outcome = "for" if dry_run else "pushed to" if report.changed else "already in"
+        end = "; nothing was sent" if dry_run else f", commit {report.commit}"
+        console.print(f"{total} {outcome} {escape(report.url or repo_id)}{end}", highlight=False, soft_wrap=True)
     if report.problems:
         raise typer.Exit(1)

@@ -1,12 +1,17 @@
 """The commands' console and progress bars, and `escape`, which every text from a file passes before it is printed."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from typer import Option
 
+Json = Annotated[bool, Option("--json", help="print JSON")]
 console, errors = Console(emoji=False), Console(stderr=True, emoji=False)
 
 
@@ -23,6 +28,22 @@ def escape(value: object) -> str:
     """
     text = str(value)
     return escape_markup("".join(character if is_plain(character) else repr(character)[1:-1] for character in text))
+
+
+def show(rows: Iterable[tuple[str, object]]) -> None:
+    """Print a label and a text from anywhere on each line; lines without a text are left out."""
+    table = Table(box=None, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for label, text in rows:
+        if text:
+            table.add_row(label, escape(text))
+    console.print(table)
+
+
+def print_json(report: object) -> None:
+    """Print the fields of a report."""
+    print(json.dumps(vars(report), indent=2))
 
 
 @contextmanager
