@@ -31,7 +31,7 @@ from benchmarks.measure import show
 from benchmarks.quantized_memory import OwnPagesPeak, memory
 from conversion import Checkpoint, convert
 from conversion.conversion import Report, Request, write_folder
-from conversion.forms import HUB
+from conversion.forms import list_groups
 from conversion.tensors import StoredTensor
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 
@@ -64,19 +64,16 @@ def random_tensor(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 def write_checkpoint(folder: str, sizes: dict[str, int]) -> None:
     """Write random weights in the released layout, a tensor at a time."""
     config = GrinMoeConfig(**sizes)
-    shapes = {
-        name: shape for _, parts in HUB.groups(config, GrinMoeForCausalLM).values() for name, shape in parts.items()
-    }
     tensors = {
         name: StoredTensor(shape, torch.bfloat16, name, partial(random_tensor, shape, seed))
-        for seed, (name, shape) in enumerate(shapes.items())
+        for seed, (name, (shape, _)) in enumerate(list_groups("hub", config, GrinMoeForCausalLM).items())
     }
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     nothing = Path(folder, "none")
     nothing.mkdir(parents=True)
     request = Request(nothing, Path(folder), "hub", max_shard_size=math.ceil(nbytes / (NUM_SHARDS - 1)))
     checkpoint = Checkpoint(nothing, "hub", config, tensors)
-    write_folder(checkpoint, request, Path(folder), lambda *_: None, Report("", "", "", ""))
+    write_folder(checkpoint, request, Path(folder), Report("", "", "", ""))
     nothing.rmdir()
 
 

@@ -14,7 +14,7 @@ from modeling_grin.linear_experts_grinmoe import LINEAR_EXPERTS
 from modeling_grin.patterns_grinmoe import adaptable_names, check_patterns
 
 from .checkpoint import Checkpoint
-from .forms import model_class_of, released_tensors
+from .forms import released_tensors
 from .headers import ADAPTER_CONFIG_FILE, read_adapter_config
 from .tensors import ConversionError, StoredTensor, read_tensors
 from .verify import load_model
@@ -76,7 +76,7 @@ def merge_adapter(adapter: Path, checkpoint: Checkpoint, dtype: torch.dtype | No
     if any(".block_sparse_moe.experts.0." in name for name in found):
         config._experts_implementation = LINEAR_EXPERTS
     with torch.device("meta"):
-        skeleton = model_class_of(checkpoint.tensors)(config)
+        skeleton = checkpoint.model_class(config)
     try:
         check_patterns(adapter_config, adaptable_names(skeleton), adapter / ADAPTER_CONFIG_FILE)
     except ValueError as error:
@@ -175,5 +175,5 @@ def merge_in_memory(adapter: Path, checkpoint: Checkpoint, dtype: torch.dtype | 
         name: StoredTensor(tuple(tensor.shape), tensor.dtype, f"merged {name}", partial(torch.Tensor.detach, tensor))
         for name, tensor in merged.state_dict().items()
     }
-    _, _, tensors = released_tensors(stored, checkpoint.config, f"{base} with {adapter}")
+    _, tensors = released_tensors(stored, checkpoint.config, f"{base} with {adapter}")
     return Checkpoint(base, "adapter", checkpoint.config, tensors)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from modeling_grin import GrinMoeConfig
+from modeling_grin.modeling_grinmoe import GrinMoePreTrainedModel
 
-from .forms import released_tensors
+from .forms import model_class_of, released_tensors
 from .headers import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, find_tensors, read_config, read_json
 from .pickles import find_dcp_folder, find_pickles, read_dcp, read_pickles
 from .tensors import ConversionError, StoredTensor
@@ -37,6 +38,10 @@ class Checkpoint:
     is_standard: bool = False
 
     @property
+    def model_class(self) -> type[GrinMoePreTrainedModel]:
+        return model_class_of(self.tensors)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that holds every tensor as it is."""
         return functools.reduce(torch.promote_types, {tensor.dtype for tensor in self.tensors.values()})
@@ -55,8 +60,10 @@ def open_checkpoint(path: Path, *, config: Path | None = None, weights_only: boo
             (`adapters.py`).
     """
     if not path.is_dir():
-        hint = "give the folder of a checkpoint; `hf download OWNER/NAME --local-dir FOLDER` fetches one from the Hub"
-        raise ConversionError(f"{path} is not a folder: {hint}")
+        raise ConversionError(
+            f"{path} is not a folder: give the folder of a checkpoint; `hf download OWNER/NAME --local-dir FOLDER` "
+            "fetches one from the Hub"
+        )
     if (path / ADAPTER_CONFIG_FILE).is_file() and not (path / CONFIG_FILE).is_file():
         raise ConversionError(f"{path} holds an adapter, which needs its base model: give it with --base FOLDER")
     found: Mapping[str, StoredTensor]
@@ -71,11 +78,12 @@ def open_checkpoint(path: Path, *, config: Path | None = None, weights_only: boo
     if not (config_folder / CONFIG_FILE).is_file():
         raise ConversionError(f"{config_folder} has no config.json: give the folder of one with --config")
     model_config = read_config(config_folder)
-    layout, _, tensors = released_tensors(found, model_config, str(path))
+    layout, tensors = released_tensors(found, model_config, str(path))
+    if form:
+        return Checkpoint(path, form, model_config, tensors)
+    if layout == "hub" and read_json(config_folder / CONFIG_FILE).get("model_type") == "phimoe":
+        layout = "phimoe"
     has_standard_names = "model.embed_tokens.weight" in found or "embed_tokens.weight" in found
     has_standard_files = (path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()
-    is_standard = not form and config is None and has_standard_names and has_standard_files
-    if not form:
-        is_phimoe = layout.name == "hub" and read_json(config_folder / CONFIG_FILE).get("model_type") == "phimoe"
-        form = "phimoe" if is_phimoe else layout.name
-    return Checkpoint(path, form, model_config, tensors, is_standard)
+    is_standard = config is None and has_standard_names and has_standard_files
+    return Checkpoint(path, layout, model_config, tensors, is_standard)

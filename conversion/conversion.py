@@ -1,5 +1,6 @@
 """Convert one checkpoint into another: open, change, write, check, rename."""
 
+import itertools
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from modeling_grin.files import describe_links, write_whole
 from . import adapters, verify
 from .checkpoint import Checkpoint, open_checkpoint
 from .experts import prune, upcycle
-from .forms import FUSED, HUB, model_class_of
+from .forms import list_groups
 from .headers import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
@@ -68,6 +69,7 @@ class Request:
             If they differ, nothing is written.
         resume: continue an interrupted conversion.
         engine: who will read `phimoe` (`transformers`, `vllm`, `sglang`): refused if it would compute something else.
+        progress: called with the bytes written since the last call and those in all.
     """
 
     source: Path
@@ -84,6 +86,7 @@ class Request:
     check: bool | None = None
     resume: bool = False
     engine: str | None = None
+    progress: Progress = lambda done, total: None
 
     def __post_init__(self) -> None:
         self.source, self.destination = self.source.resolve(), self.destination.resolve()
@@ -167,19 +170,11 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-def convert(
-    source: str | Path,
-    destination: str | Path,
-    *,
-    to: str,
-    progress: Progress = lambda done, total: None,
-    **options: Any,
-) -> Report:
+def convert(source: str | Path, destination: str | Path, *, to: str, **options: Any) -> Report:
     """Convert a checkpoint, streaming: only a few MB of its weights are in memory at a time.
 
     Args:
         source, destination, to, options: see `Request`.
-        progress: called with the bytes written since the last call and those in all.
 
     Raises:
         ConversionError: names the file, tensor, field or argument at fault. Nothing has been written then.
@@ -189,15 +184,16 @@ def convert(
     if request.is_adapter and to in TARGETS:
         request.base = adapters.find_base(request.source, request.base)
     request.check_arguments()
-    checkpoint = open_source(request)
+    checkpoint = open_checkpoint(
+        request.base or request.source, config=request.config, weights_only=request.weights_only
+    )
+    if request.base is not None:
+        checkpoint = adapters.merge_adapter(request.source, checkpoint, request.torch_dtype)
     report = Report(str(request.source), checkpoint.form, str(request.destination), to)
     checkpoint = change_experts(checkpoint, request, report)
     report.parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     with staged(request.destination, request.plan(), request.resume) as result:
-        if to == "gguf":
-            write_gguf(checkpoint, request, result, progress, report)
-        else:
-            write_folder(checkpoint, request, result, progress, report)
+        (write_gguf if to == "gguf" else write_folder)(checkpoint, request, result, report)
         if request.check or (request.check is None and report.parameters <= verify.SMALL):
             report.difference = compare_logits(checkpoint, request, result, report)
     if to == "gguf":
@@ -215,14 +211,6 @@ def check_settings(folder: Path) -> None:
             read_json(path, MAX_INDEX_BYTES)
 
 
-def open_source(request: Request) -> Checkpoint:
-    """Open the source; merge an adapter into its base."""
-    if request.base is None:
-        return open_checkpoint(request.source, config=request.config, weights_only=request.weights_only)
-    base = open_checkpoint(request.base, weights_only=request.weights_only)
-    return adapters.merge_adapter(request.source, base, request.torch_dtype)
-
-
 def change_experts(checkpoint: Checkpoint, request: Request, report: Report) -> Checkpoint:
     """Give each layer `request.num_experts` experts."""
     wanted, present = request.num_experts, checkpoint.config.num_local_experts
@@ -234,18 +222,14 @@ def change_experts(checkpoint: Checkpoint, request: Request, report: Report) -> 
         raise ConversionError(
             f"of {present} experts the {wanted} most used on a text are kept: give --calibration FILE, and no --top-k"
         )
-    load = verify.calibrate(verify.load_model(checkpoint), calibration_rows(checkpoint, request.calibration)).load
+    load = calibrate(checkpoint, request.calibration).load
     kept = load.topk(min(wanted, present), dim=1).values.sum(dim=1)
     report.notes.append(f"the experts that are kept had {kept.min():.1%} to {kept.max():.1%} of a layer's load")
     return prune(checkpoint, load, wanted)
 
 
-def calibration_rows(checkpoint: Checkpoint, path: Path) -> list[torch.Tensor]:
-    """Return the token ids of a text, in rows that the model has positions for.
-
-    Raises:
-        ConversionError: there is no tokenizer beside the checkpoint, or it is another model's; or the text is empty.
-    """
+def calibrate(checkpoint: Checkpoint, path: Path) -> verify.Calibration:
+    """Measure the model's routing on a text, in rows that it has positions for."""
     config = checkpoint.config
     try:
         text = path.read_text(encoding="utf-8")
@@ -264,14 +248,14 @@ def calibration_rows(checkpoint: Checkpoint, path: Path) -> list[torch.Tensor]:
             f"{checkpoint.path}: the tokenizer gives id {ids.max()}, the model has vocab_size={config.vocab_size}: it "
             "is another model's tokenizer"
         )
-    return list(ids.split(min(CALIBRATION_ROW, config.max_position_embeddings)))
+    rows = list(ids.split(min(CALIBRATION_ROW, config.max_position_embeddings)))
+    return verify.calibrate(verify.load_model(checkpoint), rows)
 
 
-def write_folder(checkpoint: Checkpoint, request: Request, folder: Path, progress: Progress, report: Report) -> None:
+def write_folder(checkpoint: Checkpoint, request: Request, folder: Path, report: Report) -> None:
     """Write weights, config and the files that belong to them; finished files of an interrupted run are kept."""
-    model_class = model_class_of(checkpoint.tensors)
     config = config_for(checkpoint, request.to, request.torch_dtype)
-    groups = (FUSED if request.to == "fused" else HUB).groups(checkpoint.config, model_class)
+    groups = list_groups(request.to, checkpoint.config, checkpoint.model_class)
     made = outputs(groups, checkpoint.tensors, request.torch_dtype)
     report.nbytes = sum(output.nbytes for output in made.values())
     if request.engine is not None:
@@ -282,21 +266,20 @@ def write_folder(checkpoint: Checkpoint, request: Request, folder: Path, progres
     write_whole(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
     copy_companions(checkpoint, request, folder, report)  # first, because these files may be found wrong
     check_space(folder, report.nbytes)
-    write_safetensors(made, folder, request.max_shard_size or MAX_SHARD_SIZE, progress)
+    write_safetensors(made, folder, request.max_shard_size or MAX_SHARD_SIZE, request.progress)
 
 
-def write_gguf(checkpoint: Checkpoint, request: Request, path: Path, progress: Progress, report: Report) -> None:
+def write_gguf(checkpoint: Checkpoint, request: Request, path: Path, report: Report) -> None:
     """Write a GGUF file for llama.cpp, with the tokenizer in it."""
     try:
         from .gguf_export import export_gguf
     except ImportError as error:
         raise ConversionError("writing GGUF needs the gguf package: pip install 'grin-moe[gguf]'") from error
 
-    measured = None
-    if request.calibration is not None:
-        measured = verify.calibrate(verify.load_model(checkpoint), calibration_rows(checkpoint, request.calibration))
-    file_type = request.dtype or "f16"
-    written = export_gguf(checkpoint, path, file_type=file_type, calibration=measured, progress=progress)
+    measured = calibrate(checkpoint, request.calibration) if request.calibration is not None else None
+    written = export_gguf(
+        checkpoint, path, file_type=request.dtype or "f16", calibration=measured, progress=request.progress
+    )
     report.nbytes = path.stat().st_size
     report.notes += written.lines()
 
@@ -320,7 +303,7 @@ def config_for(checkpoint: Checkpoint, to: str, dtype: torch.dtype | None) -> di
     stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
     if dtype or config.dtype not in stored:
         config.dtype = dtype or checkpoint.dtype
-    model_class = model_class_of(checkpoint.tensors)
+    model_class = checkpoint.model_class
     if to == "phimoe":
         values = phimoe_config(config)
         if model_class is not GrinMoeForCausalLM:
@@ -334,7 +317,7 @@ def copy_companions(checkpoint: Checkpoint, request: Request, folder: Path, repo
     converted = {tensor.path.name for tensor in checkpoint.tensors.values() if tensor.path is not None}
     converted |= {CONFIG_FILE, INDEX_FILE}
     copied, skipped = set(), set()
-    for path in (path for companion in request.companion_folders for path in companion.iterdir()):
+    for path in itertools.chain.from_iterable(map(Path.iterdir, request.companion_folders)):
         if path.is_file() and any(path.match(pattern) for pattern in COMPANIONS):
             shutil.copyfile(path, folder / path.name)
             copied.add(path.name)
@@ -362,5 +345,4 @@ def compare_logits(checkpoint: Checkpoint, request: Request, result: Path, repor
         return difference
     dtype = request.torch_dtype or checkpoint.dtype
     before = verify.compute_source(checkpoint, dtype, input_ids)
-    model_class = model_class_of(checkpoint.tensors)
-    return verify.compare(before, verify.compute_result(result, request.to, model_class, dtype, input_ids))
+    return verify.compare(before, verify.compute_result(result, request.to, checkpoint.model_class, dtype, input_ids))

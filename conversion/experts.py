@@ -15,7 +15,7 @@ import torch
 from modeling_grin.routing_grinmoe import inference_rule
 
 from .checkpoint import Checkpoint
-from .forms import HUB, model_class_of
+from .forms import list_groups
 from .tensors import ConversionError, StoredTensor
 
 EXPERT_NAME = re.compile(r"(.*\blayers\.(\d+)\.block_sparse_moe\.experts\.)(\d+)\.(w[123])\.weight")
@@ -88,6 +88,5 @@ def with_experts(
     """Return a checkpoint of form `experts`, made of `tensor_of` its released names."""
     config = copy.deepcopy(checkpoint.config)
     config.num_local_experts, config.num_experts_per_tok = num_experts, top_k
-    names = HUB.groups(config, model_class_of(checkpoint.tensors))
-    tensors = {name: tensor_of(name) for name in names}
+    tensors = {name: tensor_of(name) for name in list_groups("hub", config, checkpoint.model_class)}
     return replace(checkpoint, form="experts", is_standard=False, config=config, tensors=tensors)

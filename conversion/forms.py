@@ -9,7 +9,6 @@ Shapes: E num_local_experts, F intermediate_size, H hidden_size.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from transformers import initialization as init
@@ -20,41 +19,24 @@ from modeling_grin.modeling_grinmoe import GrinMoePreTrainedModel
 
 from .tensors import ConversionError, StoredTensor
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights that are not quantised
+
 Shape = tuple[int, ...]
 Groups = Mapping[str, tuple[Shape, Mapping[str, Shape]]]
 """Name in a form -> the tensor's shape, and the released tensors that its memory holds, in this order."""
 
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights that are not quantised
-
-
-@dataclass(frozen=True)
-class Form:
-    """A way to store a model.
+def list_groups(form: str, config: GrinMoeConfig, model_class: type[GrinMoePreTrainedModel]) -> Groups:
+    """Return the tensors of a model in a form.
 
     Args:
-        fused: experts are stacked as in the model: `experts.gate_up_proj` [E, 2F, H], each w1 above its w3, and
-            `experts.down_proj` [E, H, F], w2.
+        form: `hub`, the released names, or `fused`, where experts are stacked as in the model:
+            `experts.gate_up_proj` [E, 2F, H], each w1 above its w3, and `experts.down_proj` [E, H, F], w2.
     """
-
-    name: str
-    fused: bool = False
-
-    def groups(self, config: GrinMoeConfig, model_class: type[GrinMoePreTrainedModel]) -> Groups:
-        """Return the tensors of this form for a model."""
-        groups: dict[str, tuple[Shape, Mapping[str, Shape]]] = {}
-        for name, shape in model_shapes(config, model_class).items():
-            parts = released_parts(name, shape)
-            if self.fused:
-                groups[name] = shape, parts
-            else:
-                groups |= {part: (part_shape, {part: part_shape}) for part, part_shape in parts.items()}
-        return groups
-
-
-HUB = Form("hub")  # the release, and the siblings' model type `phimoe`
-FUSED = Form("fused", fused=True)
-FORMS = (HUB, FUSED)
+    fused = {name: (shape, released_parts(name, shape)) for name, shape in model_shapes(config, model_class).items()}
+    if form == "fused":
+        return fused
+    return {part: (shape, {part: shape}) for _, parts in fused.values() for part, shape in parts.items()}
 
 
 def model_shapes(config: GrinMoeConfig, model_class: type[GrinMoePreTrainedModel]) -> dict[str, Shape]:
@@ -101,15 +83,12 @@ def remove_prefix(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def released_tensors(
     found: Mapping[str, StoredTensor], config: GrinMoeConfig, where: str
-) -> tuple[Form, type[GrinMoePreTrainedModel], dict[str, StoredTensor]]:
-    """Return the released tensors of a checkpoint of any form.
+) -> tuple[str, dict[str, StoredTensor]]:
+    """Return the form and the released tensors of a checkpoint, in the order of the model's parameters.
 
     Args:
         found: the tensors by the names that the files give them.
         where: the checkpoint, for messages.
-
-    Returns:
-        The form, the class of model, and the tensors in the order of the model's parameters.
 
     Raises:
         ConversionError: a tensor is missing, mis-shaped, or unknown to the model of this config.
@@ -124,44 +103,36 @@ def released_tensors(
     if num_experts > len(found) and not any(tensor.shape[:1] == (num_experts,) for tensor in found.values()):
         raise ConversionError(f"{where}: the config says num_local_experts={num_experts}, but no layer has so many")
     model_class = model_class_of(found)
-    # The form that knows most of the names.
-    form, groups = max(
-        ((form, form.groups(config, model_class)) for form in FORMS),
-        key=lambda pair: len(found.keys() & pair[1].keys()),
-    )
+    forms = {form: list_groups(form, config, model_class) for form in ("hub", "fused")}
+    form = max(forms, key=lambda form: len(found.keys() & forms[form].keys()))  # knows most of the names
+    groups = forms[form]
     problems = [f"{name} is missing" for name in groups if name not in found]
-    present = {name: found[name] for name in groups if name in found}
-    problems += [
-        f"{tensor.where} has shape {list(tensor.shape)}, the config says {list(groups[name][0])}"
-        for name, tensor in present.items()
-        if tensor.shape != groups[name][0]
-    ]
-    problems += [
-        f"{tensor.where} has dtype {tensor.dtype}; it must be one of {', '.join(map(str, DTYPES))}"
-        for tensor in present.values()
-        if tensor.dtype not in DTYPES
-    ]
-    extra = [name for name in found if name not in groups]
-    if config.tie_word_embeddings and "lm_head.weight" in extra and not problems:
-        extra.remove("lm_head.weight")
+    for name, tensor in found.items():
+        if name not in groups:
+            if name != "lm_head.weight" or not config.tie_word_embeddings:
+                problems.append(f"{tensor.where} is not part of the model that the config describes")
+        elif tensor.shape != groups[name][0]:
+            problems.append(f"{tensor.where} has shape {list(tensor.shape)}, the config says {list(groups[name][0])}")
+        elif tensor.dtype not in DTYPES:
+            problems.append(
+                f"{tensor.where} has dtype {tensor.dtype}; it must be one of {', '.join(map(str, DTYPES))}"
+            )
+    if not problems and "lm_head.weight" in found.keys() - groups.keys():
         embeddings = next(tensor for name, tensor in found.items() if name.endswith("embed_tokens.weight"))
         if not torch.equal(found["lm_head.weight"].read(), embeddings.read()):
             problems.append(
                 "lm_head.weight differs from model.embed_tokens.weight though the config ties them: set "
                 "tie_word_embeddings to false to keep the head"
             )
-    problems += [f"{found[name].where} is not part of the model that the config describes" for name in extra]
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         raise ConversionError(f"{where}: {len(problems)} tensor(s) do not fit {model_class.__name__}: {shown}")
 
     tensors: dict[str, StoredTensor] = {}
     for name, (_, parts) in groups.items():
-        if len(parts) == 1:
-            tensors[next(iter(parts))] = found[name]
-            continue
         start = 0
         for part, shape in parts.items():
-            tensors[part] = found[name].part(start, shape, f"{part} of {found[name].where}")
+            stored = found[name]
+            tensors[part] = stored if part == name else stored.part(start, shape, f"{part} of {stored.where}")
             start += math.prod(shape)
-    return form, model_class, tensors
+    return form, tensors

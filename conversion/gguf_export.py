@@ -21,7 +21,7 @@ Shapes: V vocab_size, H hidden_size, F intermediate_size, E num_local_experts, K
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from gguf.constants import MODEL_TENSOR
 
-from modeling_grin import GrinMoeConfig
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 from modeling_grin.routing_grinmoe import inference_rule
 
 from .checkpoint import Checkpoint
@@ -68,29 +68,26 @@ MODULES = {
     MODEL_TENSOR.OUTPUT_NORM: "model.norm",
     MODEL_TENSOR.OUTPUT: "lm_head",
 }
-NORMS = {MODEL_TENSOR.ATTN_NORM, MODEL_TENSOR.FFN_NORM, MODEL_TENSOR.OUTPUT_NORM}
-WITHOUT_BIAS = {
-    MODEL_TENSOR.TOKEN_EMBD,
-    MODEL_TENSOR.FFN_GATE_INP,
-    MODEL_TENSOR.FFN_GATE_EXP,
-    MODEL_TENSOR.FFN_DOWN_EXP,
-    MODEL_TENSOR.FFN_UP_EXP,
-}
+WITHOUT_BIAS = {kind for kind, module in MODULES.items() if "embed" in module or "block_sparse_moe" in module}
 # The dimension of a weight, or the first of a bias, that runs along the hidden states it adds to.
 CENTRED = {MODEL_TENSOR.TOKEN_EMBD: 1, MODEL_TENSOR.ATTN_OUT: 0, MODEL_TENSOR.FFN_DOWN_EXP: 0}
 
 
 @dataclass(frozen=True)
 class GgufReport:
-    """The contents of a GGUF file, and its differences from the model."""
+    """The contents of a GGUF file, and its differences from the model.
+
+    Args:
+        context_length: positions up to which the file computes what the model computes.
+        router_shifts: k, per layer.
+        quantization_error: by kind of tensor (`ffn_down_exps`, ...): the Frobenius norm of the error over that of the
+            weights.
+    """
 
     file_type: str
     context_length: int
-    """Positions up to which the file computes what the model computes."""
     router_shifts: list[int]
-    """k, per layer."""
     quantization_error: dict[str, float]
-    """By kind of tensor (`ffn_down_exps`, ...): the Frobenius norm of the error over that of the weights."""
     near_tie_rate: float | None
     notes: list[str]
 
@@ -124,29 +121,27 @@ class Place(NamedTuple):
         return f"{gguf.TENSOR_NAMES[self.kind].format(bid=self.layer)}.{self.parameter}"
 
 
-class Fold(NamedTuple):
-    """Remove the mean over the dimension `centred`, if any, and multiply."""
-
-    centred: int | None
-    factor: float
-
-
 @dataclass
 class Target:
     """A tensor to be written.
 
     Args:
-        shape: in torch's order: E first if it has one matrix per expert, the row length last.
         sources: one, or one per expert.
+        factor: what to multiply by.
         squares: the sums of squares of the errors and of the values that have been stored so far.
     """
 
     place: Place
-    shape: tuple[int, ...]
     sources: list[StoredTensor]
-    fold: Fold
+    factor: float
     type: GGMLQuantizationType
     squares: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In torch's order: E first if it has one matrix per expert, the row length last."""
+        shape = self.sources[0].shape
+        return (len(self.sources), *shape) if "{e}" in MODULES[self.place.kind] else shape
 
     @property
     def nbytes(self) -> int:
@@ -155,9 +150,9 @@ class Target:
 
     def folded(self, source: StoredTensor) -> Iterator[np.ndarray]:
         """Yield rows of a source to store: float32, folded in float64 if there is a mean to remove."""
-        centred, factor = self.fold
+        centred = CENTRED.get(self.place.kind)
         if centred is None:
-            yield from ((part.float() * factor).numpy() for part in read_rows(source))
+            yield from ((part.float() * self.factor).numpy() for part in read_rows(source))
             return
         if centred == 0:
             mean = torch.stack([part.double().sum(dim=0) for part in read_rows(source)]).sum(dim=0) / source.shape[0]
@@ -165,14 +160,10 @@ class Target:
             values = part.double()
             if centred == 1:
                 mean = values.mean(dim=1, keepdim=True)
-            yield ((values - mean) * factor).float().numpy()
+            yield ((values - mean) * self.factor).float().numpy()
 
     def data(self) -> Iterator[memoryview]:
-        """Yield the bytes, chunk by chunk; each is read back, for its error.
-
-        Raises:
-            ConversionError: a value is not finite in the type that it is stored as.
-        """
+        """Yield the bytes, chunk by chunk; each is read back, for its error."""
         for source in self.sources:
             for values in self.folded(source):
                 values = values.reshape(1, -1)  # blocks follow one another all the same, and gguf loops over rows
@@ -211,14 +202,11 @@ def list_places(config: GrinMoeConfig) -> Iterator[Place]:
             yield Place(kind, layer, parameter, [f"{module.format(n=layer, e=e)}.{parameter}" for e in experts])
 
 
-KNOWN_RULES = ("sparsemixer_v2", "sparsemixer_v2_star", "gshard")  # of inference; a single weight is 1 there
-
-
 def check_representable(config: GrinMoeConfig) -> None:
     """Raise ConversionError for the first field whose value llama.cpp's graph cannot represent."""
-    heads, rule = f"{config.hidden_size} / {config.num_attention_heads}", inference_rule(config)
+    heads = f"{config.hidden_size} / {config.num_attention_heads}"
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    known = ("sparsemixer_v2", "sparsemixer_v2_star") if config.num_experts_per_tok == 1 else KNOWN_RULES
+    rules = ["sparsemixer_v2", "sparsemixer_v2_star", *["gshard"] * (config.num_experts_per_tok > 1)]
     for field, is_other, reason in (
         ("head_dim", config.head_dim != config.hidden_size / config.num_attention_heads,
          f"has heads of hidden_size / num_attention_heads = {heads}"),
@@ -226,7 +214,8 @@ def check_representable(config: GrinMoeConfig) -> None:
         ("rope_parameters", rope_type != "default", "is only proven equal for rope_type='default'"),
         ("moe_output_scale", config.moe_output_scale, "has no scale of the mixture's output"),
         ("num_local_experts", config.num_local_experts > MAX_EXPERTS, f"has at most {MAX_EXPERTS}"),
-        ("router_estimator", rule not in known, "normalises the experts' weights, which this one does not"),
+        ("router_estimator", inference_rule(config) not in rules,
+         "normalises the experts' weights, which this one does not"),
     ):  # fmt: skip
         if is_other:
             raise ConversionError(f"{field}={getattr(config, field)!r} cannot be exported to GGUF: llama.cpp {reason}")
@@ -258,12 +247,9 @@ def choose_router_shift(router_std: float, config: GrinMoeConfig) -> int:
     return ROUTER_SHIFT + (round(math.log2(router_std / ROUTER_STD)) if 0 < router_std < math.inf else 0)
 
 
-def choose_fold(place: Place, config: GrinMoeConfig, router_shifts: Sequence[int]) -> Fold:
-    """Return how to rewrite a tensor; `router_shifts` are the layers' k."""
-    centred = CENTRED.get(place.kind)
-    if place.layer is None:
-        return Fold(centred, 1.0)
-    shift = router_shifts[place.layer]
+def choose_factor(place: Place, config: GrinMoeConfig, router_shifts: Sequence[int]) -> float:
+    """Return what to multiply a tensor by; `router_shifts` are the layers' k."""
+    shift = router_shifts[place.layer] if place.layer is not None else 0
     on_norm = shift // 2
     factors = {
         MODEL_TENSOR.FFN_NORM: 2.0**-on_norm,
@@ -272,66 +258,30 @@ def choose_fold(place: Place, config: GrinMoeConfig, router_shifts: Sequence[int
         MODEL_TENSOR.FFN_UP_EXP: 2.0**on_norm,
         MODEL_TENSOR.FFN_DOWN_EXP: 1.0 if inference_rule(config) == "gshard" else float(config.num_experts_per_tok),
     }
-    return Fold(centred, factors.get(place.kind, 1.0))
+    return factors.get(place.kind, 1.0)
 
 
 def choose_type(place: Place, row_length: int, file_type: str) -> GGMLQuantizationType:
     """Return F32 for routers, norms and biases, and F16 for rows that blocks do not divide, as llama.cpp does."""
-    if place.parameter == "bias" or place.kind in NORMS or place.kind == MODEL_TENSOR.FFN_GATE_INP:
+    if place.parameter == "bias" or "norm" in MODULES[place.kind] or place.kind == MODEL_TENSOR.FFN_GATE_INP:
         return GGMLQuantizationType.F32
     wanted = GGMLQuantizationType[file_type.upper()]
     return GGMLQuantizationType.F16 if row_length % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
 
 
 def find_sources(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
-    """Return the tensors that a file is made of: a tied head is the embedding, and missing biases are zeros.
-
-    Raises:
-        ConversionError: a tensor is missing, or has no place in the file.
-    """
-    config, sources = checkpoint.config, dict(checkpoint.tensors)
-    if config.tie_word_embeddings:
+    """Return the tensors that a file is made of: a tied head is the embedding, and missing biases are zeros."""
+    if checkpoint.model_class is not GrinMoeForCausalLM:
+        kind = checkpoint.model_class.__name__
+        raise ConversionError(f"{checkpoint.path} holds a {kind}: llama.cpp has GrinMoeForCausalLM alone")
+    sources = dict(checkpoint.tensors)
+    if checkpoint.config.tie_word_embeddings:
         sources["lm_head.weight"] = sources["model.embed_tokens.weight"]
-    wanted = [name for place in list_places(config) for name in place.sources]
-    for name in wanted:
-        weight = name.removesuffix("bias") + "weight"
-        if name.endswith(".bias") and name not in sources and weight in sources:
-            length = sources[weight].shape[0]
-            sources[name] = StoredTensor((length,), torch.float32, f"{name}, zeros", partial(torch.zeros, length))
-    for name in wanted:
+    for name in (name for place in list_places(checkpoint.config) for name in place.sources):
         if name not in sources:
-            raise ConversionError(f"{checkpoint.path} has no tensor {name}, which GGUF needs")
-    for name in sources.keys() - set(wanted):
-        raise ConversionError(f"{sources[name].where} has no place in a GGUF file: llama.cpp has no such layer")
+            length = sources[name.removesuffix("bias") + "weight"].shape[0]
+            sources[name] = StoredTensor((length,), torch.float32, f"{name}, zeros", partial(torch.zeros, length))
     return sources
-
-
-def make_targets(
-    config: GrinMoeConfig, sources: Mapping[str, StoredTensor], router_shifts: Sequence[int], file_type: str
-) -> Iterator[Target]:
-    for place in list_places(config):
-        tensors = [sources[name] for name in place.sources]
-        shape = tensors[0].shape
-        kind = choose_type(place, shape[-1], file_type)
-        stacked = (len(tensors), *shape) if "{e}" in MODULES[place.kind] else shape
-        yield Target(place, stacked, tensors, choose_fold(place, config, router_shifts), kind)
-
-
-def add_metadata(writer: gguf.GGUFWriter, config: GrinMoeConfig, file_type: str) -> None:
-    writer.add_file_type(FILE_TYPES[file_type])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(context_length(config))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base((config.rope_parameters or {}).get("rope_theta", config.default_theta))
-    writer.add_expert_count(config.num_local_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
 
 
 def relative_errors(targets: Sequence[Target]) -> dict[str, float]:
@@ -360,8 +310,8 @@ def export_gguf(
         progress: called with the bytes that have been written since the last call, and with those in all.
 
     Raises:
-        ConversionError: llama.cpp cannot represent the model or its tokenizer, a tensor is missing or left over, or
-            values are not finite in the type that they are stored as.
+        ConversionError: llama.cpp cannot represent the model or its tokenizer, or values are not finite in the type
+            that they are stored as.
     """
     config = checkpoint.config
     if file_type not in FILE_TYPES:
@@ -375,43 +325,52 @@ def export_gguf(
     else:
         router_std = calibration.router_std
     router_shifts = [choose_router_shift(std, config) for std in router_std]
-    targets = list(make_targets(config, sources, router_shifts, file_type))
-    notes: list[str] = []
-    write_header(path, checkpoint, targets, file_type, notes)
+    targets = []
+    for place in list_places(config):
+        tensors = [sources[name] for name in place.sources]
+        kind = choose_type(place, tensors[0].shape[-1], file_type)
+        targets.append(Target(place, tensors, choose_factor(place, config, router_shifts), kind))
+    notes = write_header(path, checkpoint, targets, file_type)
     wanted = GGMLQuantizationType[file_type.upper()]
     unfit = [target.place.name for target in targets if target.type not in (wanted, GGMLQuantizationType.F32)]
     if unfit:
         notes.append(f"stored as F16, because rows are not a multiple of {wanted.name}'s blocks: {', '.join(unfit)}")
     write_tensors(path, targets, progress)
-    return GgufReport(
-        file_type=file_type,
-        context_length=context_length(config),
-        router_shifts=router_shifts,
-        quantization_error=relative_errors(targets),
-        near_tie_rate=None if calibration is None else calibration.near_tie_rate,
-        notes=notes,
-    )
+    near_tie_rate = None if calibration is None else calibration.near_tie_rate
+    errors = relative_errors(targets)
+    return GgufReport(file_type, context_length(config), router_shifts, errors, near_tie_rate, notes)
 
 
-def write_header(
-    path: Path, checkpoint: Checkpoint, targets: Sequence[Target], file_type: str, notes: list[str]
-) -> None:
-    """Write everything before the tensors."""
+def write_header(path: Path, checkpoint: Checkpoint, targets: Sequence[Target], file_type: str) -> list[str]:
+    """Write everything before the tensors; return notes about the tokenizer."""
     config = checkpoint.config
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     try:
-        add_metadata(writer, config, file_type)
-        name, tokenizer_notes = add_vocabulary(writer, checkpoint.path, config.vocab_size)
-        notes += tokenizer_notes
+        writer.add_file_type(FILE_TYPES[file_type])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_context_length(context_length(config))
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base((config.rope_parameters or {}).get("rope_theta", config.default_theta))
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        name, notes = add_vocabulary(writer, checkpoint.path, config.vocab_size)
         writer.add_name(f"GRIN-MoE ({name} tokens)" if name else "GRIN-MoE")
         for target in targets:
-            shape, dtype = target.shape, np.dtype(np.float32)
-            writer.add_tensor_info(target.place.name, shape, dtype, target.nbytes, raw_dtype=target.type)
+            dtype = np.dtype(np.float32)
+            writer.add_tensor_info(target.place.name, target.shape, dtype, target.nbytes, raw_dtype=target.type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
     finally:
         writer.close()
+    return notes
 
 
 def write_tensors(path: Path, targets: Sequence[Target], progress: Progress) -> None:

@@ -55,16 +55,14 @@ def is_byte_level(parts: dict[str, Any]) -> bool:
 def llama_scores(vocabulary: dict[str, int], merges: list[list[str]]) -> dict[int, float]:
     """Return scores with which merging the pair with the best result (SentencePiece, llama.cpp) is merging by rank.
 
-    Raises:
-        ConversionError: the ranks are not an order of results: one result's ranks lie apart, or a pair whose result is
-            a piece may not be merged.
+    The ranks must be an order of results, and every pair whose result is a piece must have one.
     """
     runs = [(piece, len(list(run))) for piece, run in groupby(left + right for left, right in merges)]
-    pairs = {(left, right) for left, right in merges}
+    pairs = set(map(tuple, merges))
     for piece in vocabulary:
         for split in range(1, len(piece)):
             pair = (piece[:split], piece[split:])
-            if pair[0] in vocabulary and pair[1] in vocabulary and pair not in pairs:
+            if vocabulary.keys() >= {*pair} and pair not in pairs:
                 raise ConversionError(
                     f"tokenizer.json has {piece!r} but no merge of {pair}, which llama.cpp would merge; "
                     "GGUF needs a tokenizer that was converted from SentencePiece"
@@ -83,27 +81,12 @@ def llama_scores(vocabulary: dict[str, int], merges: list[list[str]]) -> dict[in
 
 
 def token_types(tokenizer: GrinMoeTokenizer, tokens: list[str | None]) -> list[gguf.TokenType]:
-    added = tokenizer.added_tokens_decoder
-    types = []
-    for token_id, token in enumerate(tokens):
-        if token is None:
-            types.append(gguf.TokenType.UNUSED)
-        elif token_id == tokenizer.unk_token_id:
-            types.append(gguf.TokenType.UNKNOWN)
-        elif token_id in added:
-            types.append(gguf.TokenType.CONTROL if added[token_id].special else gguf.TokenType.USER_DEFINED)
-        else:
-            types.append(gguf.TokenType.BYTE if token in BYTE_TOKENS else gguf.TokenType.NORMAL)
-    return types
-
-
-def read_tokenizer(folder: Path) -> tuple[GrinMoeTokenizer, dict[str, Any]]:
-    """Return the tokenizer of a folder, and its `tokenizer.json` as `tokenizers` understands it."""
-    try:
-        tokenizer = GrinMoeTokenizer.from_pretrained(folder)
-    except Exception as error:  # `tokenizers` raises nothing more special
-        raise ConversionError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
-    return tokenizer, json.loads(tokenizer.backend_tokenizer.to_str())
+    types = [gguf.TokenType.BYTE if token in BYTE_TOKENS else gguf.TokenType.NORMAL for token in tokens]
+    for token_id, added in tokenizer.added_tokens_decoder.items():
+        types[token_id] = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
+    if tokenizer.unk_token_id is not None:
+        types[tokenizer.unk_token_id] = gguf.TokenType.UNKNOWN
+    return [gguf.TokenType.UNUSED if token is None else kind for token, kind in zip(tokens, types, strict=True)]
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tuple[str, list[str]]:
@@ -114,18 +97,19 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tu
 
     Returns:
         A text that the model's name must contain for llama.cpp to treat added tokens right, and notes for the report.
-
-    Raises:
-        ConversionError: llama.cpp has no equal tokenizer, or the model has fewer embeddings than tokens.
     """
-    if not (folder / "tokenizer.json").is_file():
+    path = folder / "tokenizer.json"
+    if not path.is_file():
         writer.add_tokenizer_model("no_vocab")
         return "", [f"no tokenizer.json in {folder}: the file has no vocabulary"]
-    tokenizer, parts = read_tokenizer(folder)
+    try:
+        tokenizer = GrinMoeTokenizer.from_pretrained(folder)
+    except Exception as error:  # `tokenizers` raises nothing more special
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens: list[str | None] = [None] * vocab_size
     for token, token_id in tokenizer.get_vocab().items():
         if token_id >= vocab_size:
-            path = folder / "tokenizer.json"
             is_in_file = token in Tokenizer.from_file(str(path)).get_vocab()
             raise ConversionError(
                 f"{path} has the token id {token_id} ({token!r}), the model only vocab_size={vocab_size} embeddings; "
@@ -140,7 +124,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tu
     model = parts["model"]
     refused = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     if model["type"] != "BPE" or any(model[option] for option in refused):
-        raise ConversionError(f"{folder / 'tokenizer.json'}: llama.cpp has no tokenizer like this {model['type']}")
+        raise ConversionError(f"{path}: llama.cpp has no tokenizer like this {model['type']}")
     if is_llama(parts):
         writer.add_tokenizer_model("llama")
         writer.add_add_space_prefix(True)
@@ -152,8 +136,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tu
         writer.add_token_merges([f"{left} {right}" for left, right in model["merges"]])
     else:
         raise ConversionError(
-            f"{folder / 'tokenizer.json'}: llama.cpp has no tokenizer like this BPE; it has Llama's with byte "
-            "fallback, and byte-level BPE that splits text as GPT-2's"
+            f"{path}: llama.cpp has no tokenizer like this BPE; it has Llama's with byte fallback, and byte-level BPE "
+            "that splits text as GPT-2's"
         )
     writer.add_token_list([f"[PAD{i}]" if token is None else token for i, token in enumerate(tokens)])
     writer.add_token_types(token_types(tokenizer, tokens))
@@ -178,8 +162,7 @@ def add_special_tokens(writer: gguf.GGUFWriter, tokenizer: GrinMoeTokenizer) -> 
             add(token_id)
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        texts = [{"name": name, "template": without_marks(text)} for name, text in template.items()]
-        writer.add_chat_template(texts)
+        writer.add_chat_template([{"name": name, "template": without_marks(text)} for name, text in template.items()])
     else:  # the two render the same text
         writer.add_chat_template(RELEASED_CHAT_TEMPLATE if template == CHAT_TEMPLATE else without_marks(template))
 

@@ -1,18 +1,14 @@
 """Describe a checkpoint, verify its tensors, and compare two checkpoints of any forms."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from modeling_grin.planning.parameters import active_parameters
-
 from .adapters import ADAPTER_FILE, read_adapter
 from .checkpoint import Checkpoint, open_checkpoint
-from .forms import model_class_of
 from .headers import ADAPTER_CONFIG_FILE, read_adapter_config
 from .pickles import find_dcp_folder, find_pickles
 from .summary import COMPLETE, FIELDS, Inspection
@@ -43,62 +39,67 @@ def inspect(
         ConversionError: it cannot be opened: damaged, incomplete, or not of this architecture.
     """
     path = Path(path)
-    if against is not None and (path.is_file() or (path / ADAPTER_CONFIG_FILE).is_file()):
+    is_adapter = (path / ADAPTER_CONFIG_FILE).is_file()
+    if against is not None and (path.is_file() or is_adapter):
         raise ConversionError(f"{path} can be inspected but not be compared: give two checkpoints in folders")
     if path.suffix == ".gguf":
         return inspect_gguf(path, verify, progress)
-    if (path / ADAPTER_CONFIG_FILE).is_file():
-        return inspect_adapter(path, verify, progress)
     open_folder = partial(open_checkpoint, config=Path(config) if config else None, weights_only=weights_only)
-    checkpoint = open_folder(path)
-    found = describe(checkpoint)
-    nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    passes = verify + (against is not None)
+    if is_adapter:
+        tensors: Mapping[str, StoredTensor] = read_adapter(path)
+        found = describe_adapter(path, tensors)
+    else:
+        checkpoint = open_folder(path)
+        tensors, found = checkpoint.tensors, describe(checkpoint)
+    total = sum(tensor.nbytes for tensor in tensors.values()) * (verify + (against is not None))
 
     def advance(done: int) -> None:
-        progress(done, passes * nbytes)
+        progress(done, total)
 
     if verify:
-        verify_tensors(checkpoint.tensors.values(), found, advance)
+        verify_tensors(tensors.values(), found, advance)
     if against is not None:
         compare(checkpoint, open_folder(Path(against)), found, advance)
     return found
 
 
+def count(tensors: Mapping[str, StoredTensor]) -> Iterable[tuple[str, str, int]]:
+    """Yield what `Inspection.of_weights` takes."""
+    for name, tensor in tensors.items():
+        yield name, str(tensor.dtype).removeprefix("torch."), math.prod(tensor.shape)
+
+
 def describe(checkpoint: Checkpoint) -> Inspection:
     """Describe an opened checkpoint by its headers."""
-    config, tensors = checkpoint.config, checkpoint.tensors
-    dtypes = count_dtypes(tensors.values())
-    experts = count_dtypes(tensor for name, tensor in tensors.items() if ".experts." in name)
-    return Inspection(
-        path=str(checkpoint.path),
+    config, tensors, path = checkpoint.config, checkpoint.tensors, checkpoint.path
+    files = {tensor.path for tensor in tensors.values() if tensor.path is not None}
+    files = files or {*find_pickles(path)} or set((find_dcp_folder(path) or Path()).glob("*.distcp"))
+    return Inspection.of_weights(
+        count(tensors),
+        config.num_experts_per_tok,
+        config.num_local_experts,
+        path=str(path),
         form=checkpoint.form,
-        model=model_class_of(tensors).__name__,
+        model=checkpoint.model_class.__name__,
         config={name: getattr(config, name) for name in FIELDS},
-        parameters=dtypes.total(),
-        active_parameters=active_parameters(
-            dtypes.total(), experts.total(), config.num_experts_per_tok, config.num_local_experts
-        ),
-        dtypes=dict(dtypes),
-        files=weight_files(checkpoint),
+        files={file.name: file.stat().st_size for file in sorted(files)},
         checks=[COMPLETE],
     )
 
 
-def weight_files(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the files that hold the tensors: name -> bytes."""
-    paths = {tensor.path for tensor in checkpoint.tensors.values() if tensor.path is not None}
-    if not paths:
-        paths = {*find_pickles(checkpoint.path)} or set((find_dcp_folder(checkpoint.path) or Path()).glob("*.distcp"))
-    return {path.name: path.stat().st_size for path in sorted(paths)}
-
-
-def count_dtypes(tensors: Iterable[StoredTensor]) -> Counter[str]:
-    """Count the parameters of each dtype."""
-    dtypes: Counter[str] = Counter()
-    for tensor in tensors:
-        dtypes[str(tensor.dtype).removeprefix("torch.")] += math.prod(tensor.shape)
-    return dtypes
+def describe_adapter(path: Path, tensors: Mapping[str, StoredTensor]) -> Inspection:
+    config = read_adapter_config(path)
+    return Inspection.of_weights(
+        count(tensors),
+        1,
+        1,
+        path=str(path),
+        form="adapter",
+        model=f"LoRA for {config['base_model_name_or_path']}",
+        config={name: value for name, value in config.items() if value not in (None, [], {}, False)},
+        files={ADAPTER_FILE: (path / ADAPTER_FILE).stat().st_size},
+        checks=["the config and the header of the weights are sound"],
+    )
 
 
 def verify_tensors(tensors: Iterable[StoredTensor], found: Inspection, advance: Callable[[int], None]) -> None:
@@ -149,51 +150,24 @@ def inspect_gguf(path: Path, verify: bool, progress: Progress) -> Inspection:
 
     metadata, tensors = read_gguf(path)
     architecture = str(metadata.get("general.architecture"))
-    types: Counter[str] = Counter()
-    expert_parameters = 0
-    for tensor in tensors:
-        types[tensor.tensor_type.name] += tensor.n_elements
-        expert_parameters += tensor.n_elements if "_exps." in tensor.name else 0
     top_k, num_experts = (metadata.get(f"{architecture}.expert{key}_count", 0) for key in ("_used", ""))
     if not (type(top_k) is type(num_experts) is int and 0 <= top_k <= num_experts):
         raise ConversionError(
             f"{path}: {architecture}.expert_used_count and expert_count must be counts of experts; got {top_k!r:.50} "
             f"and {num_experts!r:.50}"
         )
-    found = Inspection(
+    found = Inspection.of_weights(
+        ((tensor.name, tensor.tensor_type.name, int(tensor.n_elements)) for tensor in tensors),
+        top_k or 1,
+        num_experts or 1,
         path=str(path),
         form="gguf",
         model=architecture,
         config={key: value for key, value in metadata.items() if not isinstance(value, list)},
-        parameters=types.total(),
-        active_parameters=active_parameters(types.total(), expert_parameters, top_k or 1, num_experts or 1),
-        dtypes=dict(types),
         files={path.name: path.stat().st_size},
         checks=["the header agrees with the file"],
     )
     if verify:
         found.problems += [f"{name} in {path} holds NaN or infinite values" for name in find_damage(tensors, progress)]
         found.checks += [] if found.problems else [VERIFIED]
-    return found
-
-
-def inspect_adapter(path: Path, verify: bool, progress: Progress) -> Inspection:
-    """Describe a LoRA adapter by its config and header."""
-    config = read_adapter_config(path)
-    tensors = read_adapter(path)
-    dtypes = count_dtypes(tensors.values())
-    found = Inspection(
-        path=str(path),
-        form="adapter",
-        model=f"LoRA for {config['base_model_name_or_path']}",
-        config={name: value for name, value in config.items() if value not in (None, [], {}, False)},
-        parameters=dtypes.total(),
-        active_parameters=dtypes.total(),
-        dtypes=dict(dtypes),
-        files={ADAPTER_FILE: (path / ADAPTER_FILE).stat().st_size},
-        checks=["the config and the header of the weights are sound"],
-    )
-    if verify:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        verify_tensors(tensors.values(), found, lambda done: progress(done, total))
     return found

@@ -13,16 +13,17 @@ import math
 import operator
 import pickle
 import pickletools
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 
 from modeling_grin.files import check_archive
+from modeling_grin.safetensors_header import read_header
 
 from .headers import shorten
 from .tensors import ConversionError, StoredTensor, read_tensors
@@ -40,7 +41,7 @@ MAX_INDEX_BYTES = 2**28  # of DCP: some 100 bytes for each part of a tensor that
 MAX_PICKLE_BYTES = 20_000_000  # in torch.save's archive: some 100 bytes for each tensor
 MAX_DIMENSIONS = 64
 MAX_SHARDS = 2**12  # of a tensor, one for each rank: they are compared with one another
-CACHED_TENSORS = 2  # a layer's fused matrices, whose parts are asked for one by one
+CACHED_TENSORS = 2  # a layer's released matrices, which are asked for one by one, are parts of two
 
 # The opcodes that torch and DCP write, except `GETS` and `PUTS`.
 REUSABLE = {"BINUNICODE", "SHORT_BINUNICODE", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ"}
@@ -64,37 +65,17 @@ class Record:
         self.state = state
 
 
-class Items(Record, dict):
-    """Stands for an OrderedDict."""
-
-
-class Size(Record, tuple):
-    """Stands for a torch.Size."""
-
-    def __new__(cls, numbers: tuple[int, ...]) -> "Size":
-        if len(numbers) > MAX_DIMENSIONS:
-            raise ValueError(f"a shape of {len(numbers)} dimensions")
-        return super().__new__(cls, map(operator.index, numbers))
-
-
-@functools.cache
-def record_class(name: str) -> type[Record]:
-    return type(name, (Record,), {})
-
-
 class Unpickler(pickle.Unpickler):
-    """Makes records without code."""
+    """Makes records, and objects of two classes that no pickle can change: both are written in C."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return Items
-        if (module, name) == ("torch", "Size"):
-            return Size
+        if (module, name) in (("collections", "OrderedDict"), ("torch", "Size")):
+            return getattr(sys.modules[module], name)
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
         if module.partition(".")[0] not in ("torch", "pathlib"):
             raise ConversionError(f"asks for {module}.{name}, which torch never writes; do not trust it")
-        return record_class(name)
+        return Record
 
     def persistent_load(self, pid: Any) -> Any:
         return Record()
@@ -134,10 +115,9 @@ def load_tensors(file: IO[bytes] | Path) -> Any:
                 raise ValueError(f"has a {entry.filename!r} of {entry.file_size} bytes, more than {MAX_PICKLE_BYTES}")
             with zipfile.ZipFile(file) as archive:
                 unpickle(archive.read(entry))
-    if isinstance(file, Path):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(file, Path):
+        file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, Path))
 
 
 def require_plain(value: Any) -> torch.Tensor:
@@ -165,12 +145,7 @@ def find_pickles(path: Path) -> list[Path]:
 
 
 def read_pickles(files: list[Path]) -> dict[str, StoredTensor]:
-    """Return the tensors in files that torch.save wrote, by name, mapped into memory.
-
-    Raises:
-        ConversionError: a file asks for anything else than tensors, is damaged, has the format before torch 1.6, or
-            holds something else than tensors by name; or a tensor occurs twice.
-    """
+    """Return the tensors in files that torch.save wrote, by name, mapped into memory."""
     tensors: dict[str, StoredTensor] = {}
     for path in files:
         try:
@@ -211,8 +186,6 @@ class Shard(NamedTuple):
 
 
 class ShardedTensor(NamedTuple):
-    """A tensor in shards."""
-
     where: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -223,10 +196,7 @@ class ShardedTensor(NamedTuple):
         shards = [shard for shard in self.shards if 0 not in shard.sizes]
         is_within = all(
             len(shard.offsets) == len(shard.sizes) == len(self.shape)
-            and all(
-                0 <= begin <= end <= size
-                for begin, end, size in zip(shard.offsets, shard.ends, self.shape, strict=True)
-            )
+            and all(0 <= a <= b <= size for a, b, size in zip(shard.offsets, shard.ends, self.shape, strict=True))
             for shard in shards
         )
         stored = sum(math.prod(shard.sizes) for shard in shards)
@@ -259,9 +229,6 @@ def find_dcp_folder(path: Path) -> Path | None:
     """Return the folder of a sharded training checkpoint: `path`, or one in a checkpoint that Trainer has written.
 
     None where there is whole safetensors (which shards are converted to, sometimes beside them), or no shards.
-
-    Raises:
-        ConversionError: there are several.
     """
     if (path / DCP_INDEX).is_file() or any(path.glob(SAFETENSORS_SHARDS)):
         return path
@@ -277,14 +244,8 @@ def find_dcp_folder(path: Path) -> Path | None:
 def read_dcp(folder: Path, *, weights_only: bool) -> dict[str, StoredTensor]:
     """Return the tensors of a sharded training checkpoint by their names in it, without the optimizer's.
 
-    The last two that were read stay in memory, because a layer's released matrices are parts of two tensors.
-
     Args:
         weights_only: read DCP's index, a pickle. safetensors shards do not need it.
-
-    Raises:
-        ConversionError: there is a pickle and not `weights_only`, or it asks for anything that torch does not write;
-            files are missing, lie elsewhere, or are too short; parts of a tensor are missing or overlap.
     """
     path = folder / DCP_INDEX
     if not path.is_file():
@@ -315,22 +276,24 @@ def is_weight(name: str) -> bool:
     return OPTIMIZER_KEYS.isdisjoint(name.split("."))
 
 
-def parse_index(index: Any, folder: Path) -> Iterator[tuple[str, ShardedTensor]]:
+def parse_index(index: Record, folder: Path) -> Iterator[tuple[str, ShardedTensor]]:
     """Yield name and shards of every tensor of an unpickled index; any exception means that it is not one."""
     places: dict[tuple[str, Any], dict[str, Any]] = {}  # (tensor, offsets) -> file, offset and length of its bytes
     for place, info in index.state["storage_data"].items():
         name, offsets = place.state["fqn"], place.state.get("offset")
-        if type(name) is not str or type(offsets) not in (Size, type(None)):
+        if type(name) is not str or type(offsets) not in (torch.Size, type(None)):
             raise TypeError("a part without a tensor")
         places[name, offsets] = info.state
     for name, described in index.state["state_dict_metadata"].items():
-        if type(described) is not record_class("TensorStorageMetadata") or not is_weight(name):
+        if described.state is None or not is_weight(name):  # objects in bytes have no state
             continue
         shape, dtype, shards = described.state["size"], described.state["properties"].state[0], []
+        if not isinstance(dtype, torch.dtype) or type(shape) is not torch.Size or len(shape) > MAX_DIMENSIONS:
+            raise TypeError(f"{name} has no dtype, or no shape")
         for box in described.state["chunks"][:MAX_SHARDS]:
             offsets, sizes = box.state["offsets"], box.state["sizes"]
-            if not isinstance(dtype, torch.dtype) or not type(shape) is type(offsets) is type(sizes) is Size:
-                raise TypeError(f"{name} has no dtype, or no shape")
+            if not type(offsets) is type(sizes) is torch.Size:
+                raise TypeError(f"{name} has a part without a shape")
             if (name, offsets) not in places:
                 raise ConversionError(f"lacks a part of {name}, at {list(offsets)}: copy the whole folder again")
             load = find_part(places[name, offsets], folder, name, math.prod(sizes) * dtype.itemsize)
@@ -370,10 +333,9 @@ def read_safetensors_shards(folder: Path) -> dict[str, ShardedTensor]:
     for path in sorted(folder.glob(SAFETENSORS_SHARDS)):
         tensors = read_tensors(path)
         try:
-            with safe_open(path, framework="np") as file:
-                info = json.loads(file.metadata()[SHARDING_INFO])
+            info = json.loads(read_header(path)["__metadata__"][SHARDING_INFO])
             places = {name: tuple(map(operator.index, info[name]["saved_offsets"])) for name in tensors}
-        except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConversionError(f"{path} does not say which parts of tensors it holds: copy it again") from error
         for name, tensor in tensors.items():
             if is_weight(name):

@@ -3,32 +3,27 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-INT, FLOAT = {int}, {int, float}
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
+)  # fmt: skip
 # The fields that decide what a model computes, and their types or values in a plain config.
 FIELDS: dict[str, set] = {
-    "vocab_size": INT,
-    "hidden_size": INT,
-    "intermediate_size": INT,
-    "num_hidden_layers": INT,
-    "num_attention_heads": INT,
-    "num_key_value_heads": INT,
-    "head_dim": INT,
-    "num_local_experts": INT,
-    "num_experts_per_tok": INT,
-    "max_position_embeddings": INT,
+    **{name: {int} for name in SIZES},
     "sliding_window": {int, type(None)},
     "hidden_act": {"silu"},
-    "rms_norm_eps": FLOAT,
+    "rms_norm_eps": {int, float},
     "attention_bias": {bool},
     "lm_head_bias": {bool},
     "router_estimator": {"sparsemixer_v2"},
-    "router_jitter_noise": FLOAT,
+    "router_jitter_noise": {int, float},
     "moe_output_scale": {False},
     "tie_word_embeddings": {bool},
     "rope_parameters": {dict},
@@ -37,6 +32,8 @@ COMPLETE = "every tensor that the config asks for is there once, with its shape,
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Objects in a plain config that say nothing about what the model computes.
 OTHER_OBJECTS = {"auto_map", "rope_parameters", "id2label", "label2id"}
+
+Shape = tuple[int, ...]
 
 
 @dataclass
@@ -66,6 +63,19 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
     difference: dict[str, float | None] | None = None
 
+    @classmethod
+    def of_weights(
+        cls, sizes: Iterable[tuple[str, str, int]], top_k: int, num_experts: int, **facts: Any
+    ) -> "Inspection":
+        """Count the parameters, given as (name, dtype, number) of each tensor; a token uses `top_k` experts."""
+        dtypes: Counter[str] = Counter()
+        experts = 0
+        for name, dtype, number in sizes:
+            dtypes[dtype] += number
+            experts += number if ".experts." in name or "_exps." in name else 0
+        active = dtypes.total() - experts * (num_experts - top_k) // num_experts
+        return cls(**facts, parameters=dtypes.total(), active_parameters=active, dtypes=dict(dtypes))
+
 
 def summarize(folder: Path) -> Inspection | None:
     """Return what `inspect` says about the language model in a folder, or None.
@@ -81,32 +91,30 @@ def summarize(folder: Path) -> Inspection | None:
             return None
         if {name: shape for name, (shape, _) in tensors.items()} != expected_shapes(config, fused):
             return None
-        dtypes: Counter[str] = Counter()
-        for shape, dtype in tensors.values():
-            dtypes[DTYPES[dtype]] += math.prod(shape)
+        return Inspection.of_weights(
+            ((name, DTYPES[dtype], math.prod(shape)) for name, (shape, dtype) in tensors.items()),
+            config["num_experts_per_tok"],
+            config["num_local_experts"],
+            path=str(folder),
+            form="fused" if fused else "hub",
+            model="GrinMoeForCausalLM",
+            config=config,
+            files=files,
+            checks=[COMPLETE],
+        )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
-    experts = sum(math.prod(shape) for name, (shape, _) in tensors.items() if ".experts." in name)
-    idle = experts * (config["num_local_experts"] - config["num_experts_per_tok"]) // config["num_local_experts"]
-    return Inspection(
-        path=str(folder),
-        form="fused" if fused else "hub",
-        model="GrinMoeForCausalLM",
-        config=config,
-        parameters=dtypes.total(),
-        active_parameters=dtypes.total() - idle,
-        dtypes=dict(dtypes),
-        files=files,
-        checks=[COMPLETE],
-    )
 
 
 def read_plain_config(folder: Path) -> dict[str, Any]:
     """Return `FIELDS` of a config of default choices, as `GrinMoeConfig` has them, or raise ValueError."""
     values = json.loads((folder / "config.json").read_bytes())
-    rope = {"rope_theta": values.get("rope_theta"), "rope_type": "default"}
-    absent = {"rope_parameters": rope, "moe_output_scale": False, "router_estimator": "sparsemixer_v2"}
-    absent["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    absent = {
+        "rope_parameters": {"rope_theta": values.get("rope_theta"), "rope_type": "default"},
+        "moe_output_scale": False,
+        "router_estimator": "sparsemixer_v2",
+        "head_dim": values["hidden_size"] // values["num_attention_heads"],
+    }
     values = absent | {name: value for name, value in values.items() if value is not None or name == "sliding_window"}
     config = {name: values[name] for name in FIELDS}
     rope = config["rope_parameters"]
@@ -116,69 +124,60 @@ def read_plain_config(folder: Path) -> dict[str, Any]:
         and all(
             type(value) in FIELDS[name] or value in FIELDS[name] for name, value in config.items() if value != rope
         )
-        and rope.keys() == {"rope_theta", "rope_type"}
-        and rope["rope_type"] == "default"
-        and type(rope["rope_theta"]) in FLOAT
+        and rope == {"rope_theta": rope["rope_theta"], "rope_type": "default"}
+        and type(rope["rope_theta"]) in (int, float)
+        and "rope_scaling" not in values
         and not any(isinstance(value, dict) and name not in OTHER_OBJECTS for name, value in values.items())
-        and all(value > 0 for name, value in config.items() if FIELDS[name] is INT)
+        and all(config[name] > 0 for name in SIZES)
         and config["num_experts_per_tok"] <= config["num_local_experts"]
     )
-    if not is_plain or values.get("rope_scaling") is not None:
+    if not is_plain:
         raise ValueError("not a plain config")
     return config
 
 
-def read_plain_headers(folder: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, int]]:
+def read_plain_headers(folder: Path) -> tuple[dict[str, tuple[Shape, str]], dict[str, int]]:
     """Return name -> (shape, dtype) of a folder's tensors, and its files' sizes, or raise ValueError."""
     index = folder / "model.safetensors.index.json"
-    places = json.loads(index.read_bytes())["weight_map"] if index.exists() else None
     files = sorted(folder.glob("*.safetensors"))
-    tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+    tensors: dict[str, tuple[Shape, str]] = {}
     found: dict[str, str] = {}
     for path in files:
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 part = file.get_slice(name)
                 found[name], tensors[name] = path.name, (tuple(part.get_shape()), part.get_dtype())
-    others = (folder / ".metadata", folder / "adapter_config.json")
-    expected = found if places is None else places
-    if found != expected or any(path.exists() for path in others) or (places is None and len(files) != 1):
+    is_whole = json.loads(index.read_bytes())["weight_map"] == found if index.exists() else len(files) == 1
+    if not is_whole or (folder / ".metadata").exists() or (folder / "adapter_config.json").exists():
         raise ValueError("not plain safetensors")
     return tensors, {path.name: path.stat().st_size for path in files}
 
 
-def expected_shapes(config: dict[str, Any], fused: bool) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: dict[str, Any], fused: bool) -> dict[str, Shape]:
     """Return name -> shape of the tensors of a language model."""
-    hidden, ffn, experts = config["hidden_size"], config["intermediate_size"], config["num_local_experts"]
+    vocab, hidden, ffn = config["vocab_size"], config["hidden_size"], config["intermediate_size"]
     query, key = (config[f"num_{heads}_heads"] * config["head_dim"] for heads in ("attention", "key_value"))
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-
-    def add(name: str, *shape: int, bias: bool) -> None:
-        shapes[f"{name}.weight"] = shape
-        if bias:
-            shapes[f"{name}.bias"] = shape[:1]
-
-    for layer in (f"model.layers.{n}" for n in range(config["num_hidden_layers"])):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            add(f"{layer}.{norm}", hidden, bias=True)
-        for name, rows, columns in (
-            ("q", query, hidden),
-            ("k", key, hidden),
-            ("v", key, hidden),
-            ("o", hidden, query),
-        ):
-            add(f"{layer}.self_attn.{name}_proj", rows, columns, bias=config["attention_bias"])
-        moe = f"{layer}.block_sparse_moe"
-        add(f"{moe}.gate", experts, hidden, bias=False)
-        if fused:
-            shapes[f"{moe}.experts.gate_up_proj"] = (experts, 2 * ffn, hidden)
-            shapes[f"{moe}.experts.down_proj"] = (experts, hidden, ffn)
-        for expert in range(0 if fused else experts):
-            for name, *shape in (("w1", ffn, hidden), ("w2", hidden, ffn), ("w3", ffn, hidden)):
-                add(f"{moe}.experts.{expert}.{name}", *shape, bias=False)
-    add("model.norm", hidden, bias=True)
-    if config["lm_head_bias"]:
-        shapes["lm_head.bias"] = (config["vocab_size"],)
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
-    return shapes
+    experts = config["num_local_experts"]
+    layer: dict[str, Shape] = {
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key, hidden),
+        "self_attn.v_proj": (key, hidden),
+        "self_attn.o_proj": (hidden, query),
+    }
+    biases = [*layer] * config["attention_bias"] + ["input_layernorm", "post_attention_layernorm"]
+    layer |= {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    layer |= {"block_sparse_moe.gate": (experts, hidden)}
+    for expert in range(0 if fused else experts):
+        prefix = f"block_sparse_moe.experts.{expert}"
+        layer |= {f"{prefix}.w1": (ffn, hidden), f"{prefix}.w2": (hidden, ffn), f"{prefix}.w3": (ffn, hidden)}
+    parameters: dict[str, Shape] = {f"{name}.weight": shape for name, shape in layer.items()}
+    parameters |= {f"{name}.bias": layer[name][:1] for name in biases}
+    if fused:
+        parameters["block_sparse_moe.experts.gate_up_proj"] = (experts, 2 * ffn, hidden)
+        parameters["block_sparse_moe.experts.down_proj"] = (experts, hidden, ffn)
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for n in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{n}.{name}": shape for name, shape in parameters.items()}
+    shapes |= {"model.norm.weight": (hidden,), "model.norm.bias": (hidden,)}
+    shapes |= {} if config["tie_word_embeddings"] else {"lm_head.weight": (vocab, hidden)}
+    return shapes | ({"lm_head.bias": (vocab,)} if config["lm_head_bias"] else {})

@@ -16,7 +16,6 @@ from modeling_grin.modeling_grinmoe import GrinMoePreTrainedModel
 from modeling_grin.routing_grinmoe import inference_rule
 
 from .checkpoint import Checkpoint
-from .forms import model_class_of
 from .tensors import ConversionError
 
 PROBE_SHAPE = (4, 64)  # sequences, tokens
@@ -40,8 +39,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Grin
     Args:
         dtype: what to convert the tensors to; by default one that holds them all as they are.
     """
-    model_class = model_class_of(checkpoint.tensors)
-    model = model_class._from_config(checkpoint.config, dtype=dtype or checkpoint.dtype)
+    model = checkpoint.model_class._from_config(checkpoint.config, dtype=dtype or checkpoint.dtype)
     tensors = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
     if checkpoint.config.tie_word_embeddings:
         tensors |= {name: tensors[source] for name, source in model.all_tied_weights_keys.items()}
@@ -119,9 +117,8 @@ def compute_source(checkpoint: Checkpoint, dtype: torch.dtype, input_ids: torch.
     transformers loads the folder if it can, so that not only our own reader is compared with itself.
     """
     if checkpoint.is_standard:
-        model_class = model_class_of(checkpoint.tensors)
         with without_bars():
-            model = model_class.from_pretrained(checkpoint.path, config=checkpoint.config, dtype=dtype)
+            model = checkpoint.model_class.from_pretrained(checkpoint.path, config=checkpoint.config, dtype=dtype)
     else:
         model = load_model(checkpoint, dtype)
     return compute(model, input_ids)

@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 
 
 class NotEnoughSpace(ConversionError):
-    """The disk has no room for what is still to be written; nothing of it has been."""
+    """The disk has no room for what is still to be written: what has been written before stays for `resume`."""
 
 
 def incomplete_folder(destination: Path) -> Path:
@@ -46,11 +46,7 @@ def incomplete_folder(destination: Path) -> Path:
 
 @contextmanager
 def locked(destination: Path) -> Iterator[Path]:
-    """Create `incomplete_folder` if it is absent, and lock it for this process. A killed process loses its lock.
-
-    Raises:
-        ConversionError: another process holds the lock.
-    """
+    """Create `incomplete_folder` if it is absent, and lock it for this process. A killed process loses its lock."""
     folder = incomplete_folder(destination)
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,10 +73,6 @@ def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Pa
     Args:
         plan: everything that the result depends on, in JSON.
         resume: continue what an interrupted conversion with the same plan has left.
-
-    Raises:
-        ConversionError: another process is making the destination, or has made it; an interrupted conversion has
-            left its files, or `resume` finds files of another plan; the disk is full.
     """
     with locked(destination) as folder:
         was_interrupted = (folder / PLAN).exists()
@@ -122,7 +114,7 @@ def publish(result: Path, destination: Path) -> None:
 
 def check_destination(destination: Path, source: Path, *, is_file: bool) -> None:
     """Raise ConversionError unless `destination` can be made; a folder may replace an empty folder."""
-    if destination == source or source in destination.parents:
+    if source in (destination, *destination.parents):
         raise ConversionError(f"the destination {destination} lies in the source: give another one")
     if not is_free(destination) or (destination.exists() and is_file):
         left = incomplete_folder(destination)
@@ -141,10 +133,7 @@ def check_resumable(folder: Path, plan: dict[str, Any], resume: bool) -> None:
         raise ConversionError(
             f"{folder} is left of a conversion that was interrupted: continue it with --resume, or delete it"
         )
-    try:
-        begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    except ValueError:
-        begun = {}
+    begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     # As JSON has it: tuples are lists there.
     if changed := [key for key, value in json.loads(json.dumps(plan)).items() if begun.get(key) != value]:
         raise ConversionError(f"{folder} was begun with another {' and '.join(changed)}: delete it, and start anew")
@@ -169,23 +158,17 @@ def check_space(path: Path, nbytes: int) -> None:
 
 
 def checked_chunks(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Yield the chunks of `tensor` in `dtype`.
-
-    Raises:
-        ConversionError: a value is NaN or infinite, or becomes so in `dtype`.
-    """
+    """Yield the chunks of `tensor` in `dtype`; raise ConversionError for values that are not finite in either."""
     for chunk in tensor.chunks():
         if not is_finite(chunk):
             raise ConversionError(f"{tensor.where} holds NaN or infinite values: the checkpoint is damaged")
-        if chunk.dtype != dtype:
-            cast = chunk.to(dtype)
-            if not is_finite(cast):
-                largest = chunk.abs().max().item()
-                raise ConversionError(
-                    f"{tensor.where} holds {largest:g}, beyond the range of {dtype}: use bfloat16 or float32"
-                )
-            chunk = cast
-        yield chunk
+        cast = chunk.to(dtype)
+        if cast is not chunk and not is_finite(cast):
+            largest = chunk.abs().max().item()
+            raise ConversionError(
+                f"{tensor.where} holds {largest:g}, beyond the range of {dtype}: use bfloat16 or float32"
+            )
+        yield cast
 
 
 @dataclass(frozen=True)
@@ -202,11 +185,7 @@ class Output:
 
 
 def outputs(groups: Groups, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> dict[str, Output]:
-    """Return the tensors of a form, made of the released ones.
-
-    Raises:
-        ConversionError: experts that are to be stacked have different dtypes.
-    """
+    """Return the tensors of a form, made of the released ones."""
     made = {}
     for name, (shape, parts) in groups.items():
         stored = [tensors[part] for part in parts]

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from conversion import gguf_export
 from conversion.checkpoint import Checkpoint
-from conversion.gguf_export import Fold, estimate_router_std, export_gguf
+from conversion.gguf_export import estimate_router_std, export_gguf
 from conversion.gguf_simulate import load_gguf
 from conversion.tensors import ConversionError, StoredTensor
 from conversion.verify import Calibration, calibrate
@@ -84,7 +84,12 @@ def agreement(logits: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.fixture
 def naive(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Called, it turns the folds off."""
-    return lambda: monkeypatch.setattr(gguf_export, "choose_fold", lambda *_: Fold(None, 1.0))
+
+    def turn_off() -> None:
+        monkeypatch.setattr(gguf_export, "choose_factor", lambda *_: 1.0)
+        monkeypatch.setattr(gguf_export, "CENTRED", {})
+
+    return turn_off
 
 
 # --- The weights, in torch ------------------------------------------------------------------------------------------
@@ -294,15 +299,13 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path, overrides: d
     assert not (tmp_path / "model").exists()
 
 
-def test_tensors_that_are_missing_or_left_over_are_refused(tmp_path: Path) -> None:
+def test_other_models_are_refused(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path)
-    for name in ("lm_head.weight", "model.layers.1.block_sparse_moe.experts.2.w2.weight"):
-        tensors = {key: tensor for key, tensor in read_tensors(checkpoint).items() if key != name}
-        with pytest.raises(ConversionError, match=f"no tensor {name}"):
-            export_gguf(open_checkpoint(tmp_path, checkpoint.config, tensors), tmp_path / "model")
-    tensors = read_tensors(checkpoint) | {"score.weight": torch.zeros(2, 128)}
-    with pytest.raises(ConversionError, match=r"score.weight has no place"):
-        export_gguf(open_checkpoint(tmp_path, checkpoint.config, tensors), tmp_path / "model")
+    tensors = read_tensors(checkpoint)
+    decoder = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if "lm_head" not in name}
+    for other in (decoder, tensors | {"score.weight": torch.zeros(2, 128)}):
+        with pytest.raises(ConversionError, match=r"holds a GrinMoe\w+: llama.cpp has GrinMoeForCausalLM alone"):
+            export_gguf(open_checkpoint(tmp_path, checkpoint.config, other), tmp_path / "model")
 
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3.weight"

@@ -19,7 +19,6 @@ from conversion import gguf_reader
 from conversion.gguf_reader import read_gguf
 from conversion.headers import find_tensors, read_adapter_config, read_config, read_json
 from conversion.tensors import ConversionError, read_tensors
-from modeling_grin import GrinMoeConfig
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_1, SHARD_2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -62,30 +61,22 @@ def test_tensors_are_those_that_safetensors_wrote(tmp_path):
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
-def tensor_file(header, data=bytes(8), length=None):
+def tensor_file(header, data=bytes(8)):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+    return len(text).to_bytes(8, "little") + text + data
 
 
 DAMAGED = {
-    "empty": b"",
-    "cut in the header": tensor_file({}, b"", length=3),
-    "no JSON": tensor_file(b"{" * 100),
-    "deep": tensor_file(b"[" * 100_000),
-    "unknown dtype": tensor_file({"a": {**ENTRY, "dtype": "F5"}}),
-    "negative size": tensor_file({"a": {**ENTRY, "shape": [-2]}}),
-    "overflow": tensor_file({"a": {**ENTRY, "shape": [2**62] * 64}}),
-    "hole": tensor_file({"a": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12)),
-    "overlap": tensor_file({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12)),
     "cut off": tensor_file({"a": ENTRY}, bytes(7)),
-    "bytes left over": tensor_file({"a": ENTRY}, bytes(9)),
+    "hole": tensor_file({"a": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12)),
+    "deep": tensor_file(b"[" * 100_000),
     "twice": tensor_file(b'{"a":%s,"a":%s}' % ((json.dumps(ENTRY).encode(),) * 2)),
-    "long number": tensor_file(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8],"x":1' + b"0" * 5000 + b"}}"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_damaged_safetensors_files_are_refused(tmp_path, kind):
+    """safetensors finds all but the last."""
     (tmp_path / "x.safetensors").write_bytes(DAMAGED[kind])
     message = "'a' occurs 2 times" if kind == "twice" else ""
     refused(f"{tmp_path}/x.safetensors |{message}", read_tensors, tmp_path / "x.safetensors")
@@ -126,13 +117,9 @@ def test_bad_indexes_are_refused(tmp_path, weight_map, message):
 
 
 def test_other_faults_of_an_index_are_refused(tmp_path):
-    for metadata in (None, {"total_size": "1"}, {"total_size": True}):
-        index = {"weight_map": WEIGHT_MAP, "metadata": metadata}
-        refused("has metadata|total_size", find_tensors, write_shards(tmp_path, index))
+    refused("has no weight_map", find_tensors, write_shards(tmp_path, {"weight_map": WEIGHT_MAP, "metadata": None}))
     twice = json.dumps({"weight_map": WEIGHT_MAP}).replace('"b":', '"a.weight":')
     refused(f"{INDEX_NAME}|'a.weight' occurs 2 times", find_tensors, write_shards(tmp_path, twice))
-    both = {SHARD_2: {**SHARDS[SHARD_2], "b": torch.ones(1)}}
-    refused(f"{SHARD_2} holds tensor 'b'", find_tensors, write_shards(tmp_path, {"weight_map": WEIGHT_MAP}, **both))
 
 
 def test_ambiguous_folders_are_refused(tmp_path):
@@ -183,21 +170,6 @@ def test_files_that_cannot_be_opened_are_refused(tmp_path):
         refused("config.json is missing, or not a file", function, tmp_path)
 
 
-LONGROPE = {
-    **released_config(model_type="phimoe", sliding_window=None, architectures=["PhiMoEForCausalLM"]),
-    "rope_scaling": {
-        **{"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 2.5, 4.0, 6.5]},
-        **{"short_mscale": 1.2, "long_mscale": 1.3, "original_max_position_embeddings": 64},
-    },
-}
-
-
-@pytest.mark.parametrize("config", [released_config(), LONGROPE], ids=["grinmoe", "longrope"])
-def test_configs_are_read_as_transformers_reads_them(tmp_path, config):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_config(tmp_path).to_dict() == GrinMoeConfig.from_dict(config).to_dict()
-
-
 def test_how_a_model_was_run_is_not_taken_from_its_config(tmp_path):
     runtime = {"_attn_implementation": "someone/kernel", "experts_implementation": "someone/kernel"}
     (tmp_path / "config.json").write_text(json.dumps(released_config(**runtime, transformers_weights="../x")))
@@ -230,9 +202,9 @@ def text(value):
     return struct.pack("<Q", len(value)) + value
 
 
-def tensor_info(name="a", dimensions=(32,), tensor_type=0, offset=0):
+def tensor_info(dimensions=(32,), offset=0):
     sizes = struct.pack(f"<{len(dimensions)}Q", *dimensions)
-    return text(name) + struct.pack("<I", len(dimensions)) + sizes + struct.pack("<IQ", tensor_type, offset)
+    return text("a") + struct.pack("<I", len(dimensions)) + sizes + struct.pack("<IQ", 0, offset)
 
 
 def gguf_bytes(keys=(), tensors=(), data=bytes(128), version=3, counts=None):
@@ -258,29 +230,19 @@ def gguf_file(path):
 def test_gguf_files_are_read(tmp_path):
     quantized = gguf_file(tmp_path / "x.gguf")
     metadata, [tensor] = read_gguf(tmp_path / "x.gguf")
-    tokens, scores = ["<s>", "▁a", "b"], [0.0, -1.5]
-    assert metadata == {
-        "general.architecture": "phimoe",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": scores,
-        "x": 2**63,
-    }
+    arrays = {"tokenizer.ggml.tokens": ["<s>", "▁a", "b"], "tokenizer.ggml.scores": [0.0, -1.5]}
+    assert metadata == {"general.architecture": "phimoe", **arrays, "x": 2**63}
     assert (tensor.name, tensor.tensor_type.name, tensor.n_elements) == ("token_embd.weight", "Q4_0", 1024)
     assert bytes(tensor.data) == quantized.tobytes()
 
 
 BAD_GGUF = {
-    "empty": b"",
     "another file": b"GGML" + bytes(100),
     "big-endian": gguf_bytes(version=3 << 24),
     "tensors without end": gguf_bytes(counts=(2**60, 0)),
     "keys without end": gguf_bytes(counts=(0, 2**60)),
     "a long text": gguf_bytes([text("a") + struct.pack("<IQ", 8, 2**63)]),
     "an array of arrays": gguf_bytes([text("a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000]),
-    "a key twice": gguf_bytes([text("a") + struct.pack("<IB", 7, 1)] * 2),
-    "alignment": gguf_bytes([text("general.alignment") + struct.pack("<II", 4, 48)]),
-    "a tensor twice": gguf_bytes([], [tensor_info()] * 2),
-    "type of a tensor": gguf_bytes([], [tensor_info(tensor_type=4)]),
     "cut off": gguf_bytes([], [tensor_info(dimensions=(33,))]),
     "overflow": gguf_bytes([], [tensor_info(dimensions=(2**32, 2**32))]),
     "a far offset": gguf_bytes([], [tensor_info(offset=2**63)]),
