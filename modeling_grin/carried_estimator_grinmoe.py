@@ -12,7 +12,7 @@ from .estimators_grinmoe import ROUTER_ESTIMATORS
 logger = logging.get_logger(__name__)
 
 ESTIMATOR_FILE = "router_estimator.py"
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def save_estimator(name: str, folder: str | os.PathLike) -> None:

@@ -38,6 +38,8 @@ class VisibleWindowConfig:
         self._config = config
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":  # while it is copied
+            raise AttributeError(name)
         return getattr(self._config, name)
 
     def __iter__(self) -> Iterator[str]:

@@ -93,7 +93,7 @@ def jitter(hidden_states: torch.Tensor, input_jitter_noise: float, keys: torch.T
     output = torch.empty_like(hidden_states)
     num_tokens, hidden_size = hidden_states.shape
     if num_tokens > 0:
-        grid = num_tokens, -(-hidden_size // (2 * PAIRS_PER_PROGRAM))
+        grid = num_tokens, triton.cdiv(hidden_size, 2 * PAIRS_PER_PROGRAM)
         factors = 2 * input_jitter_noise, 1 - input_jitter_noise
         launch(jitter_kernel, grid, hidden_states, keys, output, hidden_size, *factors, PAIRS=PAIRS_PER_PROGRAM)
     return output
@@ -191,8 +191,19 @@ def choose_backward_kernel(
     tl.store(place, grad.to(grad_logits.dtype.element_ty), rows[:, None] & (expert < NUM_EXPERTS)[None, :])
 
 
-def _next_power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+def _launch_by_tokens(kernel: Any, router_logits: torch.Tensor, *arguments: Any, **constants: Any) -> None:
+    num_tokens, num_experts = router_logits.shape
+    if num_tokens > 0:
+        launch(
+            kernel,
+            (triton.cdiv(num_tokens, TOKENS_PER_PROGRAM),),
+            router_logits,
+            *arguments,
+            NUM_EXPERTS=num_experts,
+            COLUMNS=triton.next_power_of_2(num_experts),
+            TOKENS=TOKENS_PER_PROGRAM,
+            **constants,
+        )
 
 
 @torch.library.custom_op("grinmoe::choose", mutates_args=())
@@ -210,22 +221,11 @@ def choose(
         `experts`, int64, `probs`, float32, and `at_end`, bool, all `[T, K]`; `probs` is 0 for a logit of -inf.
     """
     router_logits = router_logits.contiguous()
-    num_tokens, num_experts = router_logits.shape
-    experts, probs, at_end = _empty_choices(router_logits, top_k)
-    if num_tokens > 0:
-        launch(
-            choose_kernel,
-            (-(-num_tokens // TOKENS_PER_PROGRAM),),
-            *(router_logits, router_logits if keys is None else keys, experts, probs, at_end),
-            *(num_tokens, 2 * jitter_eps, end_probability),
-            NUM_EXPERTS=num_experts,
-            COLUMNS=_next_power_of_2(num_experts),
-            TOP_K=top_k,
-            SAMPLE=keys is not None,
-            EXCEPTION=argmax_exception,
-            TOKENS=TOKENS_PER_PROGRAM,
-        )
-    return experts, probs, at_end
+    choices = _empty_choices(router_logits, top_k)
+    arguments = router_logits if keys is None else keys, *choices, len(router_logits), 2 * jitter_eps, end_probability
+    constants = {"TOP_K": top_k, "SAMPLE": keys is not None, "EXCEPTION": argmax_exception}
+    _launch_by_tokens(choose_kernel, router_logits, *arguments, **constants)
+    return choices
 
 
 def _empty_choices(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -246,18 +246,9 @@ def choose_backward(
 ) -> torch.Tensor:
     """The gradient with respect to `router_logits`, `[T, E]`, of a gradient `[T, K]` with respect to `probs`."""
     router_logits = router_logits.contiguous()
-    num_tokens, num_experts = router_logits.shape
     grad_logits = torch.empty_like(router_logits)
-    if num_tokens > 0:
-        launch(
-            choose_backward_kernel,
-            (-(-num_tokens // TOKENS_PER_PROGRAM),),
-            *(router_logits, experts, grad_probs.contiguous(), grad_logits, num_tokens, 2 * jitter_eps),
-            NUM_EXPERTS=num_experts,
-            COLUMNS=_next_power_of_2(num_experts),
-            TOP_K=experts.shape[1],
-            TOKENS=TOKENS_PER_PROGRAM,
-        )
+    arguments = experts, grad_probs.contiguous(), grad_logits, len(router_logits), 2 * jitter_eps
+    _launch_by_tokens(choose_backward_kernel, router_logits, *arguments, TOP_K=experts.shape[1])
     return grad_logits
 
 

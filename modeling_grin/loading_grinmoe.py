@@ -4,6 +4,7 @@ transformers finds missing, unexpected and mis-shaped tensors, and warns about s
 `loading_info` into one error that names them.
 """
 
+import importlib
 import json
 import os
 import re
@@ -15,10 +16,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import find_adapter_config_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import find_adapter_config_file, is_peft_available
 from transformers.utils.hub import cached_file
 
-from .carried_estimator_grinmoe import load_estimator
+from .carried_estimator_grinmoe import HUB_ARGUMENTS, load_estimator
 from .compat_grinmoe import require_layouts
 from .configuration_grinmoe import GrinMoeConfig
 from .layout_grinmoe import (
@@ -37,12 +39,13 @@ from .linear_experts_grinmoe import (
 )
 from .packed_grinmoe import load_packed, open_tensors, pack_layers, packed_layers
 from .patterns_grinmoe import adaptable_names, check_patterns
-from .tables_grinmoe import list_causal_lm
 
-HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "subfolder")
 # Implementations that do not call `GrinMoeExperts._apply_gate`, which has the dropout.
 WITHOUT_DROPOUT = {"eager", "sonicmoe"}
-NEW_TASK_HEAD = "score.weight"
+FUSED_EXPERTS = (
+    '. Its experts are fused: load it without experts_implementation="linear" and quantization_config, save it with '
+    "save_pretrained, and load that"
+)
 
 
 class CheckpointMismatch(ValueError, RuntimeError):
@@ -60,12 +63,15 @@ class GrinMoeLoadingMixin(PreTrainedModel):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # For every class, so that one with its own model type reads and writes the released layout as well; and here
-        # and not in the package's __init__, because these lines travel to the Hub with a checkpoint's code.
+        # Here and not in the package's __init__: these lines serve subclasses with a model type of their own, and
+        # travel to the Hub with a checkpoint's code.
         if cls.config_class is not None:
-            register_expert_layout(cls.config_class.model_type)
-            if issubclass(cls, GenerationMixin):
-                list_causal_lm(cls.__name__, cls.config_class.model_type)
+            model_type, names = cls.config_class.model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            register_expert_layout(model_type)
+            # The Auto classes' `register` leaves this table alone. For its classes Trainer shifts the labels of label
+            # smoothing; pipelines, model cards and lm-eval read it as well.
+            if issubclass(cls, GenerationMixin) and cls.__name__ not in names.values():
+                names[cls.__name__ if model_type in names else model_type] = cls.__name__
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -163,11 +169,10 @@ class GrinMoeLoadingMixin(PreTrainedModel):
         """
         source = args[0] if args else kwargs.get("peft_model_id")
         if source is not None and kwargs.get("peft_config") is None:
-            hub = {key: value for key, value in (kwargs.get("adapter_kwargs") or {}).items() if key in HUB_ARGUMENTS}
-            hub["local_files_only"] = kwargs.get("local_files_only", False)
+            hub = {**(kwargs.get("adapter_kwargs") or {}), "local_files_only": kwargs.get("local_files_only", False)}
+            hub = {key: value for key, value in hub.items() if key in HUB_ARGUMENTS}
             if (file := find_adapter_config_file(source, **hub)) is not None:
-                with open(file, encoding="utf-8") as config:
-                    check_patterns(json.load(config), adaptable_names(self), source)
+                check_patterns(json.loads(Path(file).read_text("utf-8")), adaptable_names(self), source)
         info = super().load_adapter(*args, **kwargs)
         if names := sorted({*info.unexpected_keys, *info.missing_keys}):
             raise ValueError(
@@ -215,7 +220,7 @@ class GrinMoeLoadingMixin(PreTrainedModel):
 
 def is_optional_tensor(name: str) -> bool:
     """Whether a checkpoint may lack this tensor: the head of a new task, or a scale that begins as ones."""
-    return name == NEW_TASK_HEAD or name.endswith(".output_scale")
+    return name == "score.weight" or name.endswith(".output_scale")
 
 
 def find_new_heads(model: PreTrainedModel, missing: Iterable[str]) -> set[str]:
@@ -258,16 +263,10 @@ def raise_on_mismatch(model: PreTrainedModel, info: Any, ignore_mismatched_sizes
         ]
     prefix = f"{model.base_model_prefix}."  # checkpoints of the bare model lack it
     modules = {name.removeprefix(prefix).split(".")[0] for name in model.state_dict()}
-    foreign = sorted(info.unexpected_keys)
-    unexpected = [name for name in foreign if name.removeprefix(prefix).split(".")[0] in modules]
+    unexpected = [name for name in sorted(info.unexpected_keys) if name.removeprefix(prefix).split(".")[0] in modules]
     problems += [f"{name} is not part of the model that the config describes" for name in unexpected]
-    hint = ""
-    if any(name.endswith(".experts.gate_up_proj") for name in unexpected):
-        hint = (
-            '. Its experts are fused: load it without experts_implementation="linear" and quantization_config, '
-            "save it with save_pretrained, and load that"
-        )
-    raise_on_problems(model, problems, hint)
+    is_fused = any(name.endswith(".experts.gate_up_proj") for name in unexpected)
+    raise_on_problems(model, problems, FUSED_EXPERTS if is_fused else "")
 
 
 def check_names(model: PreTrainedModel, files: Iterable[str | os.PathLike]) -> None:
@@ -312,12 +311,23 @@ def accept_released_layout(experts: nn.Module) -> None:
     experts.register_load_state_dict_pre_hook(refuse_other_adapters)
 
 
+def list_adapter_targets(model_type: str) -> None:
+    """Give a model type what peft adapts by default in Mixtral, whose modules have our names.
+
+    A model asks for it when it is made: peft takes seconds to import, and reading a config does not need it.
+    """
+    if not is_peft_available():
+        return
+    for name, table in vars(importlib.import_module("peft.utils.constants")).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and "mixtral" in table:
+            table.setdefault(model_type, table["mixtral"])
+
+
 def check_parallel_sizes(config: GrinMoeConfig, *, tp_size: int = 1, pp_size: int = 1, fsdp_size: int = 1) -> None:
     """Raise ValueError, naming the field, if `config` cannot be split over these numbers of ranks.
 
-    Tensor parallelism gives each rank whole attention heads and an equal slice of every expert; vocabularies may be
-    uneven. Pipeline parallelism gives each stage (or chunk, if a rank has several) at least one layer, and FSDP each
-    rank at least one expert: it deals them out whole, the same number to every rank except the last one.
+    Tensor parallelism splits heads and every expert evenly, and the vocabulary as it may. A pipeline's stage (or
+    chunk) has at least one layer. FSDP deals out whole experts, as many to each rank, except the last one.
     """
     for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if (size := getattr(config, field)) % tp_size:
@@ -345,10 +355,7 @@ def is_readable(path: Path) -> bool:
     try:
         if path.suffix == ".json":
             index = json.loads(path.read_text(encoding="utf-8"))
-            files = index["weight_map"].values()
-            return (
-                isinstance(index["metadata"], dict) and len(files) > 0 and all(isinstance(file, str) for file in files)
-            )
+            return isinstance(index["metadata"], dict) and {*map(type, index["weight_map"].values())} == {str}
         safe_open(path, framework="pt").__exit__(None, None, None)
     except (SafetensorError, ValueError, RecursionError, KeyError, TypeError, AttributeError):  # no JSON, or no text
         return False
@@ -357,11 +364,10 @@ def is_readable(path: Path) -> bool:
 
 def find_damaged_files(pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> list[str]:
     """The safetensors files and JSON indices beside the checkpoint's config.json that cannot be read."""
-    hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
+    hub = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
     try:
-        config_file = cached_file(pretrained_model_name_or_path, "config.json", local_files_only=True, **hub_kwargs)
+        config_file = cached_file(pretrained_model_name_or_path, "config.json", local_files_only=True, **hub)
     except OSError:  # no such checkpoint
-        config_file = None
-    if config_file is None:
         return []
-    return [str(path) for path in sorted(Path(config_file).parent.glob("*.safetensors*")) if not is_readable(path)]
+    folder = Path(str(config_file)).parent
+    return [str(path) for path in sorted(folder.glob("*.safetensors*")) if not is_readable(path)]

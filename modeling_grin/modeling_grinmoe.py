@@ -24,22 +24,20 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checks_grinmoe import check_forward
-from .configuration_grinmoe import GrinMoeConfig, VisibleWindowConfig
+from .configuration_grinmoe import GrinMoeConfig
 from .experts_grinmoe import mix_experts
 from .generation_grinmoe import GrinMoeGenerationMixin
 from .layout_grinmoe import EXPERT_WEIGHTS
 from .linear_experts_grinmoe import LINEAR_EXPERTS, GrinMoeLinearExperts
-from .loading_grinmoe import GrinMoeLoadingMixin, accept_released_layout
+from .loading_grinmoe import GrinMoeLoadingMixin, accept_released_layout, list_adapter_targets
 from .lora_experts_grinmoe import Lora, lora_experts_forward
-from .masks_grinmoe import create_mask
+from .masks_grinmoe import AttentionConfig, create_mask
 from .noise_grinmoe import random_keys, split_keys
 from .replay_grinmoe import RoutingReplayMixin
 from .rope_grinmoe import GrinMoeRotaryEmbedding
 from .routing_grinmoe import jitter_input, noise_settings, route
 from .saving_grinmoe import AtomicSavingMixin
-from .tables_grinmoe import list_adapter_targets
 from .training_grinmoe import LayerPass, OptimizerStepMixin
-from .window_attention_grinmoe import AttentionConfig
 
 
 @dataclass
@@ -58,7 +56,7 @@ class GrinMoeAttention(LlamaAttention):
 
     def forward(self, *args, **kwargs):
         # Masks carry the window for every implementation except FlashAttention, which takes it as an argument.
-        return super().forward(*args, sliding_window=VisibleWindowConfig(self.config).sliding_window, **kwargs)
+        return super().forward(*args, sliding_window=self.config.sliding_window, **kwargs)
 
 
 class GrinMoeExperts(MixtralExperts):

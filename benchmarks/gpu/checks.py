@@ -9,10 +9,9 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from benchmarks.gpu.device import DEVICE, Row, Sizes, build, random_ids, relative_error
 from benchmarks.peers import build_stock
 from modeling_grin import gpu_kernels_grinmoe as gpu
-from modeling_grin.masks_grinmoe import create_mask
+from modeling_grin.masks_grinmoe import AttentionConfig, create_mask
 from modeling_grin.modeling_grinmoe import GrinMoeExperts
 from modeling_grin.routing_grinmoe import jitter_input, route
-from modeling_grin.window_attention_grinmoe import AttentionConfig
 
 
 def check_routing(sizes: Sizes) -> list[Row]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from ..kernels.chunked_loss import CHUNK_TOKENS
-from ..window_attention_grinmoe import fits_flash
+from ..masks_grinmoe import fits_flash
 from .parameters import (
     Parameters,
     adapters_of_layer,
