@@ -7,8 +7,7 @@ from dataclasses import fields as dataclass_fields
 import pytest
 from checkpoints import RELEASED_CONFIG
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import AutoConfig, DynamicCache, PhimoeConfig, StaticCache
-from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
+from transformers import AutoConfig, PhimoeConfig
 
 from modeling_grin import GrinMoeConfig
 from modeling_grin.configuration_grinmoe import VisibleWindowConfig
@@ -140,25 +139,17 @@ def test_overrides_are_checked_too(override, message, unused, tmp_path):
     folder = write_config(tmp_path, {"model_type": "grinmoe"})
     with pytest.raises(ValueError, match=message):
         AutoConfig.from_pretrained(folder, return_unused_kwargs=unused, **override)
-
-
-def test_overrides_are_honoured(tmp_path):
-    folder = write_config(tmp_path, {"model_type": "grinmoe"})
     config, unused = AutoConfig.from_pretrained(folder, num_experts=8, nonsense=1, return_unused_kwargs=True)
-    assert config.num_local_experts == 8
-    assert unused == {"nonsense": 1}
+    assert (config.num_local_experts, unused) == (8, {"nonsense": 1})
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("hidden_size", "4096"),
-        ("num_experts_per_tok", 2.5),
         ("num_local_experts", True),
-        ("hidden_act", 3),
         ("sliding_window", 2047.5),
         ("router_jitter_noise", "0.01"),
-        ("attention_bias", "yes"),
         ("num_hidden_layers", None),
     ],
 )
@@ -212,7 +203,6 @@ def test_phimoe_fields_default_to_phimoes(tmp_path):
         ("phimoe", ["PhiMoEForCausalLM"], 2047, 2047),  # remote code: keys before the query
         ("phimoe", ["PhimoeForCausalLM"], 2047, 2046),  # transformers: keys, the query's own included
         ("phimoe", ["PhimoeForSequenceClassification"], 2, 1),
-        ("phimoe", ["PhimoeModel"], 2047, 2046),
         ("phimoe", ["PhimoeForCausalLM"], None, None),
         ("phimoe", None, 2047, 2047),
         ("phimoe", [], 1, 1),
@@ -227,13 +217,9 @@ def test_a_phimoe_window_means_what_its_code_makes_of_it(model_type, architectur
     assert GrinMoeConfig.from_pretrained(tmp_path, sliding_window=9).sliding_window == 9, "ours"
     config.save_pretrained(tmp_path)
     assert GrinMoeConfig.from_pretrained(tmp_path).sliding_window == expected, "once"
-
-
-@pytest.mark.parametrize("window", [1, 0, -5])
-def test_a_phimoe_window_without_another_key_is_refused(window):
-    values = {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"], "sliding_window": window}
-    with pytest.raises(ValueError, match=f"sliding_window={window} of .*PhimoeForCausalLM.* at least 2"):
-        GrinMoeConfig.from_dict(values)
+    refused = {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"], "sliding_window": 1}
+    with pytest.raises(ValueError, match=r"sliding_window=1 of .*PhimoeForCausalLM.* at least 2"):
+        GrinMoeConfig.from_dict(refused)
 
 
 @pytest.mark.parametrize(("window", "visible"), [(2047, 2048), (1, 2), (None, None)])
@@ -245,15 +231,3 @@ def test_the_visible_window_counts_the_query(window, visible):
     assert config.sliding_window == window, "the released meaning"
     with pytest.raises(AttributeError, match="no_such_field"):
         _ = view.no_such_field
-
-
-def test_caches_hold_the_visible_window():
-    config = GrinMoeConfig()
-    dynamic = DynamicCache(config=config)
-    assert [(type(layer), layer.sliding_window) for layer in dynamic.layers] == [
-        (DynamicSlidingWindowLayer, 2048)
-    ] * 32
-    static = StaticCache(config=config, max_cache_len=4096)
-    assert [(type(layer), layer.max_cache_len) for layer in static.layers] == [(StaticSlidingWindowLayer, 2048)] * 32
-    static = StaticCache(config=GrinMoeConfig(sliding_window=None, num_hidden_layers=3), max_cache_len=4096)
-    assert [(layer.is_sliding, layer.max_cache_len) for layer in static.layers] == [(False, 4096)] * 3

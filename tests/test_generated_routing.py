@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_generation import build, random_ids
+from models import random_ids
+from test_generation import build
 
 pytestmark = pytest.mark.usefixtures("far_from_ties")
 LENGTH, NEW = 9, 6

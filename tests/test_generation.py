@@ -2,12 +2,12 @@
 
 import itertools
 import json
-import tempfile
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from checkpoints import FLEX_SIZES, released_config, released_tensors, write_checkpoint
+from models import assert_close, random_ids, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
@@ -30,31 +30,13 @@ from modeling_grin.compat_grinmoe import CACHE
 pytestmark = pytest.mark.usefixtures("far_from_ties")
 WINDOW, LENGTH = 7, 30
 END_OF_TEXT, ASSISTANT, END_OF_TURN, USERS_OWN = 32000, 32001, 32007, 5
+build = partial(tiny_model, sliding_window=WINDOW)
 
 
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # flex_attention compiles for every mask: 6 s each
         yield
-
-
-def build(attention=None, seed=0, **overrides):
-    """A float32 model with the tensors of a tiny released checkpoint; it stops at no token."""
-    sizes = FLEX_SIZES if attention == "flex_attention" else {}
-    settings = {"sliding_window": WINDOW, "eos_token_id": None, "pad_token_id": 0, **sizes, **overrides}
-    config = released_config(torch_dtype="float32", **settings)
-    model = GrinMoeForCausalLM(GrinMoeConfig.from_dict(config, attn_implementation=attention))
-    model.load_state_dict(released_tensors(config, seed))
-    return model.eval()
-
-
-def random_ids(*shape, vocab_size=131):
-    return torch.randint(1, vocab_size, shape, generator=torch.Generator().manual_seed(1))
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    assert actual.shape == expected.shape
-    assert ((actual - expected).abs().max() / expected.abs().max()).item() < tolerance
 
 
 @pytest.fixture
@@ -103,34 +85,26 @@ def cached_logits(model, ids, cache, steps, mask=None, position_ids=None):
     logits, end = [], 0
     for step in ids.split(steps, dim=1):
         start, end = end, end + step.shape[1]
-        outputs = model(
-            step,
-            attention_mask=None if mask is None else mask[:, :end],
-            position_ids=None if position_ids is None else position_ids[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        own = {} if mask is None else {"attention_mask": mask[:, :end], "position_ids": position_ids[:, start:end]}
+        outputs = model(step, past_key_values=cache, use_cache=True, **own)
         cache = outputs.past_key_values
         logits.append(outputs.logits)
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize("window", [WINDOW, None])
+@pytest.mark.parametrize(("window", "padding"), [(WINDOW, None), (None, None), (WINDOW, (0, 3, 12))], ids=str)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize(("attention", "cache"), ATTENTION_AND_CACHE)
-def test_cached_decoding_equals_the_full_forward(cpu_streams, attention, cache, steps, window):
-    model, ids = build(attention, sliding_window=window), random_ids(2, LENGTH)
+def test_cached_decoding_equals_full_passes(cpu_streams, attention, cache, steps, window, padding):
+    """Of each row by itself, if rows are padded on the left."""
+    model, ids = build(attention, sliding_window=window), random_ids(3, LENGTH)
     cache = CACHES[cache](model.config)
-    assert_close(cached_logits(model, ids, cache, STEPS[steps]), model(ids, use_cache=False).logits)
-
-
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize(("attention", "cache"), ATTENTION_AND_CACHE)
-def test_cached_decoding_of_a_left_padded_batch_equals_its_sequences(cpu_streams, attention, cache, steps):
-    model, ids = build(attention), random_ids(3, LENGTH)
-    mask = torch.stack([torch.arange(LENGTH) >= start for start in (0, 3, 12)]).long()
+    if padding is None:
+        assert_close(cached_logits(model, ids, cache, STEPS[steps]), model(ids, use_cache=False).logits)
+        return
+    mask = torch.stack([torch.arange(LENGTH) >= start for start in padding]).long()
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # as `generate` makes them
-    logits = cached_logits(model, ids, CACHES[cache](model.config), STEPS[steps], mask, position_ids)
+    logits = cached_logits(model, ids, cache, STEPS[steps], mask, position_ids)
     for row, row_mask in enumerate(mask.bool()):
         assert_close(logits[row, row_mask], model(ids[row : row + 1, row_mask], use_cache=False).logits[0])
 
@@ -162,8 +136,7 @@ def test_quantised_caches_are_transformers_own_and_know_no_window(monkeypatch):
 
 @pytest.mark.parametrize("window", [WINDOW, None])
 def test_flex_attention_with_a_static_cache_is_refused(window):
-    """In transformers 5.23 `generate` fails on the mask; without a window, a static cache changes the mask's offset
-    after the mask was made, so that logits would be wrong."""
+    """`check_flex_attention` says why."""
     model, ids = build("flex_attention", sliding_window=window), random_ids(1, 5)
     with pytest.raises(ValueError, match="flex_attention cannot use a static cache"):
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=LENGTH))
@@ -309,59 +282,6 @@ def test_generation_from_embeddings_equals_generation_from_ids(prompts, settings
     assert torch.equal(output[:, -NEW_TOKENS:], expected)
 
 
-def processed_probabilities(logits, temperature, top_p, top_k):
-    """Temperature, then the top-k tokens, then the smallest set of them that reaches top-p; one row at a time."""
-    out = torch.zeros_like(logits)
-    for row, row_logits in enumerate(logits):
-        order = row_logits.argsort(descending=True)[:top_k]
-        probabilities = (row_logits[order] / temperature).softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        kept = order[before < top_p]
-        out[row, kept] = (row_logits[kept] / temperature).softmax(-1)
-    return out
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"),
-    [(1.0, 1.0, 131), (3.0, 1.0, 131), (2.0, 0.7, 131), (2.0, 1.0, 4), (3.0, 0.9, 9)],
-)
-def test_sampling_equals_a_loop_with_the_same_seed(prompts, temperature, top_p, top_k, cache):
-    model = build()
-    settings = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-
-    def choose(logits):
-        return torch.multinomial(processed_probabilities(logits, temperature, top_p, top_k), 1)
-
-    torch.manual_seed(3)
-    by_hand = continue_by_hand(model, *prompts, choose)
-    torch.manual_seed(3)
-    assert torch.equal(generate(model, *prompts, cache_implementation=cache, **settings), by_hand)
-    torch.manual_seed(4)
-    assert not torch.equal(generate(model, *prompts, cache_implementation=cache, **settings), by_hand)
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_beam_search_finds_the_best_of_all_continuations(cache):
-    """With vocabulary^(horizon - 1) beams the search is exhaustive; the prompt ends beyond the window."""
-    vocabulary, horizon, returned = 6, 3, 10
-    model = build(vocab_size=vocabulary, bos_token_id=1, sliding_window=4)
-    prompt = random_ids(1, 5, vocab_size=vocabulary)
-    continuations = torch.tensor(list(itertools.product(range(vocabulary), repeat=horizon)))
-    sequences = torch.cat([prompt.expand(len(continuations), -1), continuations], dim=1)
-    log_probabilities = model(sequences, use_cache=False).logits.log_softmax(-1)[:, -horizon - 1 : -1]
-    scores = log_probabilities.gather(-1, continuations[..., None]).sum((1, 2))
-    best_scores, best = scores.topk(returned)
-
-    output = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=horizon, do_sample=False, length_penalty=0.0,
-        num_beams=vocabulary ** (horizon - 1), num_return_sequences=returned, cache_implementation=cache,
-        output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    assert torch.equal(output.sequences, sequences[best])
-    assert_close(output.sequences_scores, best_scores)
-
-
 @pytest.mark.parametrize("helper", ["assistant", "prompt lookup"])
 def test_speculative_generation_gives_greedy_output(helper):
     model, ids = build(), random_ids(1, PROMPT).repeat(1, 3)
@@ -441,34 +361,3 @@ def test_continuous_batching_equals_generate(attention, window):
         ids = torch.tensor([request])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), **{**settings, "eos_token_id": None})
         assert answer.generated_tokens == expected[0, len(request) :].tolist()
-
-
-@pytest.mark.parametrize(
-    ("kept", "positions"),
-    [(0, range(8)), (1, [7]), (5, range(3, 8)), (8, range(8)), (torch.tensor([2, 5]), [2, 5])],
-    ids=str,
-)
-def test_logits_to_keep(kept, positions):
-    model, ids = build(), random_ids(2, 8)
-    assert_close(model(ids, logits_to_keep=kept).logits, model(ids).logits[:, list(positions)], 1e-6)
-
-
-def test_a_stopped_row_is_padded_while_the_others_go_on(prompts):
-    model = build()
-    free = generate(model, *prompts, do_sample=False)
-    stop = free[0, 2].item()
-    stopped = generate(model, *prompts, do_sample=False, eos_token_id=stop, pad_token_id=0)
-    for row, row_free in zip(stopped.tolist(), free.tolist(), strict=True):
-        end = row_free.index(stop) + 1 if stop in row_free else NEW_TOKENS
-        assert row == (row_free[:end] + [0] * NEW_TOKENS)[: len(row)]
-
-
-def test_selected_experts_come_with_the_logits():
-    config = released_config(torch_dtype="float32")
-    with tempfile.TemporaryDirectory() as folder:
-        model = GrinMoeForCausalLM.from_pretrained(write_checkpoint(Path(folder), config, released_tensors(config)))
-    output = model.eval()(torch.arange(6)[None], output_selected_experts=True)
-    inner = model.model(torch.arange(6)[None], output_selected_experts=True)
-    assert len(output.selected_experts) == 2
-    assert all(map(torch.equal, output.selected_experts, inner.selected_experts))
-    assert "router_logits" not in output

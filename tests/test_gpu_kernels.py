@@ -101,14 +101,6 @@ def test_points_of_the_rule(kernels, monkeypatch, argmax_exception):
 
 
 @needs_interpreter
-def test_low_precision_logits_are_routed_in_float32(kernels):
-    logits, keys = make_logits(200, 16, seed=3).bfloat16(), make_keys(200)
-    settings = {"jitter_eps": 0.3, "training": True, "keys": keys}
-    routing, exact = route(logits, 2, **settings), route(logits.float(), 2, **settings)
-    assert torch.equal(routing.weights, exact.weights) and torch.equal(routing.experts, exact.experts)
-
-
-@needs_interpreter
 @pytest.mark.parametrize("shape", [(9, 4098), (3, 5), (1, 1), (0, 8)])
 def test_jitter_is_exact(kernels, shape):
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeExperts
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 from modeling_grin.experts_grinmoe import run_experts
-from modeling_grin.kernels.cpu_experts import ROW_MULTIPLE, ExpertsFunction, expert_order
+from modeling_grin.kernels.cpu_experts import ROW_MULTIPLE
 from modeling_grin.modeling_grinmoe import GrinMoeExperts
 
 H, F, E = 24, 20, 8
@@ -73,13 +73,6 @@ def test_lower_precision_is_as_near_to_float64_as_stock_phimoe(dtype, tolerance)
     assert_close(run(make_experts("grinmoe", dtype), *inputs), expected, tolerance)
 
 
-def test_gradients_are_finite_differences():
-    experts = make_experts("grinmoe")
-    tokens, index, weights, _ = make_inputs(4, 2)
-    inputs = tokens.requires_grad_(), index, weights.requires_grad_(), *experts.parameters(), True
-    torch.autograd.gradcheck(ExpertsFunction.apply, inputs, fast_mode=True)
-
-
 def test_an_expert_with_all_tokens_a_weight_of_zero_and_one_chosen_twice():
     tokens, _, weights, grad_output = make_inputs(50, 2)
     weights[3] = 0
@@ -137,14 +130,6 @@ def test_what_it_does_not_cover_is_left_to_transformers(settings):
     assert not torch.allclose(found[0][0], swiglu[0])
 
 
-def test_it_has_one_derivative():
-    experts, (tokens, index, weights, _) = make_experts("grinmoe"), make_inputs(5, 2)
-    tokens.requires_grad_()
-    (grad,) = torch.autograd.grad(experts(tokens, index, weights).square().sum(), tokens, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_keeps_gate_and_up_alone():
     def saved_bytes(implementation):
         kept = {}
@@ -166,18 +151,6 @@ def test_keeps_gate_and_up_alone():
 
     rows = 300 * 2 + E * ROW_MULTIPLE
     assert saved_bytes("grinmoe") <= 4 * (rows * 2 * F + 300 * (H + 2)) < 0.6 * saved_bytes("grouped_mm")
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_order_of_experts(top_k):
-    _, index, _, _ = make_inputs(100, top_k, num_used=5)
-    segments, position = expert_order(index, E)
-    assert [segment.expert for segment in segments] == index.unique().tolist()
-    for segment in segments:
-        tokens, slots = torch.where(index == segment.expert)
-        assert torch.equal(segment.tokens, tokens)
-        assert torch.equal(position[tokens, slots], segment.rows.start + torch.arange(len(tokens)))
-        assert len(tokens) <= segment.num_rows < len(tokens) + ROW_MULTIPLE
 
 
 def test_is_the_default_and_stock_models_may_name_it():

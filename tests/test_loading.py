@@ -9,23 +9,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import RELEASED_CONFIG, fused, released_config, released_tensors, write_checkpoint
+from checkpoints import fused, released_config, released_tensors, write_checkpoint
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers import PhimoeForCausalLM as StockPhimoe
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.testing_utils import CaptureLogger
 from transformers.trainer_utils import load_sharded_checkpoint
-from transformers.utils import logging
 
 from benchmarks.measure import allocations
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceClassification, GrinMoeModel
+from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 
 CONFIG = released_config()
 TENSORS = released_tensors(CONFIG)
 EXPERT = "model.layers.1.block_sparse_moe.experts.3"
 EXPERTS = EXPERT.rpartition(".")[0]
 IDS = torch.arange(2, 26).reshape(2, 12)
+
+
+FUSED = fused(TENSORS, CONFIG)
+DOWN = f"{EXPERTS}.down_proj"
+
+
+def changed(tensors, changes):
+    """With other tensors, and without what begins with the names that are None."""
+    lost = tuple(name for name, tensor in changes.items() if tensor is None)
+    kept = {name: tensor for name, tensor in tensors.items() if not lost or not name.startswith(lost)}
+    return kept | {name: tensor for name, tensor in changes.items() if tensor is not None}
 
 
 def read_files(folder):
@@ -253,28 +261,16 @@ def test_load_state_dict(layout, device, assign):
     ("change", "message"),
     [
         ({f"{EXPERT}.w1.weight": None}, rf'Missing key.*"{EXPERT}.w1.weight"'),
-        ({f"{EXPERT}.w2.weight": None}, rf'Missing key.*"{EXPERT}.w2.weight"'),
         ({f"{EXPERT}.w3.weight": torch.ones(24, 31)}, rf"size mismatch for {EXPERT}.w3.weight: \(24, 31\)"),
-        ({f"{EXPERT}.w2.weight": torch.ones(24, 32)}, rf"size mismatch for {EXPERT}.w2.weight: \(24, 32\)"),
         ({f"{EXPERT[:-1]}6.w1.weight": torch.ones(24, 32)}, rf'Unexpected key.*"{EXPERT[:-1]}6.w1.weight"'),
         ({f"{EXPERT}.w4.weight": torch.ones(24, 32)}, rf'Unexpected key.*"{EXPERT}.w4.weight"'),
         ({"model.norm.bias": None}, r'Missing key.*"model.norm.bias"'),
-        (
-            dict.fromkeys(name for name in TENSORS if ".experts." in name),
-            r'Missing key.*"model.layers.0.block_sparse_moe.experts.gate_up_proj"',
-        ),
+        ({EXPERTS: None}, rf'Missing key.*"{EXPERTS}.gate_up_proj"'),
     ],
 )
 def test_load_state_dict_names_what_is_wrong(change, message, fresh):
-    given = {name: tensor for name, tensor in {**TENSORS, **change}.items() if tensor is not None}
     with pytest.raises(RuntimeError, match=message):
-        fresh.load_state_dict(given)
-
-
-def test_load_sharded_checkpoint(released, fresh):
-    """What Trainer resumes with: shard by shard, not strict."""
-    load_sharded_checkpoint(fresh, released, strict=False)
-    assert_holds(fresh, TENSORS)
+        fresh.load_state_dict(changed(TENSORS, change))
 
 
 @pytest.mark.parametrize("num_parts", [1, 3])
@@ -293,12 +289,16 @@ def test_what_a_non_strict_load_leaves_out_is_an_error_when_the_model_is_used(fr
     logits(fresh)
 
 
-def test_a_partial_load_that_is_wanted_can_be_said_to_be(fresh):
-    fresh.load_state_dict({f"{EXPERT}.w1.weight": TENSORS[f"{EXPERT}.w1.weight"]}, strict=False)
+def test_load_sharded_checkpoint(released, fresh):
+    """What Trainer resumes with: shard by shard, not strict. A partial load has to be said to be wanted."""
+    load_sharded_checkpoint(fresh, released, strict=False)
+    assert_holds(fresh, TENSORS)
+    other = GrinMoeForCausalLM(fresh.config)
+    other.load_state_dict({f"{EXPERT}.w1.weight": TENSORS[f"{EXPERT}.w1.weight"]}, strict=False)
     with pytest.raises(ValueError, match="kept their old values"):
-        logits(fresh)
-    fresh.load_state_dict(fresh.state_dict())
-    logits(fresh)
+        logits(other)
+    other.load_state_dict(other.state_dict())
+    logits(other)
 
 
 def test_a_non_strict_load_refuses_what_the_model_has_no_place_for(fresh):
@@ -309,172 +309,28 @@ def test_a_non_strict_load_refuses_what_the_model_has_no_place_for(fresh):
     logits(fresh)
 
 
-# The full size, on the meta device
+def test_classification_with_eos_as_padding(tmp_path):
+    """The mask decides: a text that ends with the padding token is classified on it, masked tokens never are."""
+    config = released_config(torch_dtype="float32", num_labels=3, pad_token_id=0, eos_token_id=1)
+    tensors = {**released_tensors(config), "score.weight": torch.randn(3, 32)}
+    model = AutoModelForSequenceClassification.from_pretrained(write_checkpoint(tmp_path, config, tensors))
+    text = torch.tensor([[5, 6, 7, 0]])
+    with torch.no_grad():
+        scores = model.score(model.model(text).last_hidden_state)[0]
+    for mask, expected in (([1, 1, 1, 1], scores[3]), ([1, 1, 1, 0], scores[2]), (None, scores[2])):
+        torch.testing.assert_close(logits(model, text, attention_mask=mask and torch.tensor([mask]))[0], expected)
 
 
-def full_size_shapes():
-    """Names and shapes in the release."""
-    vocab, hidden, ffn, query, key = 32064, 4096, 6400, 32 * 128, 8 * 128
-    shapes = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(32):
-        prefix = f"model.layers.{layer}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes |= {f"{prefix}.{norm}.{part}": (hidden,) for part in ("weight", "bias")}
-        for name, rows, columns in (
-            ("q", query, hidden),
-            ("k", key, hidden),
-            ("v", key, hidden),
-            ("o", hidden, query),
-        ):
-            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, columns)
-            shapes[f"{prefix}.self_attn.{name}_proj.bias"] = (rows,)
-        shapes[f"{prefix}.block_sparse_moe.gate.weight"] = (16, hidden)
-        for expert in range(16):
-            for part, shape in (("w1", (ffn, hidden)), ("w2", (hidden, ffn)), ("w3", (ffn, hidden))):
-                shapes[f"{prefix}.block_sparse_moe.experts.{expert}.{part}.weight"] = shape
-    shapes |= {"model.norm.weight": (hidden,), "model.norm.bias": (hidden,)}
-    return shapes | {"lm_head.weight": (vocab, hidden), "lm_head.bias": (vocab,)}
-
-
-FULL_SIZE = {
-    **RELEASED_CONFIG, "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 6400, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 16,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def full_size():
+def test_parameter_counts_are_the_papers():
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**FULL_SIZE))
-
-
-def test_full_size_saves_under_the_released_names(full_size):
-    """`revert_weight_conversion` is what `save_pretrained` calls before it writes."""
-    saved = revert_weight_conversion(full_size, full_size.state_dict())
-    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == full_size_shapes()
-    assert {parameter.dtype for parameter in full_size.parameters()} == {torch.bfloat16}
-    assert full_size.state_dict().keys() == dict(full_size.named_parameters()).keys(), "no buffer is saved"
-
-
-def test_full_size_parameter_counts(full_size):
-    total = sum(parameter.numel() for parameter in full_size.parameters())
+        model = GrinMoeForCausalLM(GrinMoeConfig())
     attention = 2 * (4096 * 4096 + 4096) + 2 * (1024 * 4096 + 1024)  # q, o; k, v
     expert = 3 * 4096 * 6400
     layer = attention + 2 * 2 * 4096 + 16 * 4096 + 16 * expert  # with two norms and the router
     ends = 2 * 32064 * 4096 + 32064 + 2 * 4096  # embedding, head with bias, last norm
-    assert total == 32 * layer + ends == 41_873_153_344
-    assert f"{total / 1e9:.1f}B" == "41.9B"
-    experts = [parameter for name, parameter in full_size.named_parameters() if ".experts." in name]
-    unused = sum(parameter.numel() for parameter in experts) * (16 - 2) // 16
-    assert total - unused == 32 * (layer - 14 * expert) + ends == 6_640_999_744
-    assert f"{(total - unused) / 1e9:.1f}B" == "6.6B"
-
-
-# Kin and other model types
-
-
-def phimoe_checkpoint(folder):
-    """Phi-tiny-MoE's config at tiny sizes: heads x head_dim is not hidden_size; a window shorter than the text."""
-    config = released_config(
-        model_type="phimoe", architectures=["PhiMoEForCausalLM"], auto_map={"AutoConfig": "x.PhiMoEConfig"},
-        head_dim=10, expert_dropout=0.0, rope_scaling=None, sliding_window=5, torch_dtype="float32",
-    )  # fmt: skip
-    tensors = released_tensors(config)
-    return write_checkpoint(folder, config, tensors, num_shards=2), config, tensors
-
-
-def test_phimoe_checkpoint_gives_stock_logits(tmp_path):
-    folder, config, tensors = phimoe_checkpoint(tmp_path)
-    model = GrinMoeForCausalLM.from_pretrained(folder)
-    assert_holds(model, tensors, config)
-    assert model.config.model_type == "grinmoe"
-    model.save_pretrained(tmp_path / "saved")
-    assert_same_tensors(read_files(tmp_path / "saved"), tensors)
-    assert type(AutoConfig.from_pretrained(tmp_path / "saved")) is GrinMoeConfig
-    stock = AutoModelForCausalLM.from_pretrained(folder, sliding_window=config["sliding_window"] + 1)
-    assert type(stock) is StockPhimoe, "importing modeling_grin leaves phimoe alone"
-    expected = logits(stock)
-    assert (logits(model) - expected).norm() <= 1e-5 * expected.norm()
-    # The comparison can tell one key more from one key less.
-    off_by_one = AutoModelForCausalLM.from_pretrained(folder, sliding_window=config["sliding_window"])
-    assert (logits(off_by_one) - expected).norm() > 1e-2 * expected.norm()
-
-
-# Other heads
-
-
-def classification_config(**changes):
-    return released_config(
-        torch_dtype="float32", num_labels=3, pad_token_id=0, eos_token_id=1, sliding_window=6, **changes
-    )
-
-
-def test_new_classification_head(tmp_path):
-    config = classification_config()
-    tensors = released_tensors(config)
-    folder = write_checkpoint(tmp_path / "causal", config, tensors, num_shards=2)
-    with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as log:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=3, output_loading_info=True
-        )
-    assert type(model) is GrinMoeForSequenceClassification
-    assert set(info["missing_keys"]) == {"score.weight"}
-    assert "score.weight" in log.out
-    assert model.score.weight.shape == (3, 32)
-    assert model.score.weight.std().item() == pytest.approx(config["initializer_range"], rel=0.5)
-    body = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head")}
-    body["score.weight"] = model.score.weight.detach()
-    assert_holds(model, body, config)
-
-    model.save_pretrained(tmp_path / "classifier", max_shard_size="40KB")
-    assert_same_tensors(read_files(tmp_path / "classifier"), body)
-    with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as log:
-        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
-    assert not log.out
-    assert again.config.num_labels == 3
-    assert_holds(again, body, config)
-
-    # Another number of labels is an error, unless a new head is asked for.
-    with pytest.raises(ValueError, match=r"score\.weight .*\[3, 32\], the config says \[5, 32\]"):
-        AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier", num_labels=5)
-    other = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "classifier", num_labels=5, ignore_mismatched_sizes=True
-    )
-    body["score.weight"] = other.score.weight.detach()
-    assert other.score.weight.shape == (5, 32)
-    assert_holds(other, body, config)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_classification_ignores_padding(side, tmp_path):
-    config = classification_config()
-    tensors = {**released_tensors(config), "score.weight": torch.randn(3, 32)}
-    folder = write_checkpoint(tmp_path, config, tensors)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
-    texts = [
-        torch.randint(2, 131, (length,), generator=torch.Generator().manual_seed(length)) for length in (3, 11, 7)
-    ]
-    alone = torch.cat([logits(model, text[None]) for text in texts])
-    batch = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_side=side, padding_value=0)
-    padded = logits(model, batch, attention_mask=(batch != 0).long())
-    torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        loss = model(input_ids=batch, attention_mask=(batch != 0).long(), labels=torch.tensor([0, 1, 2])).loss
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(alone, torch.arange(3)), rtol=1e-4, atol=1e-4)
-
-
-def test_classification_with_eos_as_padding(tmp_path):
-    """The mask decides: a text that ends with the padding token is classified on it, masked tokens never are."""
-    config = classification_config()
-    tensors = {**released_tensors(config), "score.weight": torch.randn(3, 32)}
-    model = AutoModelForSequenceClassification.from_pretrained(write_checkpoint(tmp_path, config, tensors))
-    eos = model.config.pad_token_id
-    text = torch.tensor([[5, 6, 7, eos]])
-    with torch.no_grad():
-        scores = model.score(model.model(text).last_hidden_state)[0]
-    torch.testing.assert_close(logits(model, text, attention_mask=torch.ones_like(text))[0], scores[3])
-    torch.testing.assert_close(logits(model, text, attention_mask=torch.tensor([[1, 1, 1, 0]]))[0], scores[2])
-    torch.testing.assert_close(logits(model, text)[0], scores[2])
+    assert model.num_parameters() == 32 * layer + ends == 41_873_153_344
+    assert 32 * (layer - 14 * expert) + ends == 6_640_999_744
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys(), "no buffer is saved"
 
 
 def test_key_mapping_is_applied_before_names_are_checked(tmp_path):
@@ -486,48 +342,18 @@ def test_key_mapping_is_applied_before_names_are_checked(tmp_path):
         GrinMoeForCausalLM.from_pretrained(folder)
 
 
-def test_bare_model_and_back(released, tmp_path):
-    body = {name.removeprefix("model."): tensor for name, tensor in TENSORS.items() if name.startswith("model.")}
-    bare = AutoModel.from_pretrained(released)
-    assert type(bare) is GrinMoeModel
-    whole = fused(TENSORS, CONFIG)
-    expected = {name.removeprefix("model."): tensor for name, tensor in whole.items() if name.startswith("model.")}
-    assert_same_tensors(dict(bare.state_dict()), expected)
-    bare.save_pretrained(tmp_path / "bare")
-    assert_same_tensors(read_files(tmp_path / "bare"), body)
-    assert_same_tensors(dict(AutoModel.from_pretrained(tmp_path / "bare").state_dict()), expected)
-    # Heads that are not there are new.
-    causal, info = AutoModelForCausalLM.from_pretrained(tmp_path / "bare", output_loading_info=True)
-    assert info["missing_keys"] == {"lm_head.weight", "lm_head.bias"}
-    assert_same_tensors(dict(causal.model.state_dict()), expected)
-    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bare")
-    assert_same_tensors(dict(classifier.model.state_dict()), expected)
-
-
 # Errors
-
-
-def without(*prefixes):
-    return {name: tensor for name, tensor in TENSORS.items() if not name.startswith(prefixes)}
 
 
 @pytest.mark.parametrize(
     ("tensors", "changes", "message"),
     [
-        (without("model.layers.1.block_sparse_moe.gate"), {}, r"layers\.1\.block_sparse_moe\.gate\.weight is missing"),
-        (
-            without(f"{EXPERT}.w1"),
-            {},
-            rf"{EXPERTS}\.gate_up_proj: an expert lacks a matrix: there are 5 .*w1.* and 6 ",
-        ),
-        (without(EXPERT), {}, rf"2 tensor.*{EXPERTS}\.gate_up_proj has shape \[5, 48, 32\], the config says \[6"),
-        (
-            without("model.layers.1.block_sparse_moe.experts"),
-            {},
-            r"2 tensor.*layers\.1.*experts\.gate_up_proj is missing",
-        ),
-        (without("lm_head.weight"), {}, r"lm_head\.weight is missing"),
-        (without("model.embed_tokens"), {"tie_word_embeddings": True}, r"model\.embed_tokens\.weight is missing"),
+        ({"model.layers.1.block_sparse_moe.gate": None}, {}, r"block_sparse_moe\.gate\.weight is missing"),
+        ({f"{EXPERT}.w1": None}, {}, rf"{EXPERTS}\.gate_up_proj: an expert lacks a matrix: there are 5 .*w1.* and 6 "),
+        ({EXPERT: None}, {}, rf"2 tensor.*{EXPERTS}\.gate_up_proj has shape \[5, 48, 32\], the config says \[6"),
+        ({EXPERTS: None}, {}, r"2 tensor.*layers\.1.*experts\.gate_up_proj is missing"),
+        ({"lm_head.weight": None}, {}, r"lm_head\.weight is missing"),
+        ({"model.embed_tokens": None}, {"tie_word_embeddings": True}, r"model\.embed_tokens\.weight is missing"),
         ({"model.norm.weight": torch.ones(5)}, {}, r"norm\.weight has shape \[5\], the config says \[32\]"),
         ({f"{EXPERT}.w1.weight": torch.ones(32, 24)}, {}, rf"{EXPERTS}\.gate_up_proj: .*different sizes.*\(32, 24\)"),
         ({f"{EXPERT[:-1]}6.w1.weight": torch.ones(24, 32)}, {}, rf"{EXPERTS}\.gate_up_proj: an expert lacks a matrix"),
@@ -536,30 +362,20 @@ def without(*prefixes):
         ({}, {"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is missing"),
         ({}, {"num_local_experts": 7}, r"experts\.down_proj has shape \[6, 32, 24\], the config says \[7, 32, 24\]"),
         ({}, {"vocab_size": 132}, r"embed_tokens\.weight has shape \[131, 32\], the config says \[132, 32\]"),
+        ({DOWN: FUSED[DOWN].mT.contiguous()}, {}, rf"{DOWN} has shape \[6, 24, 32\], the config says \[6, 32, 24\]"),
+        ({DOWN: None}, {}, rf"{DOWN} is missing"),
     ],
     ids=lambda value: value.replace("\\", "") if isinstance(value, str) else "",
 )
 def test_tensors_that_do_not_fit(tensors, changes, message, tmp_path):
-    if len(tensors) < 2:
-        tensors = {**TENSORS, **tensors}
-    folder = write_checkpoint(tmp_path, {**CONFIG, **changes}, tensors, num_shards=3)
+    given = changed(FUSED if DOWN in tensors else TENSORS, tensors)
+    folder = write_checkpoint(tmp_path, {**CONFIG, **changes}, given, num_shards=3)
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(folder)
     # The option to initialise mis-shaped tensors again is for these alone.
     wants = pytest.raises(ValueError, match=r"missing|not part|lacks a matrix|different sizes")
     with nullcontext() if "has shape" in message else wants:
         AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
-
-
-def test_fused_tensors_that_do_not_fit(tmp_path):
-    tensors = fused(TENSORS, CONFIG)
-    down = "model.layers.1.block_sparse_moe.experts.down_proj"
-    swapped = {**tensors, down: tensors[down].transpose(1, 2).contiguous()}
-    with pytest.raises(ValueError, match=rf"{down} has shape \[6, 24, 32\], the config says \[6, 32, 24\]"):
-        AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path / "swapped", CONFIG, swapped))
-    del tensors[down]
-    with pytest.raises(ValueError, match=rf"{down} is missing"):
-        AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path / "missing", CONFIG, tensors))
 
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -570,13 +386,10 @@ INDEX = "model.safetensors.index.json"
     ("name", "damage"),
     [
         ("model.safetensors", lambda content: content[:-1]),
-        (SHARD, lambda content: content[:-100]),
         (SHARD, lambda content: content[:100]),
         (SHARD, lambda content: b""),
         (SHARD, lambda content: bytes(range(256)) * 20),
-        (SHARD, lambda content: content + b"more"),
         (INDEX, lambda content: content[:-9]),
-        (INDEX, lambda content: b""),
         (INDEX, lambda content: b"\xff\xfe\x80"),
         (INDEX, lambda content: b"[]"),
         (INDEX, lambda content: b'{"metadata": {}}'),
@@ -592,13 +405,6 @@ def test_damaged_files(name, damage, tmp_path):
         AutoModelForCausalLM.from_pretrained(folder)
     others = {SHARD, SHARD.replace("2", "1", 1), SHARD.replace("-00002", "-00003"), INDEX} - {name}
     assert not [other for other in others if other in str(error.value)], "files that are whole"
-
-
-def test_no_weights(tmp_path):
-    folder = write_checkpoint(tmp_path, CONFIG, TENSORS)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=rf"no file named model\.safetensors .*{folder}"):
-        AutoModelForCausalLM.from_pretrained(folder)
 
 
 class Bomb:
@@ -632,13 +438,6 @@ def test_another_model_type(model_type, tmp_path):
     folder = write_checkpoint(tmp_path, {**CONFIG, "model_type": model_type}, TENSORS)
     with pytest.raises(ValueError, match=f"model_type='{model_type}'"):
         GrinMoeForCausalLM.from_pretrained(folder)
-
-
-def test_config_that_is_not_json(tmp_path):
-    folder = write_checkpoint(tmp_path, CONFIG, TENSORS)
-    (folder / "config.json").write_text('{"model_type": ')
-    with pytest.raises(OSError, match=rf"{tmp_path}/config\.json.*not a valid JSON"):
-        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_importing_changes_no_other_model_type():

@@ -1,24 +1,29 @@
 """What a token sees (window, padding, packing), and the implementations of attention and experts a user may name."""
 
+import copy
+import pickle
 from collections import defaultdict
 from itertools import product
 
 import pytest
 import torch
 from checkpoints import FLEX_SIZES, released_config, released_tensors
+from models import assert_close, random_ids, relative_error, tiny_model
 from reference import reference_logits
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_flash_attention_utils import _process_flash_attention_kwargs
 
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, route
+from modeling_grin import GrinMoeConfig, masks_grinmoe, route
+from modeling_grin.masks_grinmoe import AttentionConfig, can_use_flash, create_mask
 
 pytestmark = pytest.mark.usefixtures("far_from_ties")
 ATTENTION = ["eager", "sdpa", "flex_attention"]
 EXPERTS = ["grinmoe", "eager", "grouped_mm", "batched_mm"]
 LENGTH = 24
+WINDOW = 7  # W: a query sees itself and W keys before it
 
 
 @pytest.fixture(autouse=True)
@@ -28,31 +33,12 @@ def _quick_flex_attention():
         yield
 
 
-def make_config(**overrides):
-    return released_config(torch_dtype="float32", **{**FLEX_SIZES, **overrides})
+def build(attention=None, experts=None, **overrides):
+    return tiny_model(attention, experts, **{**FLEX_SIZES, "sliding_window": WINDOW, **overrides})
 
 
-def build(attention=None, experts=None, tensors=None, **overrides):
-    """A float32 model with (by default, the) tensors of a tiny released checkpoint."""
-    config = make_config(eos_token_id=None, pad_token_id=None, **overrides)
-    model = GrinMoeForCausalLM(
-        GrinMoeConfig.from_dict(config, attn_implementation=attention, experts_implementation=experts)
-    )
-    model.load_state_dict(tensors or released_tensors(config))
-    return model.eval()
-
-
-def random_ids(*shape, vocab_size=131):
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
-
-
-def relative_error(actual, expected):
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    assert actual.shape == expected.shape
-    assert relative_error(actual, expected) < tolerance
+def make_cache(kind, model, length):
+    return kind(config=model.config, **({"max_cache_len": length} if kind is StaticCache else {}))
 
 
 class FlashAttentionStandIn:
@@ -99,36 +85,14 @@ def flash_stand_in():
 # --- the window: W in the config means W + 1 visible keys ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("window", [1, 4])
-@pytest.mark.parametrize("attention", [*ATTENTION, FlashAttentionStandIn.name])
-def test_key_at_distance_w_is_the_last_one_seen(flash_stand_in, attention, window, use_cache):
-    model = build(attention, num_hidden_layers=1, sliding_window=window)
-    ids, changed = random_ids(1, LENGTH), 3
-    other_ids = ids.clone()
-    other_ids[0, changed] = (ids[0, changed] + 1) % model.config.vocab_size
-    logits, other_logits = (model(x, use_cache=use_cache).logits[0] for x in (ids, other_ids))
-
-    assert relative_error(other_logits[changed + window], logits[changed + window]) > 1e-3
-    assert_close(other_logits[changed + window + 1 :], logits[changed + window + 1 :], 1e-6)
-
-
-@pytest.mark.parametrize("window", [1, 4, LENGTH - 1, None])
-def test_attention_weights_are_positive_inside_the_window_and_zero_outside(window):
-    model = build("eager", sliding_window=window)
-    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
-    visible = (distance >= 0) & (distance <= (LENGTH if window is None else window))
-    for weights in model(random_ids(2, LENGTH), output_attentions=True).attentions:
-        assert torch.equal(weights > 0, visible.expand_as(weights))
-
-
 @pytest.mark.parametrize("window", [3, None])
-def test_flash_attention_gets_a_window_of_w_keys_before_the_query(flash_stand_in, window):
-    ids = random_ids(2, LENGTH)
-    logits = build(flash_stand_in.name, sliding_window=window)(ids).logits
+def test_flash_attention_gets_the_window_and_the_positions_that_mark_packed_sequences(flash_stand_in, window):
+    ids, positions = random_ids(2, LENGTH), torch.arange(LENGTH).expand(2, -1)
+    logits = build(flash_stand_in.name, sliding_window=window)(ids, position_ids=positions).logits
     visible = None if window is None else window + 1
     assert [call["sliding_window"] for call in flash_stand_in.calls] == [visible] * 2
     assert all(call["window_size"] is None or call["window_size"][0] == window for call in flash_stand_in.calls)
+    assert all(torch.equal(call["position_ids"], positions) for call in flash_stand_in.calls)
     assert_close(logits, build("eager", sliding_window=window)(ids).logits)
 
 
@@ -157,96 +121,33 @@ def released_window_logits(config, tensors, ids, visible_keys):
 
 
 @pytest.mark.parametrize(
-    ("attention", "cache"),
-    [(attention, cache) for attention in (*ATTENTION, FlashAttentionStandIn.name) for cache in ("no cache", "dynamic")]
-    + [("eager", "static"), ("sdpa", "static")],
+    ("attention", "kind"),
+    [
+        *product((*ATTENTION, FlashAttentionStandIn.name), (None, DynamicCache)),
+        *product(("eager", "sdpa"), (StaticCache,)),
+    ],
 )
-def test_released_window_of_2047_means_2048_keys(flash_stand_in, attention, cache):
+def test_released_window_of_2047_means_2048_keys(flash_stand_in, attention, kind):
     sizes = {"hidden_size": 16, "head_dim": 4, "num_key_value_heads": 4, "num_hidden_layers": 1}
-    config = make_config(**sizes)
-    assert config["sliding_window"] == 2047
+    config = released_config(torch_dtype="float32", **{**FLEX_SIZES, **sizes})
     tensors = released_tensors(config)
     for name, tensor in tensors.items():
         if ".q_proj." in name or ".w2." in name:
             tensor.zero_()
-    model = build(attention, tensors=tensors, **sizes)
+    model = build(attention, tensors=tensors, sliding_window=config["sliding_window"], **sizes)
     ids = random_ids(1, 2100)
     ids[0, :60] = 7  # each of these values moves the mean the same way when it leaves the window
 
-    if cache == "no cache":
+    if kind is None:
         logits = model(ids, use_cache=False).logits
     else:
-        cache = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, 2100)
+        cache = make_cache(kind, model, 2100)
         steps = [ids[:, :2040], *ids[:, 2040:].split(1, dim=1)]
         logits = torch.cat([model(step, past_key_values=cache).logits for step in steps], dim=1)
 
-    expected = released_window_logits(config, tensors, ids, 2048)
-    assert_close(logits, expected)
+    assert_close(logits, released_window_logits(config, tensors, ids, 2048))
     for off_by_one in (2047, 2049):
         assert relative_error(logits, released_window_logits(config, tensors, ids, off_by_one)) > 1e-4
-
-
-# --- padding and packing ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("attention", "experts", "side", "positions"),
-    [
-        *product(
-            [*ATTENTION, FlashAttentionStandIn.name], ["grinmoe"], ["left", "right"], ["default", "from the mask"]
-        ),
-        *product(["sdpa"], EXPERTS, ["left"], ["from the mask"]),  # experts see tokens, whatever their order
-    ],
-)
-def test_padded_batch_equals_its_sequences(flash_stand_in, attention, experts, side, positions):
-    model = build(attention, experts, sliding_window=7)
-    ids, lengths = random_ids(3, LENGTH), [LENGTH, 15, 5]
-    mask = torch.stack([torch.arange(LENGTH) < length for length in lengths]).long()
-    if side == "left":
-        mask = mask.flip(1)
-    position_ids = None if positions == "default" else (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(ids, attention_mask=mask, position_ids=position_ids).logits
-    assert logits.isfinite().all()
-
-    single = build("eager", "eager", sliding_window=7)
-    for row, row_mask in enumerate(mask.bool()):
-        assert_close(logits[row, row_mask], single(ids[row : row + 1, row_mask]).logits[0])
-
-
-@pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("attention", ATTENTION)
-def test_packed_sequences_equal_the_separate_ones(attention, use_cache):
-    """Positions that start again at 0 separate sequences, whether or not a cache is asked for (the config does)."""
-    model = build(attention, sliding_window=7)
-    sequences = random_ids(1, LENGTH)[0].split([11, 3, 10])
-    positions = [torch.arange(len(sequence)) for sequence in sequences]
-    packed, packed_positions = torch.cat(sequences)[None], torch.cat(positions)[None]
-    logits = model(packed, position_ids=packed_positions, use_cache=use_cache).logits
-    assert_close(logits, torch.cat([model(sequence[None]).logits for sequence in sequences], dim=1))
-
-
-def test_packed_sequences_equal_the_reference():
-    config = make_config(sliding_window=7)
-    lengths = [11, 3, 10]
-    ids = random_ids(1, sum(lengths))
-    positions = [position for length in lengths for position in range(length)]
-    segments = [segment for segment, length in enumerate(lengths) for _ in range(length)]
-    expected = reference_logits(config, released_tensors(config), ids[0].tolist(), positions, segments)
-    assert_close(build(sliding_window=7)(ids, position_ids=torch.tensor([positions])).logits[0], expected)
-
-
-# --- implementations and outputs -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("attention", ATTENTION)
-def test_implementations_equal_the_reference(attention, experts):
-    config = make_config(sliding_window=7)
-    ids = random_ids(1, LENGTH)
-    expected = reference_logits(config, released_tensors(config), ids[0].tolist())
-    model = build(attention, experts, sliding_window=7)
-    assert (model.config._attn_implementation, model.config._experts_implementation) == (attention, experts)
-    assert_close(model(ids).logits[0], expected)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -258,24 +159,177 @@ def test_no_window(attention):
     assert relative_error(build(attention, sliding_window=LENGTH - 2)(ids).logits[:, -1], logits[:, -1]) > 1e-4
 
 
-def test_flash_attention_gets_the_positions_that_mark_packed_sequences(flash_stand_in):
-    position_ids = torch.tensor([[*range(LENGTH - 9), *range(9)]])
-    build(flash_stand_in.name)(random_ids(1, LENGTH), position_ids=position_ids)
-    assert all(torch.equal(call["position_ids"], position_ids) for call in flash_stand_in.calls)
+# --- padding and packing ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attention", "experts", "side"),
+    [
+        *product([*ATTENTION, FlashAttentionStandIn.name], ["grinmoe"], ["left", "right"]),
+        *product(["sdpa"], EXPERTS[1:], ["left"]),  # experts see tokens, whatever their order
+    ],
+)
+def test_padded_batch_equals_its_sequences(flash_stand_in, attention, experts, side):
+    model = build(attention, experts)
+    ids, lengths = random_ids(3, LENGTH), [LENGTH, 15, 5]
+    mask = torch.stack([torch.arange(LENGTH) < length for length in lengths]).long()
+    if side == "left":
+        mask = mask.flip(1)
+    alone = build("eager", "eager")
+    single = [alone(row[row_mask][None]).logits[0] for row, row_mask in zip(ids, mask.bool(), strict=True)]
+    for positions in (None, (mask.cumsum(1) - 1).clamp(min=0)):
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits
+        assert logits.isfinite().all()
+        for row, row_mask, expected in zip(logits, mask.bool(), single, strict=True):
+            assert_close(row[row_mask], expected)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_packed_sequences_equal_the_separate_ones(attention, use_cache):
+    """Positions that start again at 0 separate sequences, whether or not a cache is asked for (the config does)."""
+    model = build(attention)
+    sequences = random_ids(1, LENGTH)[0].split([11, 3, 10])
+    positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None]
+    logits = model(torch.cat(sequences)[None], position_ids=positions, use_cache=use_cache).logits
+    assert_close(logits, torch.cat([model(sequence[None]).logits for sequence in sequences], dim=1))
+
+
+# --- masks are made only where the window hides a key: without one, SDPA runs its flash kernel -----------------------
+
+
+@pytest.mark.parametrize("has_padding_mask", [False, True])
+def test_no_mask_up_to_one_key_more_than_the_window(has_padding_mask):
+    config = GrinMoeConfig(**released_config(sliding_window=WINDOW), attn_implementation="sdpa")
+
+    def own_mask(length):
+        padding = torch.ones(1, length, dtype=torch.int64) if has_padding_mask else None
+        return create_mask(config, torch.zeros(1, length, 32), padding, None, torch.arange(length)[None])
+
+    assert own_mask(1) is own_mask(WINDOW) is own_mask(WINDOW + 1) is None
+    distance = torch.arange(WINDOW + 2)[:, None] - torch.arange(WINDOW + 2)
+    assert torch.equal(own_mask(WINDOW + 2)[0, 0], (distance >= 0) & (distance <= WINDOW))
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_masks_beside_a_cache(kind, monkeypatch):
+    """A cache that keeps the window's keys alone needs no mask for one token; logits say that all is seen."""
+    model, masks, ids = build("sdpa"), [], random_ids(1, 3 * WINDOW)
+
+    def spy(query, key, value, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    expected = model(ids, use_cache=False).logits
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    cache = make_cache(kind, model, 3 * WINDOW)
+    parts = [ids[:, : WINDOW + 1], *ids[:, WINDOW + 1 :].split(1, dim=1)]
+    assert_close(torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1), expected)
+    assert masks[0] is None, "an empty cache"
+    assert kind is StaticCache or all(mask is None for mask in masks)
+
+
+# --- rows beyond the window in torch's flash kernel, which has no CPU form: a stand-in with its meaning of the window
+
+
+def torchs_flash(
+    query, key, value, cum_q, cum_k, max_q, max_k, dropout, is_causal, debug, *, scale, window_size_left,
+    window_size_right,
+):  # fmt: skip
+    """FlashAttention's contract: `[batch, sequence, heads, head_dim]`, the window as keys beside the query's own."""
+    assert (cum_q, cum_k, max_q, max_k) == (None, None, query.shape[1], key.shape[1])
+    assert (dropout, is_causal, debug, window_size_right) == (0.0, True, False, 0)
+    distance = torch.arange(max_q)[:, None] - torch.arange(max_k)
+    visible = (distance >= 0) & (distance <= window_size_left)
+    states = (t.transpose(1, 2) for t in (query, key, value))
+    return scaled_dot_product_attention(*states, visible, scale=scale, enable_gqa=True).transpose(1, 2), None
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A GPU with the stand-in; how often it was called."""
+    calls = []
+
+    def flash(*args, **kwargs):
+        calls.append(args[0].shape)
+        return torchs_flash(*args, **kwargs)
+
+    monkeypatch.setattr(masks_grinmoe, "can_use_flash", lambda *args: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("length", "inputs", "num_calls"),
+    [
+        (WINDOW + 1, {}, 0),  # SDPA by itself
+        (WINDOW + 2, {}, 2),
+        (30, {}, 2),
+        (30, {"attention_mask": torch.ones(2, 30, dtype=torch.long).index_fill(1, torch.arange(3), 0)}, 0),
+        (30, {"position_ids": torch.cat([torch.arange(18), torch.arange(12)]).expand(2, -1)}, 0),
+    ],
+    ids=["within", "just beyond", "beyond", "padding", "packing"],
+)
+def test_flash_has_the_released_window(calls, length, inputs, num_calls):
+    ids = random_ids(2, length)
+    real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    logits, expected = (build(name)(ids, use_cache=False, **inputs).logits[real] for name in ("sdpa", "eager"))
+    assert_close(logits, expected)
+    assert len(calls) == num_calls
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_flash_beside_a_cache_is_for_the_first_pass(calls, kind):
+    model, ids = build("sdpa"), random_ids(1, 33)
+    cache = make_cache(kind, model, 33)
+    parts = [model(part, past_key_values=cache).logits for part in (ids[:, :20], ids[:, 20:32], ids[:, 32:])]
+    assert_close(torch.cat(parts, dim=1), build("eager")(ids, use_cache=False).logits)
+    assert len(calls) == (2 if kind is DynamicCache else 0)
+
+
+@torch.enable_grad()
+def test_the_kernel_takes_these_arguments_and_has_a_gradient():
+    """On the meta device, with fewer heads of keys than of queries."""
+    shapes = ((2, 12, 4, 16), (2, 12, 2, 16), (2, 12, 2, 16))
+    states = [torch.empty(s, device="meta", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+    output, *_ = torch.ops.aten._flash_attention_forward(
+        *states, None, None, 12, 12, 0.0, True, False, scale=0.25, window_size_left=7, window_size_right=0
+    )
+    output.backward(torch.empty_like(output))
+    assert [state.grad.shape for state in states] == list(map(torch.Size, shapes))
+
+
+def test_a_cpu_never_uses_it_and_a_config_can_be_copied():
+    model = build("sdpa")
+    assert not can_use_flash(model.config, torch.zeros(1, 9, 16, dtype=torch.bfloat16))
+    own = model.model.layers[0].self_attn.config
+    for copied in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert isinstance(copied, AttentionConfig) and copied.hidden_size == 32
+        assert copied._attn_implementation == "grinmoe_sdpa"
+    model.set_attn_implementation("eager")
+    assert own._attn_implementation == "eager"
+
+
+# --- implementations and outputs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_implementations_equal_the_reference(attention, experts):
+    config = released_config(torch_dtype="float32", sliding_window=WINDOW, **FLEX_SIZES)
+    ids = random_ids(1, LENGTH)
+    expected = reference_logits(config, released_tensors(config), ids[0].tolist())
+    model = build(attention, experts)
+    assert (model.config._attn_implementation, model.config._experts_implementation) == (attention, experts)
+    assert_close(model(ids).logits[0], expected)
 
 
 def test_own_experts_function_is_called():
     calls = []
 
     def own_experts(experts, hidden_states, top_k_index, top_k_weights):
-        calls.append(top_k_index)
-        output = torch.zeros_like(hidden_states)
-        for token, (chosen, weights) in enumerate(zip(top_k_index.tolist(), top_k_weights, strict=True)):
-            for expert, weight in zip(chosen, weights, strict=True):
-                gate, up = linear(hidden_states[token], experts.gate_up_proj[expert]).chunk(2)
-                inner = torch.nn.functional.silu(gate) * up
-                output[token] += weight * linear(inner, experts.down_proj[expert])
-        return output
+        calls.append(top_k_index.shape)
+        return batched_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
 
     ids = random_ids(2, LENGTH)
     ALL_EXPERTS_FUNCTIONS.register("own_experts", own_experts)
@@ -283,24 +337,12 @@ def test_own_experts_function_is_called():
         logits = build(experts="own_experts")(ids).logits
     finally:
         del ALL_EXPERTS_FUNCTIONS._global_mapping["own_experts"]
-    assert [call.shape for call in calls] == [(2 * LENGTH, 2)] * 2  # once per layer
+    assert calls == [(2 * LENGTH, 2)] * 2  # once per layer
     assert_close(logits, build(experts="eager")(ids).logits)
 
 
-@pytest.mark.parametrize("kind", ["attn", "experts"])
-def test_unknown_implementation_is_refused(kind):
-    message = f'`{kind}_implementation="misspelt"` is not supported'
-    names = {"attn": {"attention": "misspelt"}, "experts": {"experts": "misspelt"}}[kind]
-    with pytest.raises(ValueError, match=message):
-        build(**names)
+def test_router_logits_reproduce_the_selected_experts():
     model = build()
-    with pytest.raises(ValueError, match=message):
-        getattr(model, f"set_{kind}_implementation")("misspelt")
-
-
-@pytest.mark.parametrize("experts", EXPERTS)
-def test_router_logits_reproduce_the_selected_experts(experts):
-    model = build(experts=experts)
     outputs = model.model(random_ids(2, LENGTH), output_router_logits=True, output_selected_experts=True)
     for logits, selected in zip(outputs.router_logits, outputs.selected_experts, strict=True):
         routing = route(logits, model.config.num_experts_per_tok, model.config.router_jitter_noise, training=False)

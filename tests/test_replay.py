@@ -144,24 +144,6 @@ def test_checkpointed_layers_are_recomputed_on_the_same_routes(reentrant):
     assert all(torch.equal(found[1][name], found[0][name]) for name in found[0])
 
 
-def test_packed_rows_replay_what_single_rows_did():
-    model = make_model(router_sampling=False, router_aux_loss_coef=0.0).eval()
-    other, singly = make_model(4, router_sampling=False).eval(), []
-    lengths = (4, 5)
-    with torch.no_grad():
-        for row in IDS[:1].split(lengths, dim=1):
-            singly.append(other(row, output_selected_experts=True).selected_experts)
-        routes = [torch.cat(layer) for layer in zip(*singly, strict=True)]
-        positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        with model.replay_routing(routes):
-            packed = model(IDS[:1], position_ids=positions).logits
-        apart = []
-        for row, own in zip(IDS[:1].split(lengths, dim=1), singly, strict=True):
-            with model.replay_routing(own):
-                apart.append(model(row).logits)
-    torch.testing.assert_close(packed, torch.cat(apart, dim=1), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("experts", "message"),
     [

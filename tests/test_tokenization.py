@@ -119,11 +119,6 @@ def corpus() -> list[str]:
     return inspect.getsource(textwrap).splitlines(keepends=True)
 
 
-@pytest.fixture(scope="module")
-def retrained(tokenizer: GrinMoeTokenizer, corpus: list[str]) -> GrinMoeTokenizer:
-    return tokenizer.train_new_from_iterator(corpus, vocab_size=600)
-
-
 def raw_ids(folder: Path, texts: list[str]) -> list[list[int]]:
     raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return [raw.encode(text, add_special_tokens=False).ids for text in texts]
@@ -337,37 +332,34 @@ def test_only_the_released_template_is_replaced(folder, tmp_path, given: str | d
 # --- Training a vocabulary ------------------------------------------------------------------------------------------
 
 
-def assert_lossless(trained: GrinMoeTokenizer) -> None:
+def assert_is_trained(trained: GrinMoeTokenizer, vocab_size: int) -> None:
+    """A lossless vocabulary of this size that begins with the release's special tokens."""
+    assert type(trained) is GrinMoeTokenizer
+    assert len(trained) == trained.vocab_size == vocab_size
+    assert sorted(trained.get_vocab().values()) == list(range(vocab_size))
+    assert added_tokens(trained) == list(map(repr, SPECIAL_TOKENS))
+    special = list(range(len(NAMES)))
+    assert trained.convert_tokens_to_ids(NAMES) == special
+    assert [trained(name)["input_ids"] for name in NAMES] == [[token_id] for token_id in special]
+    assert [trained(f"x{name} x")["input_ids"][1:2] for name in NAMES] == [[token_id] for token_id in special]
+    assert trained.stop_token_ids == trained.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
     for text in PLAIN_TEXTS:
         ids = trained(text)["input_ids"]
         assert trained.decode(ids) == text == trained.decode(ids, skip_special_tokens=True)
-        assert not set(ids) & set(trained.convert_tokens_to_ids(NAMES))
+        assert not set(ids) & set(special)
     ids = trained("a<|user|>b</s>c")["input_ids"]
     assert trained.decode(ids, skip_special_tokens=True) == "ab</s>c"  # as in the release, </s> is not special
 
 
 @pytest.mark.parametrize("vocab_size", [270, 600])
 def test_train_from_iterator(corpus: list[str], vocab_size: int) -> None:
-    trained = GrinMoeTokenizer.train_from_iterator(corpus, vocab_size)
-    assert len(trained) == trained.vocab_size == vocab_size
-    assert sorted(trained.get_vocab().values()) == list(range(vocab_size))
-    assert added_tokens(trained) == list(map(repr, SPECIAL_TOKENS))
-    assert trained.convert_tokens_to_ids(NAMES) == list(range(len(NAMES)))
-    assert [trained(name)["input_ids"] for name in NAMES] == [[token_id] for token_id in range(len(NAMES))]
-    assert_lossless(trained)
+    assert_is_trained(GrinMoeTokenizer.train_from_iterator(corpus, vocab_size), vocab_size)
 
 
-def test_train_new_keeps_special_tokens(tokenizer: GrinMoeTokenizer, retrained: GrinMoeTokenizer) -> None:
-    assert type(retrained) is GrinMoeTokenizer
-    assert sorted(retrained.get_vocab().values()) == list(range(len(retrained))) == list(range(600))
-    assert added_tokens(retrained) == list(map(repr, SPECIAL_TOKENS))
-    ids = retrained.convert_tokens_to_ids(NAMES)
-    assert ids == list(range(len(NAMES)))
-    assert [retrained(name)["input_ids"] for name in NAMES] == [[token_id] for token_id in ids]
-    assert [retrained(f"x{name} x")["input_ids"][1:2] for name in NAMES] == [[token_id] for token_id in ids]
-    assert retrained.stop_token_ids == retrained.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
+def test_train_new_keeps_special_tokens(tokenizer: GrinMoeTokenizer, corpus: list[str]) -> None:
+    retrained = tokenizer.train_new_from_iterator(corpus, vocab_size=600)
+    assert_is_trained(retrained, 600)
     assert retrained.special_tokens_map == tokenizer.special_tokens_map
-    assert_lossless(retrained)
 
 
 def test_train_new_keeps_settings_and_adds_tokens(folder: Path, corpus: list[str], tmp_path: Path) -> None:
