@@ -326,7 +326,7 @@ SPOILS = {
     "NaN": (spoil_with_nan, r"holds 1 NaN or infinite values"),
     "being written": (lambda m: (m / f"{PART}x.json").touch(), r"\.part-x.json is still being written"),
     "fused": (lambda m: rewrite(m, fused), r"\(it is fused\): convert it by `grin-moe convert .*model NEW_FOLDER"),
-    "pickled": (pickle, r"pickles, which can run code \(add --weights-only\): convert it by `grin-moe convert .* hub`"),
+    "pickled": (pickle, r"pickles, which can run code \(add --weights-only\): convert it by `grin-moe .* hub`"),
     "adapter": (lambda m: (m / "adapter_config.json").write_text("{}"), r"holds an adapter, not a model: convert it"),
     "other tokenizer": (add_tokens, r"must have ids below vocab_size=1024; got 1024"),
     "no card": (lambda m: (m / "README.md").unlink(), r"has no README.md: write one with `grin-moe card .*--no-card"),
