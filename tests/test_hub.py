@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from checkpoints import released_config, released_tensors, write_checkpoint
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import modeling_grin
 from modeling_grin import (
@@ -34,10 +34,7 @@ AUTO_CLASSES = {
     GrinMoeForSequenceClassification: "AutoModelForSequenceClassification",
     GrinMoeTokenizer: "AutoTokenizer",
 }
-MODELS = {
-    "AutoModelForCausalLM": GrinMoeForCausalLM,
-    "AutoModelForSequenceClassification": GrinMoeForSequenceClassification,
-}
+MODELS = {AUTO_CLASSES[cls]: cls for cls in (GrinMoeForCausalLM, GrinMoeForSequenceClassification)}
 TEXT = "def f(x):\n    return x  # <|end|> done"
 
 # Loads a folder, says what it got, writes the logits, and saves everything once more.
@@ -119,13 +116,13 @@ def test_the_code_travels(saved):
     assert tokenizer_config["auto_map"]["AutoTokenizer"][0] == "tokenization_grinmoe.GrinMoeTokenizer"
 
 
-def load_in_a_clean_process(python, tmp_path, auto_class, source, target):
+def load_in_a_clean_process(tmp_path, auto_class, source, target):
     """What `CLEAN_PROCESS` finds; its logits are in `tmp_path`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     arguments = [auto_class, source, target, tmp_path / "logits.pt", TEXT]
     done = subprocess.run(
-        [python, "-I", "-c", CLEAN_PROCESS, *map(str, arguments)],
+        [sys.executable, "-I", "-c", CLEAN_PROCESS, *map(str, arguments)],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -136,7 +133,7 @@ def test_loads_in_a_clean_process(saved, trained_tokenizer, tmp_path):
     """And what the clean process saves is the same folder: code, weights, settings."""
     auto_class, model, folder = saved
     expected = logits(model, trained_tokenizer)
-    facts = load_in_a_clean_process(sys.executable, tmp_path, auto_class, folder / "first", folder / "second")
+    facts = load_in_a_clean_process(tmp_path, auto_class, folder / "first", folder / "second")
     assert facts["classes"] == [MODELS[auto_class].__name__, "GrinMoeConfig", "GrinMoeTokenizer"]
     assert all(Path(file).is_relative_to(tmp_path / "modules") for file in facts["files"]), facts["files"]
     assert not facts["ours"]
@@ -157,13 +154,12 @@ def test_loads_in_a_clean_process(saved, trained_tokenizer, tmp_path):
 def test_the_installed_package_comes_first(saved, trained_tokenizer, trust):
     """No question either; models that are installed are never replaced by what a folder brings."""
     auto_class, model, folder = saved
-    auto = {cls.__name__: cls for cls in (AutoModelForCausalLM, AutoModelForSequenceClassification)}[auto_class]
-    loaded = auto.from_pretrained(folder / "first", trust_remote_code=trust)
+    loaded = getattr(transformers, auto_class).from_pretrained(folder / "first", trust_remote_code=trust)
     assert type(loaded) is MODELS[auto_class]
     assert type(loaded.config) is GrinMoeConfig
     assert torch.equal(logits(loaded, trained_tokenizer), logits(model, trained_tokenizer))
     if not trust:  # where it is trusted, transformers takes a folder's tokenizer, which the clean process tests
-        tokenizer = AutoTokenizer.from_pretrained(folder / "first", trust_remote_code=trust)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "first", trust_remote_code=trust)
         assert type(tokenizer) is GrinMoeTokenizer
 
 

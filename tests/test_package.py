@@ -1,6 +1,5 @@
 """The wheel: what it holds, what it asks for, and that it works where the checkout is out of sight."""
 
-import functools
 import importlib.metadata
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from snippets import DOCUMENTS, Interpreter, bash_lines, snippets
+from snippets import DOCUMENTS, bash_lines, run_snippets, snippets
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("modeling_grin", "conversion", "grin_moe_cli", "grin_moe_serving", "recipes", "model_cards")
@@ -100,12 +99,12 @@ def install_lines(document):
 def extras(document):
     """The extras that a page needs beyond the README's."""
     named = {extra for line in install_lines(document) for word in line for extra in re.findall(r"\w+(?=[\],])", word)}
-    return sorted(named - BESIDE - {"train"})
+    return named - BESIDE - {"train"}
 
 
 @pytest.fixture(scope="module")
 def fresh_environment(wheel, tmp_path_factory):
-    """An environment made by the README's install lines, and a function that adds the extras of the pages.
+    """The Python of an environment made by the README's install lines, and a function that installs more there.
 
     The wheel stands for the repository's address. The build of torch depends on the machine and can be GBs, so the one
     that runs this test is linked. Compiling unused modules is left out. Needs a package registry.
@@ -129,35 +128,23 @@ def fresh_environment(wheel, tmp_path_factory):
         (site / name).symlink_to(torch.locate_file(name))
     assert grin_line[0].endswith("@ git+REPOSITORY")
     install(*[word.replace("git+REPOSITORY", wheel.as_uri()) for word in grin_line])
-    more = ",".join(sorted({extra for document in DOCUMENTS for extra in extras(document) if snippets(document)}))
-    yield python, functools.cache(lambda: install(f"grin-moe[{more}] @ {wheel.as_uri()}"))
+    yield python, install
     shutil.rmtree(folder)  # pytest would keep three of these, a GB each
 
 
-@pytest.fixture(scope="module")
-def fresh_interpreter(fresh_environment, tiny_release):
-    interpreter = Interpreter(fresh_environment[0], tiny_release, PYTHONPATH="", HF_HUB_OFFLINE="1")
-    yield interpreter
-    interpreter.close()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "document",  # those that need more than the README's line come last
-    [pytest.param(page, id=page.name) for page in sorted(DOCUMENTS, key=extras) if snippets(page)],
-)
-def test_snippets_run_in_a_fresh_environment(document, fresh_environment, fresh_interpreter, tmp_path):
-    blocks = snippets(document)
-    if blocks and extras(document):
-        fresh_environment[1]()
-    for number, snippet in enumerate(blocks):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        status, output = fresh_interpreter.run(snippet, folder)
-        assert status == 0, f"{document.name}, snippet {number}\n{output}"
-
-
-@pytest.mark.slow
-def test_command_runs_in_a_fresh_environment(fresh_environment, tmp_path):
-    command = fresh_environment[0].with_name("grin-moe")
-    assert "convert" in run(command, "--help", cwd=tmp_path, PYTHONPATH="")
+def test_the_readmes_lines_install_what_it_shows(fresh_environment, wheel, tiny_release, tmp_path):
+    """The command, and the snippets of pages that need no more; then all others, with the extras that they name."""
+    python, install = fresh_environment
+    assert "convert" in run(python.with_name("grin-moe"), "--help", cwd=tmp_path, PYTHONPATH="")
+    for needs_more in (False, True):
+        pages = [page for page in DOCUMENTS if snippets(page) and bool(extras(page)) == needs_more]
+        if needs_more:
+            install(f"grin-moe[{','.join(sorted(set().union(*map(extras, pages))))}] @ {wheel.as_uri()}")
+        found = [(page.name, snippet) for page in pages for snippet in snippets(page)]
+        outcomes = run_snippets(
+            [snippet for _, snippet in found], tmp_path / str(needs_more), tiny_release, python,
+            PYTHONPATH="", HF_HUB_OFFLINE="1",
+        )  # fmt: skip
+        failed = [(name, output) for (name, _), (status, output) in zip(found, outcomes, strict=True) if status]
+        assert not failed, "\n\n".join(f"{name}\n{output}" for name, output in failed)

@@ -60,11 +60,5 @@ def test_a_room_does_not_know_the_rooms_above(room):
     assert not arrows
 
 
-def test_travelling_files_know_each_other_alone():
-    travelling = {module for module in FILES if module.endswith("_grinmoe")}
-    assert len(travelling) > 10
-    assert not {module: others for module in travelling if (others := imports(module) - travelling)}
-
-
 def test_no_modules_import_each_other():
     TopologicalSorter({module: imports(module) - {module} for module in FILES}).prepare()

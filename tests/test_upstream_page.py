@@ -5,12 +5,11 @@ other versions it is a skip that says the same (`-rs`).
 """
 
 import re
-import sys
 from importlib.metadata import version
 
 import pytest
 from packaging.requirements import Requirement
-from snippets import ROOT, Interpreter
+from snippets import ROOT, run_snippets
 
 PAGE = (ROOT / "docs" / "upstream.md").read_text("utf-8")
 ENTRIES = re.findall(r"^### (.+?)\n(.*?)(?=^##|\Z)", PAGE, re.DOTALL | re.MULTILINE)
@@ -24,17 +23,17 @@ OTHER_VERSIONS = [
 
 
 @pytest.fixture(scope="module")
-def interpreter(tmp_path_factory):
-    """The environment of the tests, without this package."""
-    interpreter = Interpreter(sys.executable, tmp_path_factory.mktemp("release"), HF_HUB_OFFLINE="1")
-    yield interpreter
-    interpreter.close()
+def outcomes(tmp_path_factory):
+    """Exit status and output of each reproduction, in the environment of the tests, without this package."""
+    found = [re.findall(r"```python\n(.*?)```", entry, re.DOTALL) for _, entry in ENTRIES]
+    release, folder = tmp_path_factory.mktemp("release"), tmp_path_factory.mktemp("entries")
+    outcomes = run_snippets([snippet for (snippet,) in found], folder, release, HF_HUB_OFFLINE="1")
+    return dict(zip(dict(ENTRIES), outcomes, strict=True))
 
 
-@pytest.mark.parametrize("entry", [pytest.param(text, id=title) for title, text in ENTRIES])
-def test_fault_still_shows(entry, interpreter, tmp_path):
-    (snippet,) = re.findall(r"```python\n(.*?)```", entry, re.DOTALL)
-    status, output = interpreter.run(snippet, tmp_path)
+@pytest.mark.parametrize("title", dict(ENTRIES))
+def test_fault_still_shows(title, outcomes):
+    status, output = outcomes[title]
     mended = re.search(r"^AssertionError: (mended upstream: .*)", output, re.MULTILINE)
     if mended and OTHER_VERSIONS:
         pytest.skip(f"with {', '.join(OTHER_VERSIONS)} {mended[1]}")
