@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from markdown_it import MarkdownIt
 from runs import Rows, make_model, make_trainer
 from safetensors.torch import load_file
+from snippets import ROOT, bash_lines, blocks
 from typer.testing import CliRunner
 
 from grin_moe_cli import app
@@ -24,7 +26,6 @@ from modeling_grin.publishing.record import record_run
 from modeling_grin.training import RoutingCallback, add_lora
 from modeling_grin.training.arguments import FineTuningArguments
 
-ROOT = Path(__file__).resolve().parents[1]
 RELEASED_CARD = ROOT / "model_cards" / "GRIN-MoE.md"
 TOKEN = "hf_NoCardAndNoRecordMayEverShowThis"
 EXPERTS, TOP_K = 6, 2
@@ -44,18 +45,8 @@ def read_tables(text):
     return found
 
 
-def snippets(path):
-    return re.findall(r"```python\n(.*?)```", Path(path).read_text(encoding="utf-8"), re.DOTALL)
-
-
 @pytest.fixture(scope="module")
-def special_ids(trained_tokenizer):
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {"vocab_size": len(trained_tokenizer), **{name: getattr(trained_tokenizer, name) for name in names}}
-
-
-@pytest.fixture(scope="module")
-def trained(trained_tokenizer, special_ids, tmp_path_factory):
+def trained(trained_tokenizer, tmp_path_factory):
     """The folder of a run, which no test changes."""
     folder = tmp_path_factory.mktemp("private_place") / "tiny-sft"
     data = folder.parent / "chats.jsonl"
@@ -64,7 +55,8 @@ def trained(trained_tokenizer, special_ids, tmp_path_factory):
         train_data=str(data), eval_data="someone/held_out", eval_split="test_sft", dataset_config="en",
         model_name_or_path="microsoft/GRIN-MoE",
     )  # fmt: skip
-    model = make_model(**special_ids, router_jitter_noise=0.3, input_jitter_noise=0.01)
+    special = {f"{kind}_token_id": getattr(trained_tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    model = make_model(vocab_size=len(trained_tokenizer), **special, router_jitter_noise=0.3, input_jitter_noise=0.01)
     trainer = make_trainer(
         folder, model, micro_batch=2, accumulation=3, max_steps=6, logging_steps=2, eval_strategy="steps",
         eval_steps=3, eval_dataset=Rows(5), learning_rate=0.05, weight_decay=0.0125, hub_token=TOKEN,
@@ -82,12 +74,16 @@ def trained(trained_tokenizer, special_ids, tmp_path_factory):
 
 @pytest.fixture
 def folder(trained, tmp_path):
-    """The run's folder, to write a card into: its files by links."""
-    copy = tmp_path / trained.name
-    copy.mkdir()
-    for path in trained.iterdir():
-        (copy / path.name).symlink_to(path)
+    """The run's folder, to write a card into: links to its files, and a copy of run.json."""
+    copy = shutil.copytree(trained, tmp_path / trained.name, copy_function=os.symlink)
+    (copy / "run.json").unlink()
+    shutil.copy(trained / "run.json", copy)
     return copy
+
+
+def change_run(folder, **changes):
+    path = folder / "run.json"
+    path.write_text(json.dumps(read_json(path) | changes))
 
 
 # ---- run.json ----
@@ -272,34 +268,33 @@ def rendered(text):
 @pytest.mark.parametrize("text", HOSTILE)
 def test_what_others_have_written_is_shown_and_does_nothing(text, folder, tmp_path):
     """It is no tag, no link, no row, no heading, no metadata and no code, wherever it stands."""
-
-    def card_with(text, name):
-        copy = shutil.copytree(folder, tmp_path / name / text.replace("/", "-")[:100], symlinks=True)
-        (copy / "routing").unlink()  # pictures take long to draw
-        (copy / "trainer_state.json").unlink()
-        run = json.loads((copy / "run.json").read_text())
-        source = {"name": text, "hub": False}
-        run |= {"train_data": source, "eval_data": source | {"config": text}, "method": text, "base_model": source}
-        run["eval_fraction"] = None
-        run["hyperparameters"] = {text: text, "seed": text}
-        run["hardware"]["device"], run["versions"] = text, {text: text}
-        (copy / "run.json").unlink()
-        (copy / "run.json").write_text(json.dumps(run))
-        results = write_results(tmp_path / "results.json", [result_row(text, 1.0, 0, metric=text, unit=text)])
-        write_card(copy, evaluation=results)
-        return (copy / "README.md").read_text()
-
-    harmless, card = card_with("harmless", "a"), card_with(text, "b")
+    shutil.rmtree(folder / "routing")  # pictures take long to draw
+    (folder / "trainer_state.json").unlink()
+    cards = []
+    for shown in ("harmless", text):
+        named = folder.rename(tmp_path / shown.replace("/", "-")[:100])
+        source = {"name": shown, "hub": False}
+        change_run(
+            named, train_data=source, eval_data=source | {"config": shown}, method=shown, base_model=source,
+            eval_fraction=None, hyperparameters={shown: shown, "seed": shown}, versions={shown: shown},
+            hardware={"device": shown, "processes": 1},
+        )  # fmt: skip
+        results = write_results(tmp_path / "results.json", [result_row(shown, 1.0, 0, metric=shown, unit=shown)])
+        write_card(named, evaluation=results, force=True)
+        cards.append((named / "README.md").read_text())
+        folder = named
+    harmless, card = cards
     expected, found = rendered(harmless), rendered(card)
     assert found[:3] == expected[:3]
     assert " ".join("".join(c if c.isprintable() else " " for c in text).split()) in "".join(found[3])
     metadata, known = (yaml.safe_load(source.split("\n---\n")[0]) for source in (card, harmless))
     assert metadata.keys() == known.keys() and metadata.get("license") == known.get("license")
-    python = r"```python\n(.*?)```"
-    for snippet, known in zip(*(re.findall(python, text, re.DOTALL) for text in (card, harmless)), strict=True):
-        calls = [[ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-                 for source in (snippet, known)]  # fmt: skip
-        assert calls[0] == calls[1]
+    calls = [
+        [ast.unparse(node.func) for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]
+        for source in cards
+        for snippet in re.findall(r"```python\n(.*?)```", source, re.DOTALL)
+    ]
+    assert len(calls) == 4 and calls[:2] == calls[2:]
 
 
 # ---- Snippets ----
@@ -307,12 +302,10 @@ def test_what_others_have_written_is_shown_and_does_nothing(text, folder, tmp_pa
 
 @pytest.mark.parametrize("method", ["pretraining", "SFT"])
 def test_the_snippet_with_the_library_runs(method, folder, monkeypatch, capsys):
-    record = {**read_json(folder / "run.json"), "method": method}
-    (folder / "run.json").unlink()
-    (folder / "run.json").write_text(json.dumps(record))
+    change_run(folder, method=method)
     write_card(folder)
     monkeypatch.chdir(folder.parent)
-    snippet, remote = snippets(folder / "README.md")
+    snippet, remote = blocks(folder / "README.md", "python")
     assert ("messages" in snippet) == (method == "SFT") and '"tiny-sft"' in snippet
     assert remote.replace(", trust_remote_code=True", "") == snippet.split("\n", 1)[1], "as test_push.py loads it"
     exec(snippet.replace("max_new_tokens=100", "max_new_tokens=3"), {})
@@ -333,7 +326,7 @@ def test_the_card_of_an_adapter(trained, trained_tokenizer, tmp_path, monkeypatc
     assert "LoRA adapter for [microsoft/GRIN-MoE]" in card.text and "sizes are the base model's" in card.text
     assert "trust_remote_code" not in card.text
     monkeypatch.chdir(tmp_path)
-    (snippet,) = snippets(adapter / "README.md")
+    (snippet,) = blocks(adapter / "README.md", "python")
     assert "linear" in snippet
     exec(snippet.replace("microsoft/GRIN-MoE", str(trained)).replace("max_new_tokens=100", "max_new_tokens=3"), {})
     assert capsys.readouterr().out.strip()
@@ -369,7 +362,7 @@ def test_the_released_card_has_valid_metadata_and_the_papers_scores():
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_snippets_of_the_released_card_run(number, tiny_release, capsys):
-    found = snippets(RELEASED_CARD)
+    found = blocks(RELEASED_CARD, "python")
     assert len(found) == 2
     exec(found[number].replace("microsoft/GRIN-MoE", str(tiny_release)).replace("=100", "=3"), {})
     assert capsys.readouterr().out.strip() or number == 1
@@ -386,9 +379,8 @@ def test_commands_of_the_page_run(folder, trained, tmp_path, monkeypatch):
     for name in ("evaluation", "base_evaluation"):
         Path("output", name).mkdir()
         write_results(Path("output", name, "results.json"), [result_row("ARC-Easy", 50.0, 10)])
-    page = (ROOT / "docs" / "model_cards.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^grin-moe (card .*?)(?:  +#.*)?$", page, re.MULTILINE)
+    commands = bash_lines(ROOT / "docs" / "model_cards.md")
     assert len(commands) >= 3
     for command in commands:
-        result = CliRunner().invoke(app, command.split())
+        result = CliRunner().invoke(app, command.split()[1:])
         assert result.exit_code == 0, (command, result.output, result.exception)
