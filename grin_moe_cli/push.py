@@ -10,7 +10,9 @@ from .terminal import Json, console, escape, on_interrupt, print_json, show, tra
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="checkpoint in the released layout, such as a recipe's output_dir")],
+    folder: Annotated[
+        Path, typer.Argument(exists=True, help="checkpoint in the released layout, such as a recipe's output_dir")
+    ],
     repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; created if it does not exist")],
     private: Annotated[bool, typer.Option("--private", help="create a private repository")] = False,
     revision: Annotated[str | None, typer.Option(help="branch, created if it does not exist; default: main")] = None,

@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 import modeling_grin
 from grin_moe_cli import app
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeTokenizer
-from modeling_grin.files import PART
 from modeling_grin.publishing import push as publishing
 from modeling_grin.publishing.push import push
 
@@ -284,7 +283,6 @@ SPOILS = {
         r"1 file.* are links out of it: .* \(to /etc/",
     ),
     "NaN": (spoil_with_nan, r"holds 1 NaN or infinite values"),
-    "being written": (lambda m: (m / f"{PART}x.json").touch(), r"\.part-x.json is still being written"),
     "fused": (lambda m: rewrite(m, fused), r"\(it is fused\): convert it by `grin-moe convert .*model NEW_FOLDER"),
     "pickled": (pickle, r"pickles, which can run code \(add --weights-only\): convert it by `grin-moe .* hub`"),
     "adapter": (lambda m: (m / "adapter_config.json").write_text("{}"), r"holds an adapter, not a model: convert it"),

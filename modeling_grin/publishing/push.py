@@ -17,15 +17,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
-from conversion import open_checkpoint
+from conversion import inspect, open_checkpoint
 from conversion.conversion import COMPANIONS, check_settings, config_for
-from conversion.forms import model_class_of
 from conversion.headers import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, read_config, read_json
-from conversion.inspection import describe, verify_tensors
 from conversion.pickles import find_dcp_folder, find_pickles
 
-from .. import GrinMoeConfig, __version__
-from ..files import PART, describe_links
+from .. import __version__
+from ..files import describe_links
 from ..safetensors_header import read_header
 from ..tokenization_grinmoe import GrinMoeTokenizer
 from . import TO_FILL_IN
@@ -38,7 +36,6 @@ ADAPTER = (ADAPTER_CONFIG_FILE, "adapter_model.*")
 OWNED = (*(name for name in COMPANIONS if name[0].islower()), CONFIG_FILE, INDEX_FILE, WEIGHTS, *ADAPTER, CODE)
 PICTURES = ("figures/*.png", "figures/*.jpg", "figures/*.jpeg", "figures/*.gif", "figures/*.webp", "figures/*.svg")
 MACHINE_PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # settings of a tokenizer
-UNFINISHED = (f"{PART}*", "*.part", "*.partial", "*.tmp", "*.incomplete")  # names of files that are being written
 
 # No uploaded file may hold these; the Hub scans uploads for other kinds.
 SECRETS = {
@@ -121,8 +118,7 @@ def push(
     except ValueError:
         raise
     except Exception as error:  # of many types: no token, status codes, connections, xet
-        reasons = dict.fromkeys(" ".join(str(cause).split()) for cause in (error, error.__cause__) if cause)
-        raise ValueError(f"{repo_id}: {'; '.join(reasons)}; run the same command to resume") from error
+        raise ValueError(f"{repo_id}: {' '.join(str(error).split())}; run the same command to resume") from error
     return report
 
 
@@ -131,8 +127,6 @@ def gather(
 ) -> dict[str, Source]:
     """Find the files to send, by their name in the repository, and fill the report's fields for a dry run."""
     problems = report.problems
-    if not folder.is_dir():
-        raise ValueError(f"{folder} must be the folder of a checkpoint")
     sources: dict[str, Source] = {}
     # Every part is tried, so that one run names all problems. Files made for the Hub come first: later ones of the
     # same name do not replace them.
@@ -150,9 +144,6 @@ def gather(
     if problem := describe_links(folder, [path for path in sources.values() if isinstance(path, Path)]):
         problems.append(problem)
     sources |= {path.name: path for path in Path(__file__).parents[1].glob(CODE)}
-    for path in (folder.resolve(), *folder.iterdir()):
-        if any(fnmatch(path.name, pattern) for pattern in UNFINISHED):
-            problems.append(f"{path} is still being written: let its writer end, or delete it")
     for name, source in sources.items():
         problems += find_secrets(name, source)
     report.files = {
@@ -184,22 +175,14 @@ def weights_and_config(folder: Path, problems: list[str], progress: Callable[[in
     if other:
         command = f"grin-moe convert {shlex.quote(str(folder))} NEW_FOLDER --to hub"
         raise ValueError(f"{folder} {other}: convert it by `{command}` and push the result")
-    found = describe(checkpoint)
-    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    verify_tensors(checkpoint.tensors.values(), found, lambda done: progress(done, total))
+    found = inspect(folder, verify=True, progress=progress)
     problems += found.problems
     # config.json loads the uploaded code, as `save_pretrained` writes it after `register_for_auto_class`.
-    model_class = model_class_of(checkpoint.tensors)
-    auto_class = "AutoModel" + model_class.__name__.removeprefix("GrinMoe").removeprefix("Model")
-    auto_map = {"AutoConfig": class_path(GrinMoeConfig), auto_class: class_path(model_class)}
+    auto_class = "AutoModel" + found.model.removeprefix("GrinMoe").removeprefix("Model")
+    auto_map = {"AutoConfig": "configuration_grinmoe.GrinMoeConfig", auto_class: f"modeling_grinmoe.{found.model}"}
     values = {**config_for(checkpoint, "hub", None), "auto_map": auto_map}
     values.pop("_name_or_path", None)  # may be a path of this machine
     return {**find_files(folder, [*found.files, INDEX_FILE]), CONFIG_FILE: as_json(values)}
-
-
-def class_path(cls: type) -> str:
-    """The place of a class in the repository: file and name."""
-    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
 
 
 def as_json(values: dict[str, Any]) -> bytes:
@@ -225,8 +208,8 @@ def tokenizer_files(folder: Path) -> dict[str, Source]:
         )
     settings = read_json(settings_path) if settings_path.is_file() else {}
     settings = {name: value for name, value in settings.items() if name not in MACHINE_PATHS}
-    settings |= {"tokenizer_class": GrinMoeTokenizer.__name__}
-    settings |= {"auto_map": {"AutoTokenizer": [class_path(GrinMoeTokenizer), None]}}
+    settings |= {"tokenizer_class": "GrinMoeTokenizer"}
+    settings |= {"auto_map": {"AutoTokenizer": ["tokenization_grinmoe.GrinMoeTokenizer", None]}}
     return {TOKENIZER_FILE: path, TOKENIZER_CONFIG_FILE: as_json(settings)}
 
 
