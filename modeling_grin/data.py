@@ -48,27 +48,36 @@ def find_files(name: str) -> list[str]:
 
 
 def load_data(
-    name: str, *, split: str = "train", config: str | None = None, streaming: bool = False
+    name: str,
+    *,
+    split: str | None = None,
+    config: str | None = None,
+    default_split: str = "train",
+    streaming: bool = False,
 ) -> "Dataset | IterableDataset":
     """Load the rows of local files, or of a dataset on the Hub if there is no such file.
 
     Args:
         name: a file, folder or glob, or a name on the Hub.
-        split, config: of a dataset on the Hub; local files have neither.
+        split, config: of a dataset on the Hub.
+        default_split: of a dataset on the Hub, where `split` is None.
         streaming: read rows on demand, without a copy in the cache of `datasets`.
 
     Raises:
-        ValueError: there are no files, their formats differ or are unknown, or they cannot be read.
+        ValueError: there are no files, their formats differ or are unknown, they cannot be read, or a split or
+            configuration is given for local files.
     """
     from datasets import load_dataset
 
     files = find_files(name)
     if not files:
         try:
-            return load_dataset(name, config, split=split, streaming=streaming)
+            return load_dataset(name, config, split=split or default_split, streaming=streaming)
         except Exception as error:  # of many types: not found, no connection, unknown split or configuration
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{name}: no such file or folder here, and as a dataset of the Hub: {reason}") from error
+    if split or config:
+        raise ValueError(f"{name}: splits and configurations are of datasets on the Hub, and this is a local file")
     if unknown := [file for file in files if Path(file).suffix not in FORMATS]:
         raise ValueError(f"{unknown[0]}: unknown format; these are read: {', '.join(FORMATS)}")
     formats = {FORMATS[Path(file).suffix] for file in files}
@@ -96,9 +105,7 @@ def stream_data(name: str) -> Iterator[dict[str, Any]]:
         ValueError: as `load_data`, or a row cannot be read.
     """
     dataset, config, split = [*name.split(":"), "", ""][:3] if not Path(name).exists() else (name, "", "")
-    if (config or split) and find_files(dataset):
-        raise ValueError(f"{name}: configurations and splits are of datasets on the Hub; {dataset} is a local file")
-    rows = load_data(dataset, config=config or None, split=split or "train", streaming=True)
+    rows = load_data(dataset, config=config or None, split=split, streaming=True)
     try:
         yield from rows
     except Exception as error:

@@ -28,27 +28,12 @@ ROUTER_MODULES = ("block_sparse_moe.gate",)
 EXPERT_MODULES = tuple(part for parts in EXPERT_WEIGHTS.values() for part in parts)
 EXPERT_PARAMETERS = tuple(f"block_sparse_moe.experts.{name}" for name in EXPERT_WEIGHTS)
 
-GROUPS = {".self_attn.": "attention", ".block_sparse_moe.gate": "router", ".block_sparse_moe.experts": "experts"}
-NO_GROUP = "in full"  # `modules_to_save` and heads of new tasks, which have no adapters
-
 # A merge must keep at least the rest of what the adapters change, unless it loses no more than float32 would.
 LARGEST_SHARE_LOST = 0.5
 FLOAT32_ROUNDING = 3e-5  # relative to the weight, of a layer's output on a basis
 
-# Fields of LoraConfig that peft honours for modules and ignores for parameters, which fused experts are.
-MODULE_SETTINGS = ("layers_to_transform", "layers_pattern", "exclude_modules")
-
-
-def group_of(name: str) -> str:
-    """Return the group that a module or parameter belongs to."""
-    return next((group for part, group in GROUPS.items() if part in name), NO_GROUP)
-
-
-def find_targets(model: nn.Module, suffixes: tuple[str, ...], group: str) -> list[str]:
-    """Return the names of the modules and parameters of `group` that end with one of `suffixes`."""
-    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
-    endings = tuple(f".{suffix}" for suffix in suffixes)
-    return [name for name in names if name.endswith(endings) and group_of(name) == group]
+# Fields of LoraConfig that peft honours for modules, and ignores or refuses for parameters, which fused experts are.
+MODULE_SETTINGS = ("lora_dropout", "layers_to_transform", "layers_pattern", "exclude_modules")
 
 
 def add_lora(
@@ -71,45 +56,28 @@ def add_lora(
         settings: other fields of `peft.LoraConfig`, such as `rank_pattern` or `use_rslora`.
 
     Raises:
-        ValueError: nothing was asked for; a group matches nothing in `model`; `router=True` with
-            `config.freeze_router`; `lora_dropout`, `layers_to_transform`, `layers_pattern` or `exclude_modules` with
-            fused experts; or modules to train in full in a model that is spread over ranks. The model is unchanged.
+        ValueError: nothing was asked for; `router=True` with `config.freeze_router`; `lora_dropout`,
+            `layers_to_transform`, `layers_pattern` or `exclude_modules` with fused experts; or modules to train in
+            full in a model that is spread over ranks. The model is unchanged.
     """
     if router and model.config.freeze_router:
         raise ValueError("router=True trains the routers that config.freeze_router=True freezes; change one of them")
-    fused = find_targets(model, EXPERT_PARAMETERS, "experts") if experts else []
-    chosen: list[tuple[bool, str, tuple[str, ...]]] = [
-        (attention, "attention", ATTENTION_MODULES),
-        (router, "router", ROUTER_MODULES),
-        (experts, "experts", EXPERT_PARAMETERS if fused else EXPERT_MODULES),
-    ]
-    wanted = {group: suffixes for is_chosen, group, suffixes in chosen if is_chosen}
-    if not wanted:
+    fused = experts and any(name.endswith(EXPERT_PARAMETERS) for name, _ in model.named_parameters())
+    modules = ATTENTION_MODULES * attention + ROUTER_MODULES * router + EXPERT_MODULES * (experts and not fused)
+    if not (modules or fused):
         raise ValueError("LoRA has nothing to adapt: set attention, router or experts to True")
-    for group, suffixes in wanted.items():
-        if not find_targets(model, suffixes, group):
+    for field in MODULE_SETTINGS if fused else ():
+        if (value := settings.get(field)) is not None and (field, value) != ("lora_dropout", 0):
             raise ValueError(
-                f"{group}=True matches nothing in {type(model).__name__}: no name ends with {' or '.join(suffixes)}"
+                f"{field}={value} cannot act on fused experts, which peft adapts as parameters; load the model with "
+                'experts_implementation="linear", or set experts=False'
             )
-    if fused and settings.get("lora_dropout", 0) > 0:
-        raise ValueError(
-            f"lora_dropout={settings['lora_dropout']} cannot act on fused experts, whose adapters peft adds to the "
-            "weights; set it to 0, or experts=False"
-        )
-    for field in MODULE_SETTINGS:
-        if fused and settings.get(field) is not None:
-            raise ValueError(
-                f"{field}={settings[field]} cannot choose among fused experts, which peft adapts in all layers; load "
-                'the model with experts_implementation="linear", or set experts=False'
-            )
-
-    parameters = wanted.pop("experts") if fused else ()
     tasks = {GrinMoeForCausalLM: "CAUSAL_LM", GrinMoeForSequenceClassification: "SEQ_CLS"}
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
-        target_modules=[suffix for suffixes in wanted.values() for suffix in suffixes],
-        target_parameters=list(parameters),
+        target_modules=list(modules),
+        target_parameters=list(EXPERT_PARAMETERS) if fused else [],
         **{"task_type": next((task for cls, task in tasks.items() if isinstance(model, cls)), None), **settings},
     )
     is_spread = any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -168,7 +136,7 @@ def spread_adapters(model: PeftModel) -> None:
         if not isinstance(weight, DTensor):
             continue
         axes = dict(zip(weight.device_mesh.mesh_dim_names or ("tp",), weight.placements, strict=True))
-        if group_of(name) == "attention" and "tp" in axes:
+        if ".self_attn." in name and "tp" in axes:
             if not is_plain(layer):
                 raise ValueError(f"{name}: tensor parallelism needs plain LoRA, without DoRA and the like")
             mesh = weight.device_mesh["tp"] if len(axes) > 1 else weight.device_mesh
@@ -204,45 +172,40 @@ def merge_error(reason: str) -> ValueError:
 
 
 def is_plain(layer: BaseTunerLayer) -> bool:
-    """Return whether a layer computes with W + BA; DoRA and the like do not."""
-    return type(layer) in (Linear, ParamWrapper) and not layer.lora_variant  # subclasses are for quantised weights
+    """Return whether a layer computes with W + BA alone; DoRA, adapters with a bias and the like do not."""
+    if type(layer) not in (Linear, ParamWrapper):  # subclasses are for quantised weights
+        return False
+    return not layer.lora_variant and not any(layer.lora_bias.values())
 
 
-def check_weight(name: str, layer: LoraLayer, unmerged: torch.Tensor, merged: torch.Tensor) -> None:
-    """Raise ValueError unless `merged` is `unmerged` plus the products of `layer`'s active adapters, within rounding.
+def add_products(name: str, layer: LoraLayer) -> torch.Tensor:
+    """Return a layer's weight plus its active adapters' products, added in float32, in the weight's dtype.
 
-    Both are `[out, in]` or `[E, out, in]`. The products follow from the adapters' definition, not from peft's code:
-    `scaling * B A` for each matrix, where A is `[E r, in]`, one expert's ranks after the other's, and B is
-    `[out, r E]`, one rank's experts after the other's.
+    For each matrix, `[out, in]` or one of `[E, out, in]`, a product is `scaling * B A`, where A is `[E r, in]`, one
+    expert's ranks after the other's, and B is `[out, r E]`, one rank's experts after the other's.
     """
+    attribute = getattr(layer, "parameter_name", "weight")
+    weight = getattr(layer.get_base_layer(), attribute)
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-    rounding = torch.finfo(merged.dtype)
-    dtype = torch.promote_types(merged.dtype, torch.float32)
-    weights = unmerged.reshape(-1, *unmerged.shape[-2:])  # [E, out, in], E = 1 for a single matrix
-    num_experts = len(weights)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    merged = torch.empty_like(weight)
+    matrices = weight.reshape(-1, *weight.shape[-2:])  # [E, out, in], E = 1 for a single matrix
     squares = torch.zeros(3, dtype=torch.float64)  # of the loss, of the products, of the weight
     # One expert at a time, whose matrix in float32 is small next to the layer's.
-    for expert, (weight, result) in enumerate(zip(weights, merged.reshape(weights.shape), strict=True)):
-        weight = weight.to(dtype)
-        delta, size = torch.zeros_like(weight), weight.abs()
+    for expert, (matrix, result) in enumerate(zip(matrices, merged.view(matrices.shape), strict=True)):
+        matrix = matrix.to(dtype)
+        change = torch.zeros_like(matrix)
         for adapter in adapters:
-            a = layer.lora_A[adapter].weight.to(weight).unflatten(0, (num_experts, -1))[expert]  # [r, in]
-            b = layer.lora_B[adapter].weight.to(weight).unflatten(1, (-1, num_experts))[..., expert]  # [out, r]
-            scaling = layer.scaling[adapter]
-            delta += scaling * (b @ a)
-            size += abs(scaling) * (b.abs() @ a.abs())  # all terms, because their sum may be small
-        error = result.to(dtype) - weight - delta
-        # At most half an epsilon for each rounding: when a product is made, scaled and cast, and when it is added.
-        allowed = (1 + len(adapters)) * rounding.eps * size.clamp(min=rounding.smallest_normal)
-        if not (error.abs() <= allowed).all():  # a NaN is no <= either
-            matrix = f"{name}[{expert}]" if unmerged.ndim == 3 else name
-            raise merge_error(
-                f"{matrix} is not W + BA rounded to {merged.dtype}: it differs by {error.norm():.2g}, where BA has "
-                f"the norm {delta.norm():.2g}"
-            )
-        squares += torch.stack([error.norm(), delta.norm(), weight.norm()]).cpu().double().square()
-    lost, change, norm = squares.sqrt().tolist()
-    check_loss(name, lost, change, torch.finfo(torch.float32).eps * norm)
+            a = layer.lora_A[adapter].weight.to(matrix).unflatten(0, (len(matrices), -1))[expert]  # [r, in]
+            b = layer.lora_B[adapter].weight.to(matrix).unflatten(1, (-1, len(matrices)))[..., expert]  # [out, r]
+            change += layer.scaling[adapter] * (b @ a)
+        result.copy_(matrix + change)
+        lost = result.to(dtype) - matrix - change
+        squares += torch.stack([lost.norm(), change.norm(), matrix.norm()]).cpu().double().square()
+    lost_norm, change_norm, norm = squares.sqrt().tolist()
+    where = f"{name.replace('.base_layer', '')}.{attribute}"
+    check_loss(where, lost_norm, change_norm, torch.finfo(torch.float32).eps * norm)
+    return merged
 
 
 def check_loss(name: str, lost: float, change: float, rounding: float) -> None:
@@ -261,11 +224,11 @@ def apply_to_basis(layer: BaseTunerLayer) -> torch.Tensor:
 
 @torch.no_grad()
 def merge_lora(peft_model: PeftModel) -> GrinMoePreTrainedModel:
-    """Merge the active adapters into the weights, and prove it for each of them.
+    """Merge the active adapters into the weights: W + BA, added in float32 and rounded once.
 
-    Every weight must be W + BA, computed anew from the adapters in float32, within rounding to its dtype. Layers that
-    compute otherwise, such as DoRA's, must give the same outputs for a basis. Rounding must not lose more than half of
-    the adapters' change. Meanwhile the unmerged weights are kept: up to twice the memory.
+    Layers that compute otherwise, such as DoRA's, are merged by peft, and must give the same outputs for a basis.
+    Rounding must not lose more than half of the adapters' change. Meanwhile the unmerged weights are kept: up to twice
+    the memory.
 
     Args:
         peft_model: as `add_lora` or `PeftModel.from_pretrained` returns it.
@@ -279,42 +242,39 @@ def merge_lora(peft_model: PeftModel) -> GrinMoePreTrainedModel:
     """
     base_model = peft_model.get_base_model()
     layers = {name: module for name, module in base_model.named_modules() if isinstance(module, BaseTunerLayer)}
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("the adapters are merged already; call unmerge_adapter() first, so that the merge is checked")
-
-    # safe_merge writes new tensors, so that these stay as they are; peft's unmerge() would subtract, which rounds.
-    modules = [layer.get_base_layer() for layer in layers.values()]
-    unmerged = {(module, name): (parameter, parameter.data) for module in modules
-                for name, parameter in module.named_parameters(recurse=False)}  # fmt: skip
     for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError("the adapters are merged already; call unmerge_adapter() first, so the merge is checked")
         if any(not parameter.is_floating_point() for parameter in layer.get_base_layer().parameters(recurse=False)):
             raise merge_error(f"{name} is quantised")
+    merged = {layer: add_products(name, layer) for name, layer in layers.items() if is_plain(layer)}
+    others = {name: layer for name, layer in layers.items() if layer not in merged}
+    unmerged = [
+        (weight, weight.data) for layer in others.values() for weight in layer.get_base_layer().parameters(False)
+    ]
     training = peft_model.training
     peft_model.eval()
-    others = {name: layer for name, layer in layers.items() if not is_plain(layer)}
     try:
         adapted = {name: apply_to_basis(layer) for name, layer in others.items()}
         with peft_model.disable_adapter():
             plain = {name: apply_to_basis(layer) for name, layer in others.items()}
-        peft_model.merge_adapter(safe_merge=True)
-        for name, layer in layers.items():
-            if name in others:
-                lost = (apply_to_basis(layer) - adapted[name]).norm().item()
-                change = (adapted[name] - plain[name]).norm().item()
-                check_loss(name, lost, change, FLOAT32_ROUNDING * plain[name].norm().item())
-            else:
-                module, weight = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
-                name = f"{name.replace('.base_layer', '')}.{weight}"
-                check_weight(name, layer, unmerged[module, weight][1], getattr(module, weight))
+        for name, layer in others.items():
+            layer.merge(safe_merge=True)  # into new tensors
+            lost = (apply_to_basis(layer) - adapted[name]).norm().item()
+            change = (adapted[name] - plain[name]).norm().item()
+            check_loss(name, lost, change, FLOAT32_ROUNDING * plain[name].norm().item())
     except Exception:
-        for (module, name), (parameter, data) in unmerged.items():
-            setattr(module, name, parameter)
-            parameter.data = data
-        for layer in layers.values():
+        for weight, data in unmerged:
+            weight.data = data
+        for layer in others.values():
             layer.merged_adapters.clear()
         raise
     finally:
         peft_model.train(training)
+    for layer, weight in merged.items():
+        getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight")).data = weight
+    for layer in layers.values():
+        layer.merged_adapters[:] = layer.active_adapters
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         return peft_model.merge_and_unload()

@@ -30,15 +30,15 @@ from lm_eval.utils import handle_non_serializable
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoConfig
 
-import modeling_grin  # noqa: F401  (registers the model with transformers)
 from modeling_grin.files import write_whole
+from modeling_grin.training.run import exit_on_error
 
-MODEL_OPTIONS = ("model_args", "batch_size", "max_batch_size", "device")
+MODEL_OPTIONS = ("batch_size", "max_batch_size", "device")
 RUN_OPTIONS = ("limit", "log_samples", "apply_chat_template", "fewshot_as_multiturn", "confirm_run_unsafe_code")
-OPTIONS = (*MODEL_OPTIONS, *RUN_OPTIONS, "tasks", "include_path", "output_path", "seed")
+OPTIONS = ("model_args", *MODEL_OPTIONS, *RUN_OPTIONS, "tasks", "include_path", "output_path", "seed")
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer.json", "*.jinja")
-COLUMNS = ("benchmark", "harness task", "shots", "metric", "score", "paper")
+ASKED = ("tasks", "shots", "metric", "filter", "unit")
+COLUMNS = ["benchmark", "harness task", "shots", "metric", "score", "paper"]
 
 
 class GrinMoeLM(HFLM):
@@ -64,60 +64,41 @@ def parse(argv: list[str] | None = None) -> tuple[EvaluatorConfig, dict[str, Any
             parser.add_argument(f"--{option.name}", type=yaml.safe_load, help=option.metadata["help"])
     given = vars(parser.parse_args(argv))
     pretrained, rows = given.pop("pretrained"), given.pop("rows")
-    try:
-        if unknown := EvaluatorConfig.load_yaml_config(given["config"]).keys() - set(OPTIONS):
-            parser.error(f"{given['config']} must only have options of --help; got {', '.join(sorted(unknown))}")
-        config = EvaluatorConfig.from_cli(argparse.Namespace(**given))
-        path = Path(config.include_path or ".", f"{config.tasks}.yaml")
-        group = EvaluatorConfig.load_yaml_config(path)
-    except (OSError, TypeError, ValueError) as error:
-        parser.error(str(error))
-    if pretrained:
-        config.model_args["pretrained"] = pretrained
+    if unknown := EvaluatorConfig.load_yaml_config(given["config"]).keys() - set(OPTIONS):
+        raise ValueError(f"{given['config']} must only have options of --help; got {', '.join(sorted(unknown))}")
+    config = EvaluatorConfig.from_cli(argparse.Namespace(**given))
+    config.model_args |= {"pretrained": pretrained} if pretrained else {}
+    group = EvaluatorConfig.load_yaml_config(Path(config.include_path or ".", f"{config.tasks}.yaml"))
     known = group["metadata"]["rows"]
-    if unknown := set(rows or known) - set(known):
-        parser.error(f"--rows must be of {', '.join(known)}; got {', '.join(sorted(unknown))}")
-    group["metadata"]["rows"] = {name: row for name, row in known.items() if name in (rows or known)}
-    wanted = {row["task"] for row in group["metadata"]["rows"].values()}
+    if unknown := set(rows or ()) - set(known):
+        raise ValueError(f"--rows must be of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    chosen = {name: row for name, row in known.items() if name in (rows or known)}
+    wanted = {row["task"] for row in chosen.values()}
+    group["metadata"]["rows"] = chosen
     group["task"] = [entry for entry in group["task"] if (entry.get("task") or entry["group"]) in wanted]
     return config, group
 
 
 def identify(model_args: dict[str, Any]) -> str:
     """Hash what a cached answer depends on beside its prompt: the weights, and how they are loaded."""
-    name = model_args["pretrained"]
-    if Path(name).is_dir():
-        files = sorted(file for pattern in MODEL_FILES for file in Path(name).glob(pattern))
-        state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    else:
+    name, files = model_args["pretrained"], sorted(Path(model_args["pretrained"]).glob("*"))
+    state: Any = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if not files:
         state = AutoConfig.from_pretrained(name, revision=model_args.get("revision"))._commit_hash
     return hashlib.sha256(json.dumps([model_args, state]).encode()).hexdigest()[:16]
-
-
-def load_tasks(group: str, folders: list[str]) -> TaskManager:
-    """Index the harness's tasks; only those of `folders` if the group needs no others, since the index takes long."""
-    own = TaskManager(include_path=folders, include_defaults=False)
-
-    def is_own(entry: str | dict[str, Any]) -> bool:
-        name = entry if isinstance(entry, str) else entry.get("task") or entry["group"]
-        config = own.task_index[name].cfg if name in own.task_index else None
-        return config is not None and ("group" not in config or all(map(is_own, config["task"])))
-
-    return own if is_own(group) else TaskManager(include_path=folders)
 
 
 def run(config: EvaluatorConfig, group: dict[str, Any]) -> dict[str, Any] | None:
     """Return the harness's results; None on every rank but the first."""
     if config.device == "cpu":
         PartialState(cpu=True)  # without it, accelerate starts no process group on CPUs
-    options = {name: getattr(config, name) for name in MODEL_OPTIONS[1:]}
-    lm = GrinMoeLM(**config.model_args, **options)
+    lm = GrinMoeLM(**config.model_args, **{name: getattr(config, name) for name in MODEL_OPTIONS})
     with TemporaryDirectory() as folder:
         Path(folder, "group.yaml").write_text(yaml.safe_dump(group, sort_keys=False), encoding="utf-8")
         results = simple_evaluate(
             model=lm,
             tasks=[group["group"]],
-            task_manager=load_tasks(group["group"], [config.include_path, folder]),
+            task_manager=TaskManager(include_path=[config.include_path, folder]),
             use_cache=str(Path(config.output_path, f"cache_{identify(config.model_args)}")),
             **{name: getattr(config, name) for name in RUN_OPTIONS},
             **dict(zip(SEEDS, config.seed, strict=True)),
@@ -137,33 +118,33 @@ def leaves(results: dict[str, Any], task: str) -> Iterator[str]:
 def make_rows(config: EvaluatorConfig, group: dict[str, Any], results: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of the table, in the group's order, with the settings that a score depends on."""
     shared = {name: getattr(config, name) for name in ("limit", "apply_chat_template", "fewshot_as_multiturn", "seed")}
+    shared["lm_eval"] = version("lm_eval")
     figures = {**results["results"], **results.get("groups", {})}
     rows = []
     for name, given in group["metadata"]["rows"].items():
         row = {"row": name, "filter": "none", "unit": "%", "paper": None, "differs": "", **given}
-        measured, key = figures[row["task"]], f"{row['metric']},{row['filter']}"
+        task = row.pop("task")
+        measured, key = figures[task], f"{row['metric']},{row['filter']}"
         if key not in measured:
             known = [name for name in measured if "," in name and "_stderr" not in name]
             raise ValueError(f"metric,filter of row {name} must be one of {', '.join(known)}; got {key}")
         scale = 100.0 if row["unit"] == "%" else 1.0  # of the harness's fractions
         stderr = measured.get(f"{row['metric']}_stderr,{row['filter']}")
-        tasks = list(leaves(results, row["task"]))
+        tasks = list(leaves(results, task))
         dataset = results["configs"][tasks[0]]
         is_local = "data_files" in (dataset.get("dataset_kwargs") or {})
         row |= {
-            "tasks": [row.pop("task")],
+            "tasks": [task],
             "shots": sorted({results["n-shot"][task] for task in tasks}),
             "score": measured[key] * scale,
             "stderr": stderr * scale if isinstance(stderr, float) else None,
-            "num_samples": sum(results["n-samples"][task]["effective"] for task in tasks),
             "dataset": {
-                "path": given["task"] if is_local else dataset["dataset_path"],
+                "path": task if is_local else dataset["dataset_path"],
                 "name": dataset.get("dataset_name") if len(tasks) == 1 else None,
                 "split": dataset.get("test_split") or dataset.get("validation_split"),
             },
         }
-        asked = {key: row[key] for key in ("tasks", "shots", "metric", "filter", "unit")}
-        rows.append({**row, "settings": shared | {"lm_eval": version("lm_eval")} | asked})
+        rows.append({**row, "settings": shared | {key: row[key] for key in ASKED}})
     return rows
 
 
@@ -185,18 +166,19 @@ def model_index(rows: list[dict[str, Any]], model_name: str) -> list[dict[str, A
 def table(config: EvaluatorConfig, rows: list[dict[str, Any]]) -> str:
     """The scores beside the paper's, in Markdown, and what differs from the paper."""
     prompts = "in the chat format" if config.apply_chat_template else "as plain text"
-    said = f"lm-evaluation-harness {version('lm_eval')}, {config.model_args.get('dtype')}, prompts {prompts}."
+    lines = [f"lm-evaluation-harness {version('lm_eval')}, {config.model_args.get('dtype')}, prompts {prompts}.", ""]
     if config.limit is not None:
-        said += f" **Not for comparison: limited to {config.limit:g} examples (below 1: that share) of each task.**"
-    lines = [said, "", f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
+        lines[0] += (
+            f" **Not for comparison: limited to {config.limit:g} examples (below 1: that share) of each task.**"
+        )
+    cells = [COLUMNS, ["---"] * len(COLUMNS)]
     for row in rows:
         digits, unit = (1, "") if row["unit"] == "%" else (3, f" {row['unit']}")
-        error = "" if row["stderr"] is None else f" ± {row['stderr']:.{digits}f}"
-        metric = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
-        paper = "" if row["paper"] is None else f"{row['paper']:.{digits}f}"
-        cells = (row["row"], row["tasks"][0], "/".join(map(str, row["shots"])), metric,
-                 f"{row['score']:.{digits}f}{error}{unit}", paper)  # fmt: skip
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        figures = ["" if row[name] is None else f"{row[name]:.{digits}f}" for name in ("score", "stderr", "paper")]
+        metric = row["metric"] + f", {row['filter']}" * (row["filter"] != "none")
+        score = " ± ".join(filter(None, figures[:2])) + unit
+        cells.append([row["row"], row["tasks"][0], "/".join(map(str, row["shots"])), metric, score, figures[2]])
+    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in cells]
     if notes := [f"- {row['row']}: {row['differs']}" for row in rows if row["differs"]]:
         lines += ["", "Differences from the paper, whose pipeline and prompts are not public:", "", *notes]
     return "\n".join(lines) + "\n"
@@ -205,7 +187,8 @@ def table(config: EvaluatorConfig, rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the group; leave results.md, results.json and the harness's own figures in output_path."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of shots that are set as they are meant to be
-    config, group = parse(argv)
+    with exit_on_error():
+        config, group = parse(argv)
     results = run(config, group)
     if results is None:
         return

@@ -15,21 +15,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from trl import GRPOConfig
 
-from modeling_grin.publishing.card import write_cards
-from modeling_grin.publishing.merging import save_merged
-from modeling_grin.publishing.record import record_run
-from modeling_grin.training import RoutingCallback, data_checks
-from modeling_grin.training.arguments import GREEDY_ROUTING, FineTuningArguments, RecipeParser, check_arguments
-from modeling_grin.training.run import (
-    distributed_config_from_accelerate,
-    end_training,
-    exit_on_error,
-    load_adapted,
-    load_config,
-    load_tokenizer,
-    load_train_and_eval,
-    train_and_save,
-)
+from modeling_grin.publishing.merging import run_to_the_end
+from modeling_grin.training import RoutingCallback, data_checks, run
+from modeling_grin.training.arguments import GREEDY_ROUTING, FineTuningArguments, RecipeParser
 from modeling_grin.training.trl_trainers import GrinMoeGRPOTrainer
 
 
@@ -41,16 +29,16 @@ def similarity(completions: list[Any], answer: list[str], **columns: Any) -> lis
 
 
 def select(dataset: Dataset, name: str) -> Dataset:
-    """Keep the columns to train on, and check their rows."""
+    """Keep the columns to train on, and check them."""
     data_checks.check_columns(dataset, ["prompt", "answer"], name)
-    data_checks.check_text_or_messages(dataset, ["prompt"], name)
-    data_checks.check_text(dataset, ["answer"], name)
+    data_checks.check_kinds(dataset, ["prompt"], name, ["messages", "text"])
+    data_checks.check_kinds(dataset, ["answer"], name)
     return dataset.select_columns(["prompt", "answer"])
 
 
 def parse(argv: list[str] | None = None) -> tuple[FineTuningArguments, GRPOConfig]:
     """Read the command line, and the YAML file that `--config` names."""
-    parser = RecipeParser([FineTuningArguments, GRPOConfig], description=__doc__)
+    parser = RecipeParser(FineTuningArguments, GRPOConfig, description=__doc__)
     arguments, training = parser.parse_args_and_config(argv)
     arguments.config_overrides = {**GREEDY_ROUTING, "router_aux_loss_coef": 0.0, **arguments.config_overrides}
     return arguments, training
@@ -58,15 +46,14 @@ def parse(argv: list[str] | None = None) -> tuple[FineTuningArguments, GRPOConfi
 
 def main(argv: list[str] | None = None) -> None:
     """Check, load, train, and leave the model (with LoRA: adapter and merged model) in output_dir."""
-    with exit_on_error():
+    with run.exit_on_error():
         arguments, training = parse(argv)
-        check_arguments(arguments, training)
         set_seed(training.seed)
-        tokenizer, config = load_tokenizer(arguments), load_config(arguments)
+        tokenizer, config = run.load_tokenizer(arguments), run.load_config(arguments)
         data_checks.check_tokenizer(tokenizer, config)
         data_checks.check_preference_routing(config, dropout_is_disabled=training.disable_dropout)
-        train, held_out = load_train_and_eval(arguments, training, select)
-        layout = distributed_config_from_accelerate(training)
+        train, held_out = run.load_train_and_eval(arguments, training, select)
+        layout = run.distributed_config_from_accelerate(training)
         is_whole = layout is None or (layout.tp_size == 1 and arguments.lora_r > 0)
         if arguments.pipeline_parallel_size > 1 or not is_whole:
             raise ValueError(
@@ -74,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
                 " and lora_r"
             )
         trainer = GrinMoeGRPOTrainer(
-            model=load_adapted(arguments, training, config, layout),
+            model=run.load_adapted(arguments, training, config, layout),
             reward_funcs=similarity,
             args=training,
             train_dataset=train,
@@ -83,14 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     trainer.add_callback(RoutingCallback(trainer))
-    record_run(trainer, arguments, "GRPO")
-    train_and_save(trainer)
-    with exit_on_error():
-        write_cards(trainer)
-    if arguments.lora_r and arguments.merge_adapter:
-        save_merged(trainer, arguments)
-        write_cards(trainer)
-    end_training(trainer)
+    run_to_the_end(trainer, arguments, "GRPO")
 
 
 if __name__ == "__main__":

@@ -21,21 +21,9 @@ from transformers import (
 )
 
 from modeling_grin import GrinMoeConfig, GrinMoeTokenizer
-from modeling_grin.publishing.card import write_cards
-from modeling_grin.publishing.record import record_run
-from modeling_grin.training import GrinMoeTrainer, RoutingCallback, data_checks
-from modeling_grin.training.arguments import RecipeArguments, RecipeParser, check_arguments, checkpoint_to_resume
-from modeling_grin.training.run import (
-    distributed_config_from_accelerate,
-    end_training,
-    exit_on_error,
-    load_config,
-    load_model,
-    load_tokenizer,
-    load_train_and_eval,
-    make_model,
-    train_and_save,
-)
+from modeling_grin.publishing.merging import run_to_the_end
+from modeling_grin.training import GrinMoeTrainer, RoutingCallback, data_checks, run
+from modeling_grin.training.arguments import RecipeArguments, RecipeParser
 
 
 @dataclass
@@ -65,10 +53,10 @@ def get_tokenizer(
     A resumed run takes the learnt one from output_dir/tokenizer, or from the checkpoint that it is given.
     """
     if arguments.tokenizer_vocab_size is None:
-        return load_tokenizer(arguments)
+        return run.load_tokenizer(arguments)
     folder = Path(training.output_dir) / "tokenizer"
     with training.main_process_first(desc="tokenizer"):
-        resumed = checkpoint_to_resume(training)
+        resumed = run.checkpoint_to_resume(training)
         if training.should_save and resumed is not True:
             if resumed:
                 tokenizer = AutoTokenizer.from_pretrained(resumed)
@@ -84,7 +72,7 @@ def get_tokenizer(
 def get_config(arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> GrinMoeConfig:
     """Load the checkpoint's configuration, or make one for the tokenizer, with `model_config` applied."""
     if arguments.model_name_or_path is not None:
-        return load_config(arguments)
+        return run.load_config(arguments)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return GrinMoeConfig(**{"vocab_size": len(tokenizer), **special, **arguments.config_overrides})
 
@@ -104,46 +92,43 @@ def pack(texts: Dataset, column: str, tokenizer: PreTrainedTokenizerBase, block_
 
 def parse(argv: list[str] | None = None) -> tuple[PretrainArguments, TrainingArguments]:
     """Read the command line, and the YAML file that `--config` names."""
-    return RecipeParser([PretrainArguments, TrainingArguments], description=__doc__).parse_args_and_config(argv)
+    return RecipeParser(PretrainArguments, TrainingArguments, description=__doc__).parse_args_and_config(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Check, load, train, and leave the model in the released layout in output_dir."""
-    with exit_on_error():
+    with run.exit_on_error():
         arguments, training = parse(argv)
-        check_arguments(arguments, training)
         set_seed(training.seed)
 
         def select(dataset: Dataset, name: str) -> Dataset:
             """Keep the column of the text."""
             data_checks.check_columns(dataset, [arguments.text_column], name)
-            data_checks.check_text(dataset, [arguments.text_column], name)
+            data_checks.check_kinds(dataset, [arguments.text_column], name)
             return dataset.select_columns(arguments.text_column)
 
-        train_texts, eval_texts = load_train_and_eval(arguments, training, select)
+        train_texts, eval_texts = run.load_train_and_eval(arguments, training, select)
         tokenizer = get_tokenizer(arguments, training, train_texts)
         config = get_config(arguments, tokenizer)
         data_checks.check_tokenizer(tokenizer, config)
         data_checks.check_sequence_length(arguments.block_size, config, "block_size")
-        packed: list[Dataset | None] = [None, None]
         with training.main_process_first(desc="packing"):
-            for index, (name, texts) in enumerate({"train_data": train_texts, "evaluation data": eval_texts}.items()):
-                if texts is not None:
-                    packed[index] = pack(texts, arguments.text_column, tokenizer, arguments.block_size)
-                    name = f"{name}, cut into rows of block_size={arguments.block_size} tokens,"
-                    data_checks.check_columns(packed[index], [], name)
-
-        layout = distributed_config_from_accelerate(training, arguments.pipeline_parallel_size)
+            rows, eval_rows = (
+                None if texts is None else pack(texts, arguments.text_column, tokenizer, arguments.block_size)
+                for texts in (train_texts, eval_texts)
+            )
+        data_checks.check_columns(rows, [], f"train_data, cut into rows of block_size={arguments.block_size} tokens,")
+        layout = run.distributed_config_from_accelerate(training, arguments.pipeline_parallel_size)
         if arguments.model_name_or_path is not None:
-            model = load_model(arguments, config, layout)
+            model = run.load_model(arguments, config, layout)
         else:
-            model = make_model(arguments, config, training, layout)
+            model = run.make_model(arguments, config, training, layout)
             model.generation_config.eos_token_id = tokenizer.stop_token_ids
         trainer = GrinMoeTrainer(
             model=model,
             args=training,
-            train_dataset=packed[0],
-            eval_dataset=packed[1],
+            train_dataset=rows,
+            eval_dataset=eval_rows,
             processing_class=tokenizer,
             data_collator=default_data_collator,
             exact_balance=arguments.exact_balance,
@@ -151,11 +136,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if arguments.pipeline_parallel_size == 1:
         trainer.add_callback(RoutingCallback(trainer))
-    record_run(trainer, arguments, "pretraining")
-    train_and_save(trainer)
-    with exit_on_error():
-        write_cards(trainer)
-    end_training(trainer)
+    run_to_the_end(trainer, arguments, "pretraining")
 
 
 if __name__ == "__main__":

@@ -74,11 +74,12 @@ def record_run(trainer: "Trainer", arguments: "RecipeArguments", method: str) ->
         "method": method,
         "base_model": describe_source(arguments.model_name_or_path),
         "train_data": describe_source(
-            arguments.train_data, trainer.train_dataset, split=arguments.train_split, config=arguments.dataset_config
+            arguments.train_data, trainer.train_dataset,
+            split=arguments.train_split or "train", config=arguments.dataset_config,
         ),
         "eval_data": describe_source(
             eval_data, trainer.eval_dataset,
-            split=arguments.train_split if arguments.eval_fraction else arguments.eval_split or "test",
+            split=arguments.train_split or "train" if arguments.eval_fraction else arguments.eval_split or "test",
             config=arguments.dataset_config,
         ),
         "eval_fraction": arguments.eval_fraction,

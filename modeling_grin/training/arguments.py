@@ -2,23 +2,17 @@
 
 import json
 import sys
-from argparse import ArgumentTypeError
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
 from trl import TrlParser
 
 from ..configuration_grinmoe import GrinMoeConfig
-from ..data import find_files
 from ..planning.schedules import SCHEDULES
-from .checkpoints import find_problems, last_complete_checkpoint
 from .pipeline import DEFAULT_SCHEDULE
 
-DTYPES = ("float32", "bfloat16", "float16")
 GREEDY_ROUTING = {"router_sampling": False, "input_jitter_noise": 0.0}  # for losses that compare forward passes
 
 
@@ -32,7 +26,7 @@ class RecipeArguments:
             "name of a dataset on the Hub."
         }
     )
-    train_split: str = field(default="train", metadata={"help": "Split of `train_data` on the Hub."})
+    train_split: str | None = field(default=None, metadata={"help": "Split on the Hub of `train_data`: train."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     eval_data: str | None = field(default=None, metadata={"help": "Evaluation data, as `train_data`."})
     eval_split: str | None = field(
@@ -79,20 +73,12 @@ class RecipeArguments:
         known = set(GrinMoeConfig.__dataclass_fields__) | set(GrinMoeConfig.attribute_map)
         if unknown := sorted(set(self.config_overrides) - known):
             raise ValueError(f"model_config: GrinMoeConfig has no field {', '.join(unknown)}")
-        for name, allowed in (("dtype", DTYPES), ("pipeline_schedule", tuple(SCHEDULES))):
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}; got {value}")
-        if self.pipeline_parallel_size < 1:
-            raise ValueError(f"pipeline_parallel_size must be at least 1; got {self.pipeline_parallel_size}")
         if self.pipeline_schedule != DEFAULT_SCHEDULE and self.pipeline_parallel_size == 1:
             raise ValueError(
                 f"pipeline_schedule={self.pipeline_schedule} needs a pipeline: set pipeline_parallel_size"
             )
-        if self.eval_fraction is not None:
-            if not 0 < self.eval_fraction < 1:
-                raise ValueError(f"eval_fraction must be between 0 and 1; got {self.eval_fraction}")
-            if self.eval_data or self.eval_split:
-                raise ValueError("eval_fraction and eval_data or eval_split are at odds: choose one")
+        if self.eval_fraction is not None and (self.eval_data or self.eval_split):
+            raise ValueError("eval_fraction and eval_data or eval_split are at odds: choose one")
 
 
 @dataclass
@@ -129,73 +115,23 @@ class FineTuningArguments(RecipeArguments):
 
 
 class RecipeParser(TrlParser):
-    """TRL's parser of YAML and command line, which also checks the YAML's numbers, merges `--model_config` into the
-    YAML's, and raises errors without the usage."""
+    """TRL's parser of YAML and command line, where `--model_config` changes fields of the YAML's."""
 
-    def __init__(self, dataclass_types: Sequence[type], **kwargs: Any) -> None:
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self._model_config: dict[str, Any] = {}  # the YAML's
-        for action in self._actions:
-            if action.dest == "model_config":
-                action.type = self._merge_model_config
-
-    def _merge_model_config(self, given: str) -> dict[str, Any]:
-        """Return the YAML's `model_config` with the fields that the command line gives set."""
-        try:
-            chosen = json.loads(given)
-        except json.JSONDecodeError as error:
-            raise ArgumentTypeError(f"{given} is not JSON ({error})") from error
-        if not isinstance(chosen, dict):
-            raise ArgumentTypeError(f'must be a JSON object, such as {{"expert_dropout": 0.1}}; got {given}')
-        return {**self._model_config, **chosen}
+    def __init__(self, *dataclass_types: type, description: str | None = None):
+        super().__init__(dataclass_types, description=description, allow_abbrev=False)
+        self.set_defaults_with_config()
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        self._model_config = config.get("model_config") or {}
-        if not isinstance(self._model_config, dict):
-            raise ValueError(f"model_config must be a mapping in the YAML file; got {self._model_config!r}")
-        # argparse converts and checks a default that is a string, and takes any other as it is.
-        return super().set_defaults_with_config(
-            **{key: str(value) if type(value) in (int, float) else value for key, value in config.items()}
-        )
+        def json_object(given: str) -> dict[str, Any]:
+            return (config.get("model_config") or {}) | json.loads(given)
+
+        next(action for action in self._actions if action.dest == "model_config").type = json_object
+        return super().set_defaults_with_config(**config)
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple:
         # TRL knows `--config file`, and would take `--config=file` for an unknown argument.
-        given = sys.argv[1:] if args is None else args
-        split = (arg.split("=", 1) if arg.startswith("--config=") else [arg] for arg in given)
+        split = (arg.split("=", 1) if arg.startswith("--config=") else [arg] for arg in args or sys.argv[1:])
         return super().parse_args_and_config([*chain.from_iterable(split)], **kwargs)
 
     def error(self, message: str):
-        raise ValueError(message)
-
-
-def checkpoint_to_resume(training: TrainingArguments) -> str | bool | None:
-    """Return `resume_from_checkpoint` as `Trainer.train` takes it: a folder, or True for the newest in output_dir."""
-    given = training.resume_from_checkpoint
-    return {"true": True, "false": None, "none": None}.get(str(given).lower(), given)
-
-
-def check_arguments(arguments: RecipeArguments, training: TrainingArguments) -> None:
-    """Raise ValueError for an evaluation without data, a split or configuration of local files, which have none, and
-    for a checkpoint that cannot be resumed."""
-    evaluate = arguments.eval_data or arguments.eval_split or arguments.eval_fraction
-    if training.eval_strategy != "no" and not evaluate:
-        raise ValueError(
-            f"eval_strategy={training.eval_strategy.value} needs one of eval_data, eval_split and eval_fraction"
-        )
-    train_is_local = bool(find_files(arguments.train_data))
-    eval_is_local = bool(find_files(arguments.eval_data)) if arguments.eval_data else train_is_local
-    for name, is_ignored in (
-        ("train_split", train_is_local and arguments.train_split != "train"),
-        ("eval_split", eval_is_local and arguments.eval_split is not None),
-        ("dataset_config", train_is_local and eval_is_local and arguments.dataset_config is not None),
-    ):
-        if is_ignored:
-            raise ValueError(
-                f"{name}={getattr(arguments, name)} is for datasets on the Hub, and the data are local files: leave "
-                "it out, and give files to evaluate on as eval_data or a share of the rows as eval_fraction"
-            )
-    given = checkpoint_to_resume(training)
-    if isinstance(given, str) and (problems := find_problems(given)):
-        raise ValueError(f"resume_from_checkpoint={given} is not a complete checkpoint: {', '.join(problems)}")
-    if given is True and last_complete_checkpoint(Path(training.output_dir))[0] is None:
-        raise ValueError(f"output_dir={training.output_dir} has no complete checkpoint to resume from")
+        raise ValueError(message)  # without the usage, which has hundreds of lines

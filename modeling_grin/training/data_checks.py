@@ -1,12 +1,10 @@
 """Checks of data, tokenizers and configs before a run: each `check_` passes, or raises ValueError."""
 
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset
-from pyarrow.compute import min_max
-from pyarrow.types import is_large_list, is_list
+from datasets import Dataset, LargeList, List
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..routing_grinmoe import noise_settings
@@ -22,29 +20,11 @@ def check_columns(dataset: Dataset, columns: Sequence[str], name: str) -> None:
         raise ValueError(f"{name} has no column {', '.join(missing)}; its columns are {sorted(dataset.column_names)}")
 
 
-def is_text(dataset: Dataset, column: str) -> bool:
-    """Return whether a column holds strings."""
-    return getattr(dataset.features[column], "dtype", None) in ("string", "large_string")
-
-
-def check_text(dataset: Dataset, columns: Sequence[str], name: str) -> None:
-    """Require text in every row of each of `columns`, in a dataset as it was loaded."""
-    for column in columns:
-        if not is_text(dataset, column):
-            raise ValueError(f"{name}: column {column} must hold text; got {dataset.features[column]}")
-        if dataset.data.column(column).null_count:  # known without reading the rows
-            row = dataset.data.column(column).is_null().index(True).as_py()
-            raise ValueError(f"{name}, row {row}: {column} must be text; got null")
-
-
-def check_rows(
-    dataset: Dataset, columns: Sequence[str], name: str, is_right: Callable[[Any], bool], rule: str
-) -> None:
-    """Require `is_right` of every row of each of `columns`; errors quote `rule`."""
-    for column in columns:
-        for row, value in enumerate(dataset[column]):
-            if not is_right(value):
-                raise ValueError(f"{name}, row {row}: {column} {rule}; got {reprlib.repr(value)}")
+def kind_of(feature: Any) -> str:
+    """Return what a column seems to hold: `text`, `messages` (lists), or else its feature."""
+    if getattr(feature, "dtype", None) in ("string", "large_string"):
+        return "text"
+    return "messages" if isinstance(feature, (list, List, LargeList)) else str(feature)
 
 
 def is_conversation(messages: Any) -> bool:
@@ -55,29 +35,23 @@ def is_conversation(messages: Any) -> bool:
     )  # fmt: skip
 
 
-def check_messages(dataset: Dataset, columns: Sequence[str], name: str) -> None:
-    """Require a conversation in every row of each of `columns`."""
-    rule = "must be a list of messages, each with role and content as text"
-    check_rows(dataset, columns, name, is_conversation, rule)
-
-
-def check_assistant_turns(dataset: Dataset, name: str) -> None:
-    """Require an assistant turn in every row of `messages`: a loss on those turns alone needs one."""
-    check_rows(
-        dataset, ["messages"], name, lambda messages: any(message["role"] == "assistant" for message in messages),
-        "must have an assistant turn, or assistant_only_loss masks all its labels",
-    )  # fmt: skip
-
-
-def check_text_or_messages(dataset: Dataset, columns: Sequence[str], name: str) -> None:
-    """Require text in all of `columns`, or conversations in all of them."""
-    text = [column for column in columns if is_text(dataset, column)]
-    if text and (others := [column for column in columns if column not in text]):
-        raise ValueError(
-            f"{name}: {' and '.join(text)} holds text and {' and '.join(others)} does not; make all of them text, or "
-            "all of them lists of messages"
+def check_kinds(dataset: Dataset, columns: Sequence[str], name: str, allowed: Sequence[str] = ("text",)) -> None:
+    """Require one of the kinds `allowed`, the same in all of `columns`, in every row of a dataset as it was loaded."""
+    kinds = {column: kind_of(dataset.features[column]) for column in columns}
+    if len({*kinds.values()}) > 1 or not {*kinds.values()} <= {*allowed}:
+        found = ", ".join(f"{kind} in {column}" for column, kind in kinds.items())
+        raise ValueError(f"{name} must hold {' or '.join(allowed)} in {' and '.join(columns)}; got {found}")
+    for column, kind in kinds.items():
+        if kind == "text" and not dataset.data.column(column).null_count:  # known without reading the rows
+            continue
+        is_right, rule = (
+            (lambda value: isinstance(value, str), "text")
+            if kind == "text"
+            else (is_conversation, "a list of messages, each with role and content as text")
         )
-    (check_text if text else check_messages)(dataset, columns, name)
+        for row, value in enumerate(dataset[column]):
+            if not is_right(value):
+                raise ValueError(f"{name}, row {row}: {column} must be {rule}; got {reprlib.repr(value)}")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
@@ -112,34 +86,13 @@ def check_token_ids(smallest: int, largest: int, config: PreTrainedConfig, name:
         )
 
 
-def check_dataset_ids(dataset: Any, config: PreTrainedConfig, name: str) -> None:
-    """Require an embedding for all `input_ids` of a tokenized `datasets.Dataset`; let other data pass."""
-    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
-        return
-    for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000):
-        for rows in table["input_ids"].chunks:
-            found = min_max(rows.flatten() if is_list(rows.type) or is_large_list(rows.type) else rows).as_py()
-            if found["max"] is not None:
-                check_token_ids(found["min"], found["max"], config, f"input_ids of {name}")
-
-
-def check_sequence_length(length: int, config: PreTrainedConfig, field: str) -> None:
+def check_sequence_length(length: int | None, config: PreTrainedConfig, field: str) -> None:
     """Require that sequences of `length` tokens, the value of the argument `field`, fit the model's context."""
-    if length > config.max_position_embeddings:
+    if length is not None and length > config.max_position_embeddings:
         raise ValueError(
             f"{field}={length} is longer than the model's context of "
             f"max_position_embeddings={config.max_position_embeddings} tokens"
         )
-
-
-def check_longest(lengths: Iterable[int], config: PreTrainedConfig, name: str) -> None:
-    """Require that rows of `lengths` tokens fit the model's context."""
-    for row, length in enumerate(lengths):
-        if length > config.max_position_embeddings:
-            raise ValueError(
-                f"{name}, row {row}: {length} tokens are more than the model's context of "
-                f"max_position_embeddings={config.max_position_embeddings}; set max_length to cut them"
-            )
 
 
 def check_labels(dataset: Dataset, name: str) -> None:

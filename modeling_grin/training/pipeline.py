@@ -254,51 +254,39 @@ class Pipeline:
         return total_norm
 
 
-def refuse_whole_forward(module: nn.Module, args: Any) -> None:
-    raise ValueError("this rank has a part of the model only: train and evaluate it with GrinMoe(SFT)Trainer")
-
-
 def keep_layers(model: GrinMoeForCausalLM, kept: Iterable[int]) -> None:
     """Put empty modules in the place of all layers except `kept`, of the embedding unless the first layer is kept, and
     of norm and head unless the last is."""
     num_layers, kept = model.config.num_hidden_layers, set(kept)
     dropped = [f"model.layers.{index}" for index in range(num_layers) if index not in kept]
-    if 0 not in kept:
-        dropped.append("model.embed_tokens")
-    if num_layers - 1 not in kept:
-        dropped += ["model.norm", "lm_head"]
+    dropped += [] if 0 in kept else ["model.embed_tokens"]
+    dropped += [] if num_layers - 1 in kept else ["model.norm", "lm_head"]
     for name in dropped:
         model.set_submodule(name, nn.Identity())
 
 
+def refuse_whole_forward(module: nn.Module, args: Any) -> None:
+    raise ValueError("this rank has a part of the model only: train and evaluate it with GrinMoe(SFT)Trainer")
+
+
 def check_pipeline(
-    config: GrinMoeConfig,
-    pp_size: int,
-    tp_size: int = 1,
-    schedule: str = DEFAULT_SCHEDULE,
-    chunks_per_rank: int | None = None,
+    config: GrinMoeConfig, pp_size: int, tp_size: int = 1, schedule: str = DEFAULT_SCHEDULE
 ) -> tuple[int, int]:
     """Return the numbers of chunks and data-parallel ranks of a pipeline; arguments and errors as `pipeline_model`."""
     require_layouts()
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
-    kind = SCHEDULES[schedule]
-    if chunks_per_rank is None:
-        chunks_per_rank = kind.chunks_per_rank
-    if chunks_per_rank < 1 or (chunks_per_rank > 1 and kind.chunks_per_rank == 1):
-        raise ValueError(
-            f"chunks_per_rank must be 1, or more with Interleaved1F1B; got {chunks_per_rank} for schedule={schedule!r}"
-        )
+        raise ValueError(f"pipeline_schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
     if config.tie_word_embeddings:
         raise ValueError("tie_word_embeddings=True: the first stage and the last cannot share a parameter")
-    check_parallel_sizes(config, tp_size=tp_size, pp_size=max(1, pp_size) * chunks_per_rank)
+    num_chunks = pp_size * SCHEDULES[schedule].chunks_per_rank
+    check_parallel_sizes(config, tp_size=tp_size, pp_size=max(1, num_chunks))
     num_processes = PartialState().num_processes
     if pp_size < 2 or num_processes % (pp_size * tp_size):
         raise ValueError(
             f"the number of processes must be a multiple of pp_size={pp_size} x tp_size={tp_size}, with at least two "
             f"stages; got {num_processes}"
         )
-    return pp_size * chunks_per_rank, num_processes // (pp_size * tp_size)
+    return num_chunks, num_processes // (pp_size * tp_size)
 
 
 def pipeline_model(
@@ -308,7 +296,6 @@ def pipeline_model(
     pp_size: int,
     tp_size: int = 1,
     schedule: str = DEFAULT_SCHEDULE,
-    chunks_per_rank: int | None = None,
     **settings: Any,
 ) -> GrinMoeForCausalLM:
     """Load this rank's part of a model for pipeline-parallel training from a checkpoint in the released layout.
@@ -319,7 +306,6 @@ def pipeline_model(
         folder: the checkpoint's folder; each rank reads its own part.
         config: the model's configuration, by default the checkpoint's.
         schedule: a name in `SCHEDULES`.
-        chunks_per_rank: places of a rank in the pipeline; by default one, or two with an interleaved schedule.
         settings: `dtype`, `attn_implementation`, `experts_implementation` and `quantization_config`, as in
             `from_pretrained`.
 
@@ -327,13 +313,11 @@ def pipeline_model(
         ValueError: sizes that do not fit the model or the number of ranks, an unknown schedule, tied embeddings.
     """
     if not Path(folder).is_dir():
-        raise ValueError(
-            f"{folder} is not a folder here: download the checkpoint; each rank reads its part of the files"
-        )
+        raise ValueError(f"{folder} is not a folder here: download the checkpoint")
     config = GrinMoeConfig.from_pretrained(folder) if config is None else copy.deepcopy(config)
     quantization = exclude_router_from_quantization(settings.pop("quantization_config", None))
     quantizer, config, _ = get_hf_quantizer(config, quantization, None, True, {})
-    num_chunks, dp_size = check_pipeline(config, pp_size, tp_size, schedule, chunks_per_rank)
+    num_chunks, dp_size = check_pipeline(config, pp_size, tp_size, schedule)
     kind, state = SCHEDULES[schedule], PartialState()
     mesh = init_device_mesh(state.device.type, (dp_size, pp_size, tp_size), mesh_dim_names=("dp", "pp", "tp"))
 

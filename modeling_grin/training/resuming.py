@@ -23,14 +23,12 @@ from ..saving_grinmoe import give_umasks_mode
 from .checkpoints import (
     OPTIMIZER_FOLDER,
     STAGING_FOLDER,
-    check_generators,
     check_optimizer_state,
-    check_scheduler_state,
     find_non_finite,
     find_problems,
     has_only_the_model,
     last_complete_checkpoint,
-    load_saved,
+    load_scheduler_state,
 )
 from .sharded import load_optimizer, load_weights, make_skeleton, save_optimizer, save_weights
 
@@ -189,20 +187,18 @@ class ResumingTrainerMixin(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or has_only_the_model(checkpoint):
             return super()._load_optimizer_and_scheduler(checkpoint)
-        folder, scheduler = os.path.join(checkpoint, OPTIMIZER_FOLDER), Path(checkpoint, SCHEDULER_NAME)
-        state = load_saved(scheduler)
-        if not os.path.isdir(folder):
+        folder = Path(checkpoint, OPTIMIZER_FOLDER)
+        state = load_scheduler_state(Path(checkpoint, SCHEDULER_NAME), self.lr_scheduler)
+        if not folder.is_dir():
             if self.is_sharded:
                 raise ValueError(
                     f"{checkpoint} has no {OPTIMIZER_FOLDER}, which a run on several ranks needs to resume: write it "
                     "with distributed_checkpoint=True, or start from the checkpoint as a model"
                 )
             if (path := Path(checkpoint, OPTIMIZER_NAME)).is_file() and not self.is_fsdp_enabled:
-                check_optimizer_state(load_saved(path), self.optimizer.optimizer, path)
-            check_scheduler_state(state, self.lr_scheduler, scheduler)
+                check_optimizer_state(path, self.optimizer.optimizer)
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_optimizer(self._grin_model, self.optimizer.optimizer, folder)
-        check_scheduler_state(state, self.lr_scheduler, scheduler, same_groups=False)
         # Trainer groups parameters by device mesh, too, so that another layout has another number of groups.
         num_groups, num_saved = len(self.optimizer.param_groups), len(state["_last_lr"])
         if num_groups != num_saved:
@@ -217,13 +213,6 @@ class ResumingTrainerMixin(_Base):
         self.lr_scheduler.load_state_dict(state)
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
-            if (path := Path(checkpoint, f"rng_state{rank}.pth")).is_file():  # not in a checkpoint of other ranks
-                check_generators(load_saved(path), path)
-        super()._load_rng_state(checkpoint)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)

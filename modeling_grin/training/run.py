@@ -11,8 +11,6 @@ from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
 from datasets import Dataset
 from huggingface_hub import snapshot_download
 from peft import PeftModel
-from rich.console import Console
-from rich.table import Table
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import (
@@ -29,11 +27,10 @@ from transformers.utils import strtobool
 from ..compat_grinmoe import require_layouts
 from ..configuration_grinmoe import GrinMoeConfig
 from ..data import load_data
-from ..files import write_whole
 from ..loading_grinmoe import check_parallel_sizes
-from ..lora import GROUPS, NO_GROUP, add_lora, group_of
+from ..lora import add_lora
 from ..modeling_grinmoe import GrinMoeForCausalLM
-from .arguments import FineTuningArguments, RecipeArguments, checkpoint_to_resume
+from .arguments import FineTuningArguments, RecipeArguments
 from .checkpoints import last_complete_checkpoint
 from .pipeline import check_pipeline, pipeline_model
 
@@ -73,7 +70,8 @@ def load_train_and_eval(
     Args:
         select: checks the rows of a dataset, which errors call by the second argument, and returns the columns to use.
     """
-    train = load_data(arguments.train_data, split=arguments.train_split, config=arguments.dataset_config)
+    config = arguments.dataset_config
+    train = load_data(arguments.train_data, split=arguments.train_split, config=config)
     train = select(train, f"train_data={arguments.train_data}")
     if arguments.eval_fraction:
         parts = train.train_test_split(test_size=arguments.eval_fraction, seed=training.seed)
@@ -81,7 +79,7 @@ def load_train_and_eval(
     if not (arguments.eval_data or arguments.eval_split):
         return train, None
     name = arguments.eval_data or arguments.train_data
-    held_out = load_data(name, split=arguments.eval_split or "test", config=arguments.dataset_config)
+    held_out = load_data(name, split=arguments.eval_split, config=config, default_split="test")
     return train, select(held_out, f"eval_data={name}")
 
 
@@ -125,8 +123,8 @@ def distributed_config_from_accelerate(
             processes decides its other sizes.
 
     Raises:
-        ValueError: FSDP of version 1 or with its own activation checkpointing, context or sequence parallelism,
-            settings that pipelines do not have, or sizes that do not multiply to the number of processes.
+        ValueError: a setting of the config file that has no counterpart here, or sizes that do not multiply to the
+            number of processes.
     """
     use_fsdp, use_sizes = (
         strtobool(os.environ.pop(name, "false"))
@@ -135,26 +133,24 @@ def distributed_config_from_accelerate(
     if not (use_fsdp or use_sizes):
         return None
     require_layouts()
+    is_pipeline = pipeline_parallel_size > 1
     sizes = ParallelismConfig() if use_sizes else ParallelismConfig(dp_shard_size=training.world_size)
-    if sizes.cp_size * sizes.sp_size > 1:
-        raise ValueError("context and sequence parallelism are not supported: use parallelism_config_tp_size")
-    if pipeline_parallel_size == 1 and sizes.total_size != training.world_size:
+    plugin = FullyShardedDataParallelPlugin(**({} if use_fsdp else {"fsdp_version": 2}))
+    offload = use_fsdp and isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    refused = {
+        "parallelism_config_cp_size or _sp_size": sizes.cp_size * sizes.sp_size > 1,
+        f"fsdp_version={plugin.fsdp_version} instead of 2": plugin.fsdp_version != 2,
+        "fsdp_activation_checkpointing, but activation_checkpointing of the recipe": plugin.activation_checkpointing,
+        "in a pipeline fsdp_offload_params or dp_replicate_size": is_pipeline
+        and (offload or sizes.dp_replicate_size > 1),
+    }
+    if names := [name for name, is_set in refused.items() if is_set]:
+        raise ValueError(f"the launch's config file must not set {'; '.join(names)}: see recipes/accelerate")
+    if not is_pipeline and sizes.total_size != training.world_size:
         raise ValueError(
             f"parallelism_config must multiply to the {training.world_size} processes of the launch; got "
             f"dp_replicate_size={sizes.dp_replicate_size} x dp_shard_size={sizes.dp_shard_size} x "
             f"tp_size={sizes.tp_size}: set --num_processes or --parallelism_config_dp_shard_size"
-        )
-    offload = False
-    if use_fsdp:
-        plugin = FullyShardedDataParallelPlugin()
-        if plugin.fsdp_version != 2:
-            raise ValueError(f"fsdp_version must be 2 in the launch's config file; got {plugin.fsdp_version}")
-        if plugin.activation_checkpointing:
-            raise ValueError("fsdp_activation_checkpointing is not read: set activation_checkpointing of the recipe")
-        offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-    if pipeline_parallel_size > 1 and (offload or sizes.dp_replicate_size > 1):
-        raise ValueError(
-            "a pipeline has neither fsdp_offload_params nor dp_replicate_size: use accelerate/pipeline.yaml"
         )
     return DistributedConfig(
         fsdp_size=sizes.dp_shard_size,
@@ -248,11 +244,7 @@ def load_adapted(
     config: GrinMoeConfig,
     layout: DistributedConfig | None = None,
 ) -> GrinMoeForCausalLM | PeftModel:
-    """`load_model`, with adapters if the arguments ask for LoRA; the main process prints what they are on.
-
-    Raises:
-        ValueError: LoRA, or the merge of its adapter, cannot be done in this launch.
-    """
+    """`load_model`, with adapters if the arguments ask for LoRA; the main process prints how much is trained."""
     if arguments.lora_r and arguments.merge_adapter and getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"merge_adapter cannot merge into the quantised weights of {arguments.model_name_or_path}: set it to "
@@ -269,26 +261,19 @@ def load_adapted(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
     )
+    adapted.create_or_update_model_card = lambda folder: None  # the run's own card comes at its end
     if training.process_index == 0:
-        print_adapters(adapted)
+        adapted.print_trainable_parameters()
     return adapted
 
 
-def print_adapters(model: PeftModel) -> None:
-    """Print what has adapters and how many numbers are trained, for attention, router and experts."""
-    matched = model.base_model.targeted_module_names + model.base_model.targeted_parameter_names
-    table = Table("LoRA", "on", "matched", "trained")
-    for group in (*GROUPS.values(), NO_GROUP):
-        names = [name for name in matched if group_of(name) == group]
-        trained = sum(parameter.numel() for name, parameter in model.named_parameters()
-                      if parameter.requires_grad and group_of(name) == group)  # fmt: skip
-        kinds = sorted({name.rpartition(".")[2] for name in names})
-        table.add_row(group, ", ".join(kinds) or "-", str(len(names)), f"{trained:,}")
-    trained, total = model.get_nb_trainable_parameters()
-    Console().print(table, f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
-
-
 # ---- Training and its end ----
+
+
+def checkpoint_to_resume(training: TrainingArguments) -> str | bool | None:
+    """Return `resume_from_checkpoint` as `Trainer.train` takes it: a folder, or True for the newest in output_dir."""
+    given = training.resume_from_checkpoint
+    return {"true": True, "false": None, "none": None}.get(str(given).lower(), given)
 
 
 def train_and_save(trainer: Trainer) -> None:
@@ -297,14 +282,8 @@ def train_and_save(trainer: Trainer) -> None:
     trainer.save_metrics("train", result.metrics)
     if trainer.eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
-    card = Path(trainer.args.output_dir, "README.md")
-    existing = card.read_bytes() if card.exists() else None
     trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero():  # peft's save writes a card, or into one
-        card.unlink(missing_ok=True)
-        if existing is not None:
-            write_whole(card, existing)
 
 
 def end_training(trainer: Trainer) -> None:

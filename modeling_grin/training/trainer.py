@@ -4,7 +4,6 @@ A mixin over Trainer's hooks, so that it fits trl's trainers (`trl_trainers.py`)
 noise and load-balance loss are functions of the optimizer step (`GrinMoePreTrainedModel.begin_step`).
 """
 
-import hashlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping
@@ -22,13 +21,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from ..balance_grinmoe import count_experts, counted_tokens
 from ..compat_grinmoe import is_spread_over_ranks
 from ..configuration_grinmoe import GrinMoeConfig
-from .data_checks import (
-    check_columns,
-    check_dataset_ids,
-    check_sequence_length,
-    check_token_ids,
-    check_vocabulary,
-)
+from .data_checks import check_sequence_length, check_token_ids, check_vocabulary
 from .pipeline import LOSS_INPUTS
 from .pipeline_trainer import PipelineTrainerMixin
 from .resuming import ResumingTrainerMixin
@@ -68,9 +61,9 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
             where the model is spread over ranks, and off otherwise, when `Trainer` saves the optimizer.
 
     Raises:
-        ValueError: an empty dataset, token ids without an embedding, noise in passes that are compared; from `train`,
-            a step without labels, a sequence that is too long, context or sequence parallelism, and the checkpoints
-            above.
+        ValueError: a tokenizer with ids without an embedding, noise in passes that are compared; from `train`, a step
+            without labels, ids without an embedding, a sequence that is too long, context or sequence parallelism, and
+            the checkpoints above.
     """
 
     label_smoother: Any  # Trainer's, or None
@@ -84,9 +77,6 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
         model, args = arguments.get("model"), arguments.get("args")
         if self._trl_name is not None and model is not None:
             check_trl_trainer(self._trl_name, model, args, exact_balance)
-        train_dataset = arguments.get("train_dataset")
-        if hasattr(train_dataset, "__len__"):
-            check_columns(train_dataset, (), "train_dataset")
         with allow_resuming(model, args):
             super().__init__(*given, **keywords)
         config = self._grin_model.config
@@ -106,7 +96,8 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         self._check_support()
         check_reference(config, getattr(getattr(self, "ref_model", None), "config", None))
-        self._check_ids()
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            check_vocabulary(self.processing_class, config)
 
     def _name_arguments(self, given: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
         """The trainer's own arguments, by the names that the class behind the mixin gives them."""
@@ -119,46 +110,25 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
 
     def _check_support(self) -> None:
         """Raise ValueError for settings that cannot be right with this model, or are not known to be."""
-        model = self._grin_model
-        if self.is_deepspeed_enabled:
-            raise ValueError(
-                "GrinMoeTrainerMixin cannot use DeepSpeed, whose loss scale and checkpoints differ: use FSDP"
-            )
-        if self.exact_balance and model.get_output_embeddings() is None:
-            raise ValueError(f"exact_balance needs a language model; got {type(model).__name__}")
+        model, args = self._grin_model, self.args
         learnt = (parameter for parameter in model.parameters() if parameter.requires_grad)
-        if isinstance(model, PeftModel) and any(isinstance(parameter, DTensor) for parameter in learnt):
-            raise ValueError(
-                "adapters on a model that is spread over ranks must be whole on every rank: make them with add_lora, "
-                "without modules_to_save"
-            )
-        if self.distributed_checkpoint and self.args.save_on_each_node:
-            raise ValueError(
-                "save_on_each_node=True with a checkpoint that every rank writes a part of: set it to False, and let "
-                "the machines share output_dir"
-            )
-        if self.get_tp_size() > 1 and not self.args.average_tokens_across_devices:
-            raise ValueError(
-                "average_tokens_across_devices=False with tensor parallelism would multiply the loss by tp_size: set "
-                "it to True"
-            )
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        for field in ("expert_dropout", "attention_dropout"):
-            if getattr(plugin, "activation_checkpointing", False) and (rate := getattr(model.config, field)) > 0:
-                raise ValueError(
-                    f"FSDP's activation_checkpointing draws dropout again when it recomputes ({field}={rate}): "
-                    "use the trainer's activation_checkpointing argument instead, or set the dropout to 0"
-                )
-
-    def _check_ids(self) -> None:
-        """Raise ValueError if the tokenizer or tokenized data have ids without an embedding."""
-        config, tokenizer = self._grin_model.config, self.processing_class
-        if isinstance(tokenizer, PreTrainedTokenizerBase):
-            check_vocabulary(tokenizer, config)
-        check_dataset_ids(self.train_dataset, config, "train_dataset")
-        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        for name, dataset in held_out.items():
-            check_dataset_ids(dataset, config, f"eval_dataset {name}".rstrip())
+        has_spread_adapters = isinstance(model, PeftModel) and any(isinstance(part, DTensor) for part in learnt)
+        recomputes = getattr(getattr(self.accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False)
+        drops = model.config.expert_dropout or model.config.attention_dropout
+        multiplies = self.get_tp_size() > 1 and not args.average_tokens_across_devices
+        has_head = model.get_output_embeddings() is not None
+        for is_refused, reason in (
+            (self.is_deepspeed_enabled, "DeepSpeed, whose loss scale and checkpoints differ: use FSDP"),
+            (self.exact_balance and not has_head, f"exact_balance with {type(model).__name__}, no language model"),
+            (has_spread_adapters, "adapters spread over ranks: make them with add_lora, without modules_to_save"),
+            (self.distributed_checkpoint and args.save_on_each_node,
+             "save_on_each_node where every rank writes a part of a checkpoint: let the machines share output_dir"),
+            (multiplies, "average_tokens_across_devices=False with tensor parallelism: set it to True"),
+            (drops and recomputes,
+             "dropout with FSDP's activation_checkpointing, which draws it again: set the trainer's argument"),
+        ):  # fmt: skip
+            if is_refused:
+                raise ValueError(f"GrinMoeTrainerMixin cannot use {reason}")
 
     # ---- Steps ----
 
@@ -199,13 +169,17 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
                 "context and sequence parallelism split rows, and routing noise is a function of whole rows: use "
                 "data or tensor parallelism"
             )
-        config = self._grin_model.config
+        config, device = self._grin_model.config, self.args.device
         num_virtual, num_embedded = count_virtual_tokens(self._grin_model)
         num_tokens: Any = 0
         lengths: list[Any] = [0]
         ids: list[Any] = [0]
         for batch in batches:
-            for prefix in self._token_prefixes(batch):
+            keys = batch if isinstance(batch, Mapping) else {}
+            prefixes = [prefix for prefix in ("", "chosen_", "rejected_") if f"{prefix}input_ids" in keys]
+            if not prefixes and self._trl_name is None:  # else prompts, which trl's online trainers complete
+                raise ValueError("batches must be mappings with input_ids: GrinMoeTrainerMixin counts their tokens")
+            for prefix in prefixes:
                 input_ids, positions = batch[f"{prefix}input_ids"], batch.get(f"{prefix}position_ids")
                 batch_size, length = input_ids.shape
                 mask = batch.get(f"{prefix}attention_mask")
@@ -216,53 +190,35 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
                 lengths.append(length + num_virtual)
                 ids += input_ids.aminmax() if input_ids.numel() else []
         num_labels = 1 if num_items_in_batch is None or not batches else num_items_in_batch
-        is_first = self.state.global_step == self._first_step
-        settings = self._common_settings() if is_first else {}
-        fingerprint = int.from_bytes(hashlib.sha256(repr(settings).encode()).digest()[:7])
-        device = self.args.device
-        of_rank = torch.stack(
-            [
-                put_number(num_tokens, device),
-                torch.stack([put_number(length, device) for length in lengths]).amax(),
-                put_number(num_labels, device),
-                *torch.stack([put_number(id, device) for id in ids]).aminmax(),
-                put_number(fingerprint, device),
-            ]
-        )
-        of_ranks = self.accelerator.gather(of_rank[None]).cpu()  # [ranks, 6]; the host waits for a GPU here alone
-
-        if (of_ranks[:, 5] != of_ranks[0, 5]).any():
-            raise_on_differences(gather_object([settings]))
-        check_sequence_length(int(of_ranks[:, 1].max()), config, "the length of a sequence")
-        step = self.state.global_step + 1
-        check_token_ids(int(of_ranks[:, 3].min()), int(of_ranks[:, 4].max()), config, f"input_ids of step {step}")
+        step, is_first = self.state.global_step + 1, self.state.global_step == self._first_step
+        if is_first:
+            check_common(gather_object([self._common_settings()]))
+        longest = put_numbers(lengths, device).amax()
+        of_rank = torch.stack([*put_numbers([num_tokens, num_labels], device), longest,
+                               *put_numbers(ids, device).aminmax()])  # fmt: skip
+        # [5, ranks]; the host waits for a GPU here alone.
+        all_tokens, all_labels, all_lengths, smallest, largest = self.accelerator.gather(of_rank[None]).cpu().T
+        check_sequence_length(int(all_lengths.max()), config, "the length of a sequence")
+        check_token_ids(int(smallest.min()), int(largest.max()), config, f"input_ids of step {step}")
         # trl divides by at least one label, so that such a step has a finite loss: an error only where a run starts.
-        if of_ranks[:, 2].min() == 0 and (is_first or self._trl_name is None):
+        if all_labels.min() == 0 and (is_first or self._trl_name is None):
             raise ValueError(
                 f"step {step}: all labels of the batch are masked (-100), so there is nothing to learn; look at the "
                 "label masks and at how sequences are cut"
             )
-        return int(of_ranks[:, 0].sum()) if self._trl_name is None or self._trl_name in COUNTED else None
+        return int(all_tokens.sum()) if self._trl_name is None or self._trl_name in COUNTED else None
 
-    def _common_settings(self) -> dict[str, str]:
+    def _common_settings(self) -> dict[str, Any]:
         """Return what all ranks must have in common: the step, arguments and the fields of GRIN-MoE's own config.
 
         Fields that every config has may differ: a rank that has saved the model knows its `architectures`.
         """
         config = self._grin_model.config
         return (
-            {"step": str(self.state.global_step), "steps of the run": str(self.state.max_steps)}
-            | {name: str(getattr(self.args, name)) for name in COMMON_ARGUMENTS}
-            | {f"config.{name}": str(getattr(config, name)) for name in GrinMoeConfig.__annotations__}
+            {"step": self.state.global_step, "steps of the run": self.state.max_steps}
+            | {name: getattr(self.args, name) for name in COMMON_ARGUMENTS}
+            | {f"config.{name}": getattr(config, name) for name in GrinMoeConfig.__annotations__}
         )
-
-    def _token_prefixes(self, batch: Any) -> list[str]:
-        """Return the prefixes of `input_ids` and `attention_mask` for a batch's tokens that get a gradient."""
-        keys = batch if isinstance(batch, Mapping) else {}
-        prefixes = [prefix for prefix in ("", "chosen_", "rejected_") if f"{prefix}input_ids" in keys]
-        if not prefixes and self._trl_name is None:  # else prompts, which trl's online trainers complete
-            raise ValueError("batches must be mappings with input_ids: GrinMoeTrainerMixin counts their tokens")
-        return prefixes
 
     def training_step(self, model: nn.Module, *args, **kwargs) -> torch.Tensor:
         if self._uncounted:
@@ -332,11 +288,14 @@ def count_virtual_tokens(model: nn.Module) -> tuple[int, int]:
     return config.num_virtual_tokens, 0 if is_cached else config.num_virtual_tokens
 
 
-def put_number(number: torch.Tensor | int, device: torch.device) -> torch.Tensor:
-    """Return an integer as an int64 scalar on `device`; one that is there already is not waited for."""
-    if isinstance(number, torch.Tensor):
-        return number.to(device, torch.int64)
-    return torch.full((), number, dtype=torch.int64, device=device)
+def put_numbers(numbers: list[torch.Tensor | int], device: torch.device) -> torch.Tensor:
+    """Return integers as an int64 tensor on `device`; those that are there already are not waited for."""
+    return torch.stack([
+        number.to(device, torch.int64)
+        if isinstance(number, torch.Tensor)
+        else torch.full((), number, dtype=torch.int64, device=device)
+        for number in numbers
+    ])  # fmt: skip
 
 
 def smoothed_next_token_loss(
@@ -351,12 +310,12 @@ def smoothed_next_token_loss(
     return smoother({"logits": logits}, labels, **{**kwargs, "shift_labels": True})
 
 
-def raise_on_differences(settings_of_ranks: list[dict[str, str]]) -> None:
+def check_common(settings_of_ranks: list[dict[str, Any]]) -> None:
     """Raise ValueError naming the settings in which two ranks differ, and both values."""
     first = settings_of_ranks[0]
     for rank, settings in enumerate(settings_of_ranks):
-        if names := [name for name in first if settings.get(name) != first[name]]:
-            values = ", ".join(f"{name} ({first[name]} and {settings.get(name)})" for name in names[:5])
+        if names := [name for name in first if settings[name] != first[name]]:
+            values = ", ".join(f"{name} ({first[name]} and {settings[name]})" for name in names[:5])
             raise ValueError(f"ranks 0 and {rank} differ in {values}: give all ranks the same arguments and model")
 
 
