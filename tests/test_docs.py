@@ -166,7 +166,7 @@ def test_quoted_errors_are_those_of_the_code():
     headlines = re.findall(r"^\*\*(`.*?)\*\*", text, re.MULTILINE | re.DOTALL)
     quoted = [message for headline in headlines for message in re.findall(r"`([^`]+)`", headline)]
     ours = [message for message in quoted if "is_torch_fx_available" not in message]
-    assert len(ours) >= 30
+    assert len(ours) >= 25
     for message in ours:
         assert message in sources, message
 
