@@ -31,16 +31,8 @@ KNOWN_KEYWORDS = {
 
 
 def check_forward(model: PreTrainedModel, inputs_embeds: torch.Tensor, keywords: dict[str, Any], cache: Any) -> None:
-    """Check the inputs of the decoder's forward pass, and warn once about settings that are probably mistakes.
-
-    Args:
-        inputs_embeds: `[batch, sequence, H]`.
-        keywords: those that the forward pass does not name.
-
-    Raises:
-        TypeError: unknown keywords.
-        ValueError: no rows or no tokens.
-    """
+    """Check embeddings `[batch, sequence, H]` and the keywords that the decoder's forward pass does not name, and warn
+    once about settings that are probably mistakes."""
     refuse_unknown_keywords(model, keywords, cache)
     refuse_empty(inputs_embeds)
     as_loaded = getattr(model.config, "quantization_config", None) is None

@@ -40,13 +40,9 @@ def is_within(path: Path, folder: Path) -> bool:
 
 
 def describe_links(folder: Path, deeper: Iterable[Path] = ()) -> str | None:
-    """A sentence on the files of a checkpoint that are links out of its folder; None where there are none.
+    """A sentence on the files of a checkpoint, and `deeper` ones, that are links out of its folder; None without such.
 
-    A checkpoint from somebody else may hold `LICENSE -> /home/me/.ssh/id_rsa`. Those in the Hub's cache are links to
-    its blobs.
-
-    Args:
-        deeper: files in its folders that are copied as well.
+    A checkpoint from somebody else may hold `LICENSE -> /home/me/.ssh/id_rsa`.
     """
     files = {path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern) if path.is_file()} | {*deeper}
     outside = sorted(path for path in files if not is_within(path, folder))
@@ -62,11 +58,9 @@ def describe_links(folder: Path, deeper: Iterable[Path] = ()) -> str | None:
 def check_archive(file: str | Path | IO[bytes]) -> list[zipfile.ZipInfo]:
     """The entries of a zip archive that torch.save wrote, as its directory lists them; nothing else is read.
 
-    torch.save compresses nothing, so that an entry never takes more memory than it has bytes in the file.
-
     Raises:
-        ValueError: what is wrong, as the end of a sentence that begins with the file: it is no archive, or entries
-            are compressed, overlap or share a name.
+        ValueError: it is no archive, or has entries that are compressed, overlap or share a name, which torch.save
+            writes never, and which would take more memory than the file. The message goes on after the file's name.
     """
     try:
         with zipfile.ZipFile(file) as archive:

@@ -16,7 +16,6 @@ from .masks_grinmoe import create_mask
 
 END_OF_TEXT_ID, END_OF_TURN_ID = 32000, 32007  # <|endoftext|> and <|end|> of the released tokenizer
 
-
 RECORD: ContextVar[Callable[[ModelOutput, int], None]] = ContextVar("RECORD", default=lambda *step: None)
 """Called by a running `generate` with a step's outputs and its number of rejected tokens; each thread has its own."""
 
@@ -33,10 +32,8 @@ class GrinMoeGenerationMixin(GenerationMixin):
         wanted = [name for name in ("router_logits", "selected_experts") if kwargs.get(f"output_{name}")]
         steps: list[dict[str, tuple[torch.Tensor, ...]]] = []
 
-        def record(outputs: ModelOutput, rejected: int) -> None:
-            # Copies, because a compiled step is overwritten by the next one.
-            kept = {name: tuple(layer[: len(layer) - rejected].clone() for layer in outputs[name]) for name in wanted}
-            steps.append(kept)
+        def record(outputs: ModelOutput, rejected: int) -> None:  # copies: the next compiled step overwrites them
+            steps.append({name: tuple(x[: len(x) - rejected].clone() for x in outputs[name]) for name in wanted})
 
         token = RECORD.set(record)
         try:
@@ -72,11 +69,9 @@ class GrinMoeGenerationMixin(GenerationMixin):
     ):
         """As in transformers; as in its Phimoe, all keys are computed again where LongRoPE changes its factors.
 
-        The positions decide, as in `GrinMoeRotaryEmbedding`: left padding has columns, but no positions of its own.
-        Keys stay if some tokens of the cache are unknown: between the chunks of a prompt, and where `generate`
-        continues from a cache with the new tokens alone.
-
-        A prompt of `inputs_embeds` is the whole prompt, or replaces the part that `input_ids` has of it.
+        The positions decide: left padding has none of its own. Keys stay if some tokens of the cache are unknown:
+        between the chunks of a prompt, and where `generate` gets a cache with the new tokens alone. A prompt of
+        `inputs_embeds` is the whole prompt, or replaces the part that `input_ids` has of it.
         """
         kwargs.pop("tokenizer", None)  # `generate` hands on what only its stopping criteria read
         cache = either_cache(past_key_values, cache)
@@ -115,13 +110,8 @@ class GrinMoeGenerationMixin(GenerationMixin):
         self, config, inputs_embeds, attention_mask, past_key_values=None, position_ids=None, cache=None, **kwargs
     ):
         """`generate` prepares the masks of compiled caches itself; they need the released window as well."""
-        return create_mask(
-            config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache=either_cache(past_key_values, cache),
-            position_ids=position_ids,
-        )
+        cache = either_cache(past_key_values, cache)
+        return create_mask(config, inputs_embeds, attention_mask, cache, position_ids)
 
     def init_continuous_batching(self, *args, **kwargs):
         """As in transformers, whose paged cache and masks take their window from `config.get_text_config()`."""

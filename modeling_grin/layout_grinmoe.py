@@ -22,11 +22,8 @@ def released_names(names: Iterable[str], num_experts: int) -> set[str]:
     released = set()
     for name in names:
         module, _, attribute = name.rpartition(".")
-        parts = EXPERT_WEIGHTS.get(attribute)
-        if parts is None:
-            released.add(name)
-        else:
-            released |= {f"{module}.{expert}.{part}.weight" for expert in range(num_experts) for part in parts}
+        parts = EXPERT_WEIGHTS.get(attribute, ())
+        released |= {f"{module}.{expert}.{part}.weight" for expert in range(num_experts) for part in parts} or {name}
     return released
 
 
@@ -38,13 +35,7 @@ class FuseExperts(ConversionOps):
     """
 
     @torch.no_grad()
-    def convert(
-        self,
-        input_dict: dict[str, list[torch.Tensor]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs,
-    ) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs) -> dict[str, torch.Tensor]:
         """`[E, parts * rows, columns]`; of all experts, rows and columns, or of this rank's.
 
         Raises:
@@ -68,13 +59,7 @@ class SplitExperts(ConversionOps):
     """Splits a fused parameter into views, the released matrices, for files that are about to be written."""
 
     @torch.no_grad()
-    def convert(
-        self,
-        input_dict: dict[str, list[torch.Tensor]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs,
-    ) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs) -> dict[str, torch.Tensor]:
         """Names, with the expert's number in the place of `*`, and `[rows, columns]` each."""
         (fused,) = input_dict[source_patterns[0]]
         parts = zip(target_patterns, fused.chunk(len(target_patterns), dim=1), strict=True)
@@ -108,14 +93,23 @@ def register_expert_layout(model_type: str) -> None:
     register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
 
 
-def fuse_expert_weights(
+def read_either_layout(
     experts: nn.Module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
 ) -> None:
-    """Accept the released layout, `{prefix}{expert}.w1.weight` and so on, whole or in part: a `load_state_dict` hook.
+    """A `load_state_dict` hook of a layer's experts: fuse released matrices, all or some, and refuse foreign adapters.
 
-    Trainer resumes shard by shard with `load_state_dict(strict=False)`, which only warns about unknown names.
+    Trainer and peft load with `strict=False`, which only warns about names that it does not know.
     """
+    adapters = [key for key in state_dict if key.startswith(prefix) and ".lora_" in key[len(prefix) - 1 :]]
+    if adapters and adapters[0] not in experts.state_dict(prefix=prefix):
+        error_msgs.append(
+            f"{adapters[0]} was trained on other modules than {type(experts).__name__}: load the model with "
+            "experts_implementation='linear' for adapters of w1, w2 and w3, and without it for adapters of "
+            "gate_up_proj and down_proj."
+        )
     for name, parts in EXPERT_WEIGHTS.items():
+        if not hasattr(experts, name):  # `nn.Linear` modules, which have the files' names
+            return
         parameter = getattr(experts, name).detach()
         slots = {
             f"{prefix}{expert}.{part}.weight": (expert, i)
@@ -140,25 +134,7 @@ def fuse_expert_weights(
             if tensor.shape == target.shape:
                 target.copy_(tensor)
             else:
-                error_msgs.append(
-                    f"size mismatch for {key}: {tuple(tensor.shape)} in the checkpoint, "
-                    f"{tuple(target.shape)} in the model."
-                )
+                shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(target.shape)} in the model."
+                error_msgs.append(f"size mismatch for {key}: {shapes}")
         state_dict[f"{prefix}{name}"] = fused
         missing_keys.extend(key for key in slots if key not in found)
-
-
-def refuse_other_adapters(
-    experts: nn.Module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-) -> None:
-    """Refuse LoRA weights of the other kind of expert modules. A `load_state_dict` hook.
-
-    peft loads adapters with `strict=False`, which would lose the experts' part with no more than a warning.
-    """
-    adapters = [key for key in state_dict if key.startswith(prefix) and ".lora_" in key[len(prefix) - 1 :]]
-    if adapters and adapters[0] not in experts.state_dict(prefix=prefix):
-        error_msgs.append(
-            f"{adapters[0]} was trained on other modules than {type(experts).__name__}: load the model with "
-            "experts_implementation='linear' for adapters of w1, w2 and w3, and without it for adapters of "
-            "gate_up_proj and down_proj."
-        )

@@ -27,7 +27,6 @@ LINEAR_EXPERTS = "linear"  # the experts_implementation with one `nn.Linear` per
 SKIP_LISTS = {"llm_int8_skip_modules": "gate", "skip_modules": "gate", "modules_to_not_convert": r".*\.gate"}
 HEADS = ("lm_head", "score")  # not quantised either, unless the user has a list
 
-
 # Where the classes of quantised layers and weights are defined.
 QUANTIZERS = ("torchao", "torch.ao.", "optimum.", "hqq", "bitsandbytes", "gptqmodel", "awq", "compressed_tensors")
 
@@ -74,8 +73,7 @@ class GrinMoeLinearExperts(nn.ModuleList):
 def exclude_router_from_quantization(quantization_config: Any) -> Any:
     """Copy a quantisation config (an object or a dict), so that it skips the routers and, without a list, the heads.
 
-    Routing compares nearly equal numbers, and a router is one matrix of E rows per layer. The list is saved with the
-    config, so that readers of the checkpoint know the unquantised modules.
+    Routing compares nearly equal numbers. The list is saved with the config, for readers of the checkpoint.
     """
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
@@ -88,18 +86,13 @@ def exclude_router_from_quantization(quantization_config: Any) -> Any:
     return quantization_config
 
 
-def is_quantized(linear: nn.Module) -> bool:
-    """Whether a linear layer's weights are no longer a plain matrix."""
-    return type(linear) is not nn.Linear or type(linear.weight) not in (nn.Parameter, DTensor)
-
-
 def check_quantized(model: PreTrainedModel) -> None:
-    """Check a model after a quantiser has changed it.
+    """Raise ValueError if a quantiser has left experts as they were unasked, or has quantised the routers; or if a
+    checkpoint's quantised matrices are missing, or have other shapes than the config says."""
 
-    Raises:
-        ValueError: it has left experts unquantised unasked, or has quantised the routers while loading; or the
-            checkpoint's quantised matrices are missing or have other shapes than the config says.
-    """
+    def is_quantized(linear: Any) -> bool:
+        return type(linear) is not nn.Linear or type(linear.weight) not in (nn.Parameter, DTensor)
+
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if type(module).__module__.startswith("bitsandbytes") and type(weight) is nn.Parameter:
@@ -132,17 +125,16 @@ def check_quantized(model: PreTrainedModel) -> None:
             raise ValueError(f"quantization_config ({method}) has quantised the router {name}; it must be left alone")
 
 
-def is_of_quantizer(linear: nn.Module) -> bool:
-    """Whether a quantiser, and not an adapter or a sharding, has replaced a linear layer or its weight."""
-    types = type(linear), type(getattr(linear, "weight", None))
-    return any(kind.__module__.startswith(QUANTIZERS) for kind in types)
-
-
 def warn_of_partial_quantization(layer: nn.Module) -> None:
     """Warn once if a quantiser has changed a decoder layer after loading, which nothing else tells the model.
 
     Quantisers look for `nn.Linear`: they miss fused experts, and hit the router.
     """
+
+    def is_of_quantizer(linear: Any) -> bool:  # and not of an adapter or a sharding
+        types = type(linear), type(getattr(linear, "weight", None))
+        return any(kind.__module__.startswith(QUANTIZERS) for kind in types)
+
     block: Any = layer.block_sparse_moe
     attention: Any = layer.self_attn
     router = is_of_quantizer(block.gate)
@@ -161,11 +153,9 @@ def warn_of_partial_quantization(layer: nn.Module) -> None:
 
 
 def disable_bnb_cpu_repacking(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights in the first forward pass of `eval()`.
+    """Keep bitsandbytes from repacking 4-bit weights in the first forward pass of `eval()`, on CPUs with AVX512-BF16.
 
-    On CPUs with AVX512-BF16 it repacks them for speed, and for good. Repacked weights have no gradient with respect to
-    the input, so training after an evaluation fails or leaves the layers below without gradients. Repacking also fails
-    if the input width is not a multiple of the block size.
+    Repacked weights have no gradient with respect to the input, for good, so that training after an evaluation fails.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import find_adapter_config_file, is_peft_available
@@ -23,13 +22,7 @@ from transformers.utils.hub import cached_file
 from .carried_estimator_grinmoe import HUB_ARGUMENTS, load_estimator
 from .compat_grinmoe import require_layouts
 from .configuration_grinmoe import GrinMoeConfig
-from .layout_grinmoe import (
-    ExpertConverter,
-    fuse_expert_weights,
-    refuse_other_adapters,
-    register_expert_layout,
-    released_names,
-)
+from .layout_grinmoe import ExpertConverter, register_expert_layout, released_names
 from .linear_experts_grinmoe import (
     LINEAR_EXPERTS,
     GrinMoeLinearExperts,
@@ -139,10 +132,10 @@ class GrinMoeLoadingMixin(PreTrainedModel):
         return info, offload_index
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As in torch. Accepts released or fused experts; with `strict=False`, missing tensors are not forgotten.
+        """As in torch, of released or fused experts.
 
-        Trainer resumes, and loads the best model, with `strict=False` shard by shard, and only warns. Tensors that no
-        call has supplied raise in the next forward pass.
+        Trainer resumes with `strict=False`, shard by shard, and only warns: here, tensors that no call has supplied
+        raise in the next forward pass.
 
         Raises:
             ValueError: with `strict=False`, `state_dict` has tensors without a place in the model (another task's
@@ -224,11 +217,7 @@ def is_optional_tensor(name: str) -> bool:
 
 
 def find_new_heads(model: PreTrainedModel, missing: Iterable[str]) -> set[str]:
-    """Return the `missing` tensors that may be new; transformers initialises and reports them.
-
-    A decoder is never new, nor is a part of a head: all tensors of a new head are missing. The class may list others
-    in `_keys_to_ignore_on_load_missing`.
-    """
+    """Return the `missing` tensors that may be new: of a head, if all of it is missing, and what the class lists."""
     decoders = {name.split(".")[0] for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     absent = {*missing, *model.all_tied_weights_keys}
     # A model that is a decoder itself is the module "": it has no head.
@@ -244,13 +233,8 @@ def find_new_heads(model: PreTrainedModel, missing: Iterable[str]) -> set[str]:
 
 
 def raise_on_mismatch(model: PreTrainedModel, info: Any, ignore_mismatched_sizes: bool) -> None:
-    """Raise `CheckpointMismatch` unless a checkpoint and `model` have the same tensors.
-
-    A new head may be missing, and another task's head is left over.
-
-    Args:
-        info: transformers' `LoadStateDictInfo` of the load.
-    """
+    """Raise `CheckpointMismatch` unless a load's `LoadStateDictInfo` says that checkpoint and `model` have the same
+    tensors. A new head may be missing, and another task's head is left over."""
     # transformers says it in two lines, after a traceback.
     problems = [f"{name}: {message.splitlines()[-2]}" for name, message in info.conversion_errors.items()]
     problems += info.error_msgs
@@ -270,15 +254,9 @@ def raise_on_mismatch(model: PreTrainedModel, info: Any, ignore_mismatched_sizes
 
 
 def check_names(model: PreTrainedModel, files: Iterable[str | os.PathLike]) -> None:
-    """Raise `CheckpointMismatch` unless safetensors files in the released layout have exactly `model`'s tensors.
-
-    For a run that resumes: it has no new heads.
-    """
+    """Raise `CheckpointMismatch` unless safetensors files in the released layout have exactly `model`'s tensors."""
     needed = released_names(model.state_dict(), model.config.num_local_experts)
-    found = set()
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            found |= set(tensors.keys())
+    found = open_tensors(files).keys()
     problems = [f"{name} is missing" for name in sorted(needed - found - set(model.all_tied_weights_keys))]
     problems += [f"{name} is not part of the model" for name in sorted(found - needed)]
     raise_on_problems(model, problems)
@@ -302,13 +280,6 @@ def raise_on_missing_tensors(model: GrinMoeLoadingMixin, args: tuple = ()) -> No
             f"given and kept their old values: {shown}. The checkpoint is incomplete or another model's; if the old "
             "values are wanted, say so by model.load_state_dict(model.state_dict())."
         )
-
-
-def accept_released_layout(experts: nn.Module) -> None:
-    """Let `load_state_dict` of a layer's experts read either layout, and refuse adapters of the other layout."""
-    if not isinstance(experts, GrinMoeLinearExperts):
-        experts.register_load_state_dict_pre_hook(fuse_expert_weights)
-    experts.register_load_state_dict_pre_hook(refuse_other_adapters)
 
 
 def list_adapter_targets(model_type: str) -> None:

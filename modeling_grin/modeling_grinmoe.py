@@ -27,9 +27,9 @@ from .checks_grinmoe import check_forward
 from .configuration_grinmoe import GrinMoeConfig
 from .experts_grinmoe import mix_experts
 from .generation_grinmoe import GrinMoeGenerationMixin
-from .layout_grinmoe import EXPERT_WEIGHTS
+from .layout_grinmoe import EXPERT_WEIGHTS, read_either_layout
 from .linear_experts_grinmoe import LINEAR_EXPERTS, GrinMoeLinearExperts
-from .loading_grinmoe import GrinMoeLoadingMixin, accept_released_layout, list_adapter_targets
+from .loading_grinmoe import GrinMoeLoadingMixin, list_adapter_targets
 from .lora_experts_grinmoe import Lora, lora_experts_forward
 from .masks_grinmoe import AttentionConfig, create_mask
 from .noise_grinmoe import random_keys, split_keys
@@ -97,7 +97,7 @@ class GrinMoeSparseMoeBlock(nn.Module):
         self.freeze_router()
         is_linear = config._experts_implementation == LINEAR_EXPERTS
         self.experts = GrinMoeLinearExperts(config) if is_linear else GrinMoeExperts(config)
-        accept_released_layout(self.experts)
+        self.experts.register_load_state_dict_pre_hook(read_either_layout)
         # omega of SparseMixer (arXiv 2310.00811); GRIN does without it (Appendix A.4).
         self.output_scale = nn.Parameter(torch.ones(config.hidden_size)) if config.moe_output_scale else None
 

@@ -20,10 +20,7 @@ from transformers import PreTrainedModel
 def pack_layers(model: nn.Module) -> None:
     """Give bitsandbytes' 4-bit layers on the meta device weights of packed bytes, `[bytes, 1]`, which can be sharded.
 
-    Bytes, whatever the config's `bnb_4bit_quant_storage`: FSDP2 casts floats in mixed precision.
-
-    Raises:
-        ValueError: there are 8-bit layers, whose weights cannot be sharded.
+    Bytes, whatever the config's `bnb_4bit_quant_storage`: FSDP2 casts floats. 8-bit layers raise ValueError.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear8bitLt":
@@ -48,11 +45,8 @@ def open_tensors(files: Iterable[Any]) -> dict[str, Any]:
 
 
 def load_packed(model: PreTrainedModel, tensors: dict[str, Any], device: torch.device | str) -> set[str]:
-    """Fill the packed layers from a checkpoint in 16, 32 or 4 bits, and take what they need out of `tensors`.
-
-    Returns:
-        The names of the weights that were there.
-    """
+    """Fill the packed layers from a checkpoint in 16, 32 or 4 bits, and take what they need out of `tensors`; return
+    the names of the weights that were there."""
     prefix, loaded = f"{model.base_model_prefix}.", set()  # a bare decoder's names lack it
     for name, layer in packed_layers(model).items():
         stem, place = name.removeprefix(prefix), layer.weight

@@ -48,15 +48,8 @@ def adaptable_names(model: nn.Module) -> list[str]:
 
 
 def check_patterns(config: Mapping[str, Any], names: Iterable[str], source: Any) -> None:
-    """Check that the expressions of a peft config can be matched against the names of modules and parameters.
-
-    Args:
-        config: the fields of an adapter's config.
-        source: what has the config, for the errors.
-
-    Raises:
-        ValueError: an expression is invalid, or does not end in `SECONDS`. Names source, field and expression.
-    """
+    """Raise ValueError, with `source`, field and expression, where an expression of a peft config is invalid, or not
+    matched against the `names` of modules and parameters in `SECONDS`."""
     tried, expressions = [], []
     for field, (how, form) in FORMS.items():
         value: Any = config.get(field)

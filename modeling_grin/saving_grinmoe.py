@@ -75,8 +75,8 @@ class AtomicSavingMixin(PreTrainedModel):
 def replacing_checkpoint(folder: Path, weights: str, index: str | None) -> Iterator[Path]:
     """The folder to save a checkpoint to; at the end its files take the place of those in `folder`.
 
-    Where `folder` has no weights yet, it is that folder itself: without weights, nothing in it loads too early. If
-    something is raised after the weights were written (while they are pushed, say), they are moved nevertheless.
+    Where `folder` has no weights yet, it is that folder itself: nothing in it loads too early. Written weights are
+    moved even if something is raised afterwards (while they are pushed, say).
 
     Args:
         weights: name of the file of weights, or, with `-00001-of-00002` before its suffix, of its shards.
@@ -101,12 +101,8 @@ def replacing_checkpoint(folder: Path, weights: str, index: str | None) -> Itera
 
 
 def replace_files(made: Path, folder: Path, last: list[str], shard: re.Pattern) -> None:
-    """Move all files of `made` to `folder`, where nothing is left of the old weights.
-
-    Args:
-        last: the files that a reader begins with: they are removed before the others are moved, and moved after them.
-        shard: matches the names of shards.
-    """
+    """Move all files of `made` to `folder`, where nothing is left of the old weights: neither shards nor the `last`
+    files, with which a reader begins."""
     names = sorted((path.name for path in made.iterdir()), key=lambda name: name in last)
     for name in last:  # readers take a single file first, so it goes after the index
         (folder / name).unlink(missing_ok=True)

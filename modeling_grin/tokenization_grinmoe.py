@@ -33,8 +33,7 @@ RELEASED_CHAT_TEMPLATE = (
 )
 
 # The same text, with the assistant's tokens marked. Blanks that open an answer stay outside the mark: the tokenizer
-# gives them to `<|assistant|>`, and a mark that began on them would take in that token. (U+001C to U+001F, blank to
-# Jinja but not to the tokenizer, stay unmarked at the start of an answer.)
+# gives them to `<|assistant|>`, and a mark that began on them would take in that token.
 CHAT_TEMPLATE = r"""{%- macro text_of(message) -%}
     {%- if message['content'] is string -%}
         {{- message['content'] -}}
@@ -74,12 +73,11 @@ CHAT_TEMPLATE = r"""{%- macro text_of(message) -%}
 class GrinMoeTokenizer(TokenizersBackend):
     """The tokenizer of GRIN-MoE.
 
-    Token ids come from `tokenizer.json`, whatever `tokenizer_config.json` says: the release names
-    `LlamaTokenizer` there, for which transformers 5 would rebuild the tokenizer by other rules. The released chat
-    template is replaced by `CHAT_TEMPLATE`, which renders the same text, marks the assistant's tokens for
-    `return_assistant_tokens_mask` (TRL's `assistant_only_loss`), joins content that is a list of text parts, and
-    refuses (with `jinja2.TemplateError`) what the format has no place for: tools, documents, other parts, and
-    roles that it does not know, which the released one drops. Any other template is kept.
+    Token ids come from `tokenizer.json`, whatever `tokenizer_config.json` says: the release names `LlamaTokenizer`
+    there, for which transformers 5 would rebuild the tokenizer by other rules. `CHAT_TEMPLATE` replaces the released
+    one, and no other: it renders the same text, marks the assistant's tokens for `return_assistant_tokens_mask` (TRL's
+    `assistant_only_loss`), and joins lists of text parts. What the format lacks (tools, documents, other parts and
+    roles) it refuses with `jinja2.TemplateError`.
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
@@ -109,11 +107,7 @@ class GrinMoeTokenizer(TokenizersBackend):
 
     @classmethod
     def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
-        """Let `tokenizer.json` alone decide: no rebuilding, no second opinion from `added_tokens_decoder`.
-
-        Raises:
-            OSError: if there is no `tokenizer.json`.
-        """
+        """Let `tokenizer.json` alone decide: no rebuilding, no second opinion from `added_tokens_decoder`."""
         if kwargs.get("tokenizer_file") is None:
             raise OSError(f"No tokenizer.json in {kwargs.get('name_or_path')}: GrinMoeTokenizer reads no other file.")
         kwargs.pop("added_tokens_decoder", None)
@@ -135,9 +129,8 @@ class GrinMoeTokenizer(TokenizersBackend):
     ) -> Self:
         """A tokenizer with a vocabulary learnt from `texts`, and the release's special tokens and chat format.
 
-        Byte-level BPE: any text comes back from its ids unchanged (except white space that a special token takes
-        in). The special tokens come first, so that their ids do not depend on `vocab_size`: `<unk>`, `<s>` and `</s>`
-        are 0, 1, 2 as in the release, `<|endoftext|>` is 3.
+        Byte-level BPE: any text comes back from its ids unchanged, except white space that a special token takes in.
+        The special tokens come first: `<unk>`, `<s>`, `</s>` and `<|endoftext|>` are 0 to 3, whatever `vocab_size`.
 
         Args:
             texts: texts, or batches of texts.
@@ -177,10 +170,7 @@ class GrinMoeTokenizer(TokenizersBackend):
         """As `train_from_iterator`, with this tokenizer's added tokens, then `new_special_tokens`, and its settings.
 
         transformers' own method would keep the release's byte fallback without the bytes to fall back to. `length` is
-        for its progress bar, and `special_tokens_map` is refused: the chat relies on the tokens' names.
-
-        Raises:
-            ValueError: if `vocab_size` is too small, or there is a `special_tokens_map`.
+        ignored; a `special_tokens_map` is a ValueError.
         """
         if special_tokens_map:
             raise ValueError("special_tokens_map is not supported: the chat template relies on the tokens' names.")

@@ -34,9 +34,8 @@ IGNORED = -100  # the label of a token that has no loss
 def can_chunk(model: PreTrainedModel) -> bool:
     """Whether the loss of a causal language model is the plain cross-entropy of a plain `lm_head`.
 
-    Custom loss functions are not, nor are heads with adapters, hooks or quantised weights. float16 may not hold the
-    gradients without the scale that comes in the backward pass. `torch.compile` fuses by itself. DataParallel gathers
-    outputs of tensors only.
+    float16 may not hold the gradients without the scale that comes in the backward pass. `torch.compile` fuses by
+    itself. DataParallel gathers outputs of tensors only.
     """
     head = model.lm_head
     by_fsdp = isinstance(head, FSDPModule)  # which has two hooks of its own
@@ -73,9 +72,8 @@ class SkippedLogits:
 class LinearCrossEntropy(torch.autograd.Function):
     """The sum over tokens of the cross-entropy of `hidden_states @ weight.T + bias`, over `num_items`.
 
-    Arguments: `hidden_states` `[T, H]`, `weight` `[V, H]`, `bias` `[V]` or None, `labels` int64 `[T]`, `num_items`, a
-    number or scalar, and whether a backward pass may follow. One is allowed. With a `group`, `weight` and `bias` are
-    this rank's rows, from `first` on.
+    Arguments: `hidden_states` `[T, H]`, `weight` `[V, H]`, `bias` `[V]` or None, `labels` int64 `[T]`, `num_items`,
+    and whether a backward pass may follow: one. With a `group`, `weight` and `bias` are this rank's rows from `first`.
     """
 
     @staticmethod
@@ -144,13 +142,11 @@ def chunked_causal_lm_loss(
     shift_labels: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """transformers' `ForCausalLMLoss` of `head(hidden_states)`, a float32 scalar (float64 for float64).
+    """transformers' `ForCausalLMLoss` of `head(hidden_states)`, `[batch, sequence, H]`: a float32 or float64 scalar.
 
     Args:
-        hidden_states: `[batch, sequence, H]`.
-        labels: int64 `[batch, sequence]`, -100 where a token has none; shifted here.
+        labels: int64 `[batch, sequence]`, -100 where a token has none; `shift_labels` are shifted already.
         num_items_in_batch: divisor of the summed losses; by default the number of labels.
-        shift_labels: instead of `labels`, shifted already.
     """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]

@@ -31,10 +31,8 @@ class Segment(NamedTuple):
     """The slots of one expert."""
 
     expert: int
-    tokens: torch.Tensor
-    """Whose they are, int64."""
-    rows: slice
-    """Their rows in buffers of all slots; the last ones may be padding, which is zero."""
+    tokens: torch.Tensor  # whose they are, int64
+    rows: slice  # in buffers of all slots; the last ones may be padding, which is zero
 
     @property
     def num_rows(self) -> int:
@@ -73,7 +71,7 @@ def add_lora(out: torch.Tensor, x: torch.Tensor, first: torch.Tensor, second: to
 
 
 def matmul_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`out = a @ b`; `out`, a weight's gradient, may have another dtype than autocast computes in."""
+    """`out = a @ b`; a weight's gradient may have another dtype than autocast computes in."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -83,10 +81,9 @@ def matmul_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 class ExpertsFunction(torch.autograd.Function):
     """The weighted sum of each token's experts, `[T, H]`, in the dtype of `hidden_states`.
 
-    Arguments: `hidden_states` `[T, H]`, `top_k_index` `[T, K]`, `top_k_weights` `[T, K]` of the same dtype as
-    `hidden_states`, `gate_up_proj` `[E, 2F, H]` and `down_proj` `[E, H, F]` of any dtype, which their gradients have,
-    too, whether a backward pass may follow, and the factors A `[E, r, in]` and B `[E, out, r]` of the LoRA on
-    `gate_up_proj` and on `down_proj`, or None.
+    Arguments: `hidden_states` `[T, H]` and `top_k_weights` `[T, K]` of one dtype, `top_k_index` `[T, K]`,
+    `gate_up_proj` `[E, 2F, H]` and `down_proj` `[E, H, F]` of any, whether a backward pass may follow, and the factors
+    A `[E, r, in]` and B `[E, out, r]` of the LoRA on `gate_up_proj` and on `down_proj`, or None.
     """
 
     @staticmethod
@@ -184,13 +181,7 @@ class ExpertsFunction(torch.autograd.Function):
         return *grads, *grad_factors
 
 
-def compute_token(
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-) -> torch.Tensor:
+def compute_token(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj) -> torch.Tensor:
     """The same of a single token, `[1, H]`, without gradients: there is nothing to put in order."""
     outputs = []
     for expert in top_k_index[0].tolist():

@@ -67,22 +67,20 @@ def few_slots_experts(
     down_proj: torch.Tensor,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts, `[T, H]`; arguments as in `ExpertsFunction`, without gradients."""
-    hidden_states, top_k_index = hidden_states.contiguous(), top_k_index.contiguous()
     (num_tokens, top_k), (num_experts, hidden_size, intermediate_size) = top_k_index.shape, down_proj.shape
     num_slots = num_tokens * top_k
     activations = hidden_states.new_empty(num_slots, intermediate_size)
     outputs = hidden_states.new_empty(num_slots, hidden_size)
-    sizes = {"SLOTS": max(MIN_SLOTS, 1 << (num_slots - 1).bit_length()), "TOP_K": top_k}
-    blocks = {"ROWS": BLOCK_ROWS, "COLUMNS": BLOCK_COLUMNS}
-    weights = top_k_weights.contiguous()
+    slots = max(MIN_SLOTS, gpu.triton.next_power_of_2(num_slots))
+    sizes = {"SLOTS": slots, "TOP_K": top_k, "ROWS": BLOCK_ROWS, "COLUMNS": BLOCK_COLUMNS}
+    routing = top_k_index.contiguous(), top_k_weights.contiguous()
     for inputs, matrices, out, is_gated in (
-        (hidden_states, gate_up_proj, activations, True),
+        (hidden_states.contiguous(), gate_up_proj, activations, True),
         (activations, down_proj, outputs, False),
     ):
-        shape = num_slots, out.shape[1], inputs.shape[1]
-        grid = num_experts, -(-out.shape[1] // BLOCK_ROWS)
-        arguments = inputs, top_k_index, weights, matrices, out, *shape
-        launch(few_slots_kernel, grid, *arguments, GATED=is_gated, **sizes, **blocks)
+        grid = num_experts, gpu.triton.cdiv(out.shape[1], BLOCK_ROWS)
+        arguments = inputs, *routing, matrices, out, num_slots, out.shape[1], inputs.shape[1]
+        launch(few_slots_kernel, grid, *arguments, GATED=is_gated, **sizes)
     return outputs.view(num_tokens, top_k, hidden_size).sum(dim=1)
 
 
