@@ -59,25 +59,6 @@ def test_copies_compute_what_the_one_expert_does(tmp_path, top_k, tolerance):
     assert [logits.topk(top_k).indices.unique().numel() for logits in found.router_logits] == [5, 5]
 
 
-def test_copies_and_near_ties(tmp_path):
-    """With the released keep set, the tokens whose experts are no near-ties, in the first layer and before any other
-    token that they attend to; a sequence of one token is by itself."""
-    source = write_dense(tmp_path / "dense", num_hidden_layers=1)
-    checkpoint = upcycle(open_checkpoint(source), 6, 2)
-    model = built(checkpoint, tmp_path / "upcycled", router_jitter_noise=0.05)
-    ids = torch.arange(131)[:, None]
-    found, expected = run(model, ids), run(load(source), ids)
-    error = (found.logits - expected.logits).abs().amax(dim=(1, 2)) / expected.logits.abs().max()
-    [z] = found.router_logits
-    best, second = z.topk(2).values.T[..., None]
-    near_best = (best - z <= 0.1 * torch.maximum(z.abs(), best)) & (z < best)
-    near_second = (second - z <= 0.1 * torch.maximum(z.abs(), second)) & (z < second)
-    near = (near_best | near_second).any(dim=-1)
-    assert 10 < near.sum() < 120
-    assert (error[~near] < 1e-12).all()
-    assert (error[near] > 1e-3).all()  # these are what the docstring says they are
-
-
 @pytest.mark.parametrize(
     ("settings", "arguments", "message"),
     [

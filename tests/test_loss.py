@@ -64,19 +64,21 @@ def reference(logits, labels, num_items_in_batch=None, shift_labels=None):
     return -chosen.sum() / (len(chosen) if num_items_in_batch is None else num_items_in_batch)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kwargs", [{}, {"num_items_in_batch": 17}, {"num_items_in_batch": torch.tensor(17)}], ids=str)
-def test_equals_the_closed_form_in_float64(bias, kwargs):
+@pytest.mark.parametrize(("bias", "frozen"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"num_items_in_batch": 17},
+        {"num_items_in_batch": torch.tensor(17)},
+        {"shift_labels": make_batch(2)["labels"]},
+    ],
+    ids=["mean", "a number", "a tensor", "shifted"],
+)
+def test_equals_the_closed_form_in_float64(bias, frozen, kwargs):
     head, hidden_states, labels = make_head(bias)
+    head.requires_grad_(not frozen)
     for actual, expected in zip(*losses(head, hidden_states, labels, **kwargs), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
-
-
-def test_shifted_labels_and_frozen_heads():
-    head, hidden_states, labels = make_head(True)
-    head.requires_grad_(False)
-    shifted = torch.randint(V, labels.shape)
-    for actual, expected in zip(*losses(head, hidden_states, labels, shift_labels=shifted), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 

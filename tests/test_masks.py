@@ -150,15 +150,6 @@ def test_released_window_of_2047_means_2048_keys(flash_stand_in, attention, kind
         assert relative_error(logits, released_window_logits(config, tensors, ids, off_by_one)) > 1e-4
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
-def test_no_window(attention):
-    """sliding_window=None: everything before is seen, as with a window that reaches back to the first token."""
-    ids = random_ids(2, LENGTH)
-    logits = build(attention, sliding_window=None)(ids).logits
-    assert_close(logits, build(attention, sliding_window=LENGTH - 1)(ids).logits)
-    assert relative_error(build(attention, sliding_window=LENGTH - 2)(ids).logits[:, -1], logits[:, -1]) > 1e-4
-
-
 # --- padding and packing ---------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from checkpoints import released_tensors, write_checkpoint
+from checkpoints import released_config, released_tensors, write_checkpoint
 from models import relative_error
 from parity import LIMIT, LONGROPE_SCALING, longrope_logits
 from safetensors import safe_open
@@ -21,27 +21,21 @@ pytestmark = pytest.mark.usefixtures("far_from_ties")
 WINDOW = 7
 ORIGINAL_LENGTH = LONGROPE_SCALING["original_max_position_embeddings"]
 
-# Fields of the siblings' config.json, at small sizes.
-FAMILY = {
-    "architectures": ["PhiMoEForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "bos_token_id": 1,
-    "eos_token_id": 32000, "hidden_act": "silu", "hidden_dropout": 0.0, "initializer_range": 0.02,
-    "input_jitter_noise": 0.01, "lm_head_bias": True, "model_type": "phimoe", "num_experts_per_tok": 2,
-    "num_hidden_layers": 2, "num_local_experts": 6, "output_router_logits": False, "rms_norm_eps": 1e-05,
-    "rope_theta": 10000.0, "router_aux_loss_coef": 0.0, "tie_word_embeddings": False, "torch_dtype": "float32",
-    "router_jitter_noise": 0.3,  # 0.01 in the releases: here, many near-ties
-    "use_cache": True, "vocab_size": 131,
-}  # fmt: skip
+# The siblings' config.json at small sizes, with many near-ties (router_jitter_noise is 0.01 in the releases).
+FAMILY = released_config(
+    model_type="phimoe", architectures=["PhiMoEForCausalLM"], torch_dtype="float32", router_jitter_noise=0.3
+)
+del FAMILY["auto_map"]
 
 
 def phi_35(**overrides):
     """Phi-3.5-MoE-instruct: LongRoPE, and a window as wide as the context."""
-    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
     length = {
         "max_position_embeddings": 32 * ORIGINAL_LENGTH,
         "original_max_position_embeddings": ORIGINAL_LENGTH,
         "sliding_window": 32 * ORIGINAL_LENGTH,
     }
-    return {**FAMILY, **sizes, **length, "rope_scaling": dict(LONGROPE_SCALING), **overrides}
+    return {**FAMILY, **length, "rope_scaling": dict(LONGROPE_SCALING), **overrides}
 
 
 def phi_tiny(**overrides):

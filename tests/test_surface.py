@@ -5,18 +5,15 @@ import inspect
 import pytest
 import torch
 from checkpoints import fused, released_config, released_tensors, write_checkpoint
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     MixtralForCausalLM,
     MixtralForSequenceClassification,
     MixtralModel,
-    Trainer,
-    TrainingArguments,
 )
 from transformers import initialization as init
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -27,7 +24,6 @@ from modeling_grin import (
     GrinMoeModel,
     GrinMoePreTrainedModel,
 )
-from modeling_grin.training import GrinMoeTrainer
 
 CONFIG = released_config(torch_dtype="float32", bos_token_id=2, eos_token_id=1, pad_token_id=0)
 TENSORS = released_tensors(CONFIG)
@@ -60,28 +56,6 @@ def test_forward_names_what_stock_names_in_its_order(stock, ours):
     names = [name for name in inspect.signature(stock.forward).parameters if name != "kwargs"]
     names = ["past_key_values" if name == "cache" else name for name in names]  # as 5.24 names it; ours has both
     assert list(inspect.signature(ours.forward).parameters)[: len(names)] == names
-
-
-def test_classifier_takes_embeddings_positions_and_a_cache(checkpoint):
-    model = GrinMoeForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
-    with torch.no_grad():
-        expected = model(IDS).logits
-        torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(IDS)).logits, expected)
-        cache = model(IDS[:, :5], use_cache=True).past_key_values
-        positions = torch.arange(5, 12).expand(2, -1)
-        continued = model(IDS[:, 5:], torch.ones(2, 12), positions, cache).logits
-    torch.testing.assert_close(continued, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("asked", [None, False, True])
-@pytest.mark.parametrize(
-    ("configured", "model_class"),
-    [(False, GrinMoeModel), (True, GrinMoeForCausalLM), (True, GrinMoeForSequenceClassification)],
-)
-def test_router_logits_are_returned_as_the_config_says(model_class, configured, asked, checkpoint):
-    model = model_class.from_pretrained(checkpoint, output_router_logits=configured)
-    outputs = model(IDS, **({} if asked is None else {"output_router_logits": asked}))
-    assert (outputs.router_logits is not None) == (configured if asked is None else asked)
 
 
 # Heads of one's own
@@ -218,28 +192,6 @@ def test_a_batch_without_rows_or_tokens_is_refused_by_a_sentence(call, shape, ch
 # Skipped logits
 
 
-@pytest.mark.parametrize("trainer_class", [Trainer, GrinMoeTrainer])
-def test_a_loss_of_ones_own_in_a_trainer(trainer_class, model, tmp_path):
-    """It is told how to get logits, and with these a Trainer minimises what it makes of them."""
-
-    class MyTrainer(trainer_class):
-        asks = False
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            inputs = {**inputs, "skip_logits": False} if self.asks else inputs
-            _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            return 2 * ForCausalLMLoss(outputs.logits, inputs["labels"], 131, num_items_in_batch)
-
-    rows = [{"input_ids": IDS[0], "labels": IDS[0]}]
-    args = TrainingArguments(tmp_path, max_steps=1, report_to="none", save_strategy="no", use_cpu=True)
-    with pytest.raises(AttributeError, match="skip_logits=False"):
-        MyTrainer(model, args, train_dataset=rows).train()
-    MyTrainer.asks = True
-    with torch.no_grad():
-        expected = 2 * model.eval()(IDS[:1], labels=IDS[:1]).loss.item()
-    assert MyTrainer(model, args, train_dataset=rows).train().training_loss == pytest.approx(expected, rel=1e-4)
-
-
 # Quantisers
 
 
@@ -251,38 +203,15 @@ def test_a_quantiser_on_a_loaded_model_is_told_what_it_leaves(experts, checkpoin
     type(logger).warning_once.cache_clear()
     with CaptureLogger(logger) as log:
         model(IDS)
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "gate"]))
+        adapted(input_ids=IDS)
     assert not log.out
-    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+    model = torch.ao.quantization.quantize_dynamic(adapted.unload(), {nn.Linear})
     with CaptureLogger(logger) as log:
         model(IDS)
         model(IDS)
     assert log.out.count('experts_implementation="linear"') == (experts is None)
     assert log.out.count("routers (`block_sparse_moe.gate`) were quantised") == 1
-
-
-@pytest.mark.parametrize("wrap", ["lora", "nothing"])
-def test_what_is_not_quantised_is_not_warned_of(wrap, model):
-    logger = logging.get_logger("modeling_grin.linear_experts_grinmoe")
-    type(logger).warning_once.cache_clear()
-    if wrap == "lora":
-        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "gate"]))
-    with CaptureLogger(logger) as log:
-        model(input_ids=IDS)
-    assert not log.out
-
-
-def test_prefix_tuning_of_the_sequence_classifier(checkpoint):
-    """peft gives the prefix as past_key_values: zero values change nothing but the softmax's denominator."""
-    model = GrinMoeForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
-    tuned = get_peft_model(model, PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4))
-    mask = torch.ones_like(IDS)
-    prefix = tuned.get_prompt(batch_size=2)
-    expected = model.eval()(IDS, attention_mask=torch.ones(2, 16), past_key_values=prefix).logits
-    outputs = tuned.eval()(input_ids=IDS, attention_mask=mask, labels=torch.tensor([0, 2]))
-    torch.testing.assert_close(outputs.logits, expected)
-    assert (outputs.logits - model(IDS, attention_mask=mask).logits).abs().max() > 1e-4
-    tuned.train()(input_ids=IDS, attention_mask=mask, labels=torch.tensor([0, 2])).loss.backward()
-    assert tuned.prompt_encoder.default.embedding.weight.grad.abs().max() > 0
 
 
 def test_a_decoder_that_the_file_has_under_another_name_is_an_error(checkpoint):
