@@ -14,7 +14,7 @@ from modeling_grin.linear_experts_grinmoe import LINEAR_EXPERTS
 from modeling_grin.patterns_grinmoe import adaptable_names, check_patterns
 
 from .checkpoint import Checkpoint
-from .forms import released_tensors
+from .forms import check_fit, released_tensors
 from .headers import ADAPTER_CONFIG_FILE, read_adapter_config
 from .tensors import ConversionError, StoredTensor, read_tensors
 from .verify import load_model
@@ -24,11 +24,7 @@ PEFT_PREFIX = "base_model.model."  # of every name in it
 
 
 def find_base(adapter: Path, base: Path | None) -> Path:
-    """Return the folder of an adapter's base model: `base`, or what the adapter's config names.
-
-    Raises:
-        ConversionError: there is no such folder; nothing is fetched.
-    """
+    """Return the folder of an adapter's base model: `base`, or what the adapter's config names; nothing is fetched."""
     named = base if base is not None else read_adapter_config(adapter)["base_model_name_or_path"]
     if named is None or not Path(named).is_dir():
         raise ConversionError(f"the base model of {adapter}, {named}, is not a folder: give it with --base FOLDER")
@@ -57,8 +53,7 @@ def merge_adapter(adapter: Path, checkpoint: Checkpoint, dtype: torch.dtype | No
         A checkpoint of form `adapter`, with the base's path: tokenizer and generation settings are there.
 
     Raises:
-        ConversionError: adapter and base do not fit, tensor by tensor; rounding loses the adapter's change
-            (`merge_lora`); peft is not installed.
+        ConversionError: adapter and base do not fit, tensor by tensor, or rounding loses the adapter's change.
     """
     try:
         from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
@@ -75,29 +70,15 @@ def merge_adapter(adapter: Path, checkpoint: Checkpoint, dtype: torch.dtype | No
     config = copy.deepcopy(checkpoint.config)
     if any(".block_sparse_moe.experts.0." in name for name in found):
         config._experts_implementation = LINEAR_EXPERTS
-    with torch.device("meta"):
-        skeleton = checkpoint.model_class(config)
-    try:
-        check_patterns(adapter_config, adaptable_names(skeleton), adapter / ADAPTER_CONFIG_FILE)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
     try:
         with torch.device("meta"):
+            skeleton = checkpoint.model_class(config)
+            check_patterns(adapter_config, adaptable_names(skeleton), adapter / ADAPTER_CONFIG_FILE)
             adapted = get_peft_model(skeleton, PeftConfig.from_pretrained(str(adapter)))
     except Exception as error:  # of any type: peft meets a config that anybody may have written
         raise ConversionError(f"{adapter} does not fit {base}: {error}") from error
-    expected = get_peft_model_state_dict(adapted)
-    for names, what in ((found.keys() - expected.keys(), "no place for"), (expected.keys() - found.keys(), "need of")):
-        if names:
-            raise ConversionError(
-                f"{adapter} does not fit {base}, which has {what} {len(names)} of its tensors: {min(names)}, ..."
-            )
-    for name, tensor in found.items():
-        if tensor.shape != (shape := tuple(expected[name].shape)):
-            raise ConversionError(
-                f"{adapter} does not fit {base}: size mismatch for {name}, which must have shape {list(shape)}; got "
-                f"{list(tensor.shape)}"
-            )
+    shapes = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}
+    check_fit(found, shapes, str(adapter), str(base))
     layers = {n: m for n, m in adapted.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)}
     if all(map(is_plain, layers.values())):
         merged = {**checkpoint.tensors, **merge_matrices(layers, found, checkpoint, dtype, adapter)}
@@ -115,13 +96,11 @@ def merge_matrices(
 ) -> dict[str, StoredTensor]:
     """Return the released matrices with their adapters, which are added in float32 whenever a matrix is read.
 
+    All are read once before: rounding to `dtype`, by default the base's, must not lose a layer's change.
+
     Args:
         layers: peft's layers by name, whose tensors may be anywhere.
         found: the adapter's tensors.
-        dtype: of the sum; by default the base's.
-
-    Raises:
-        ConversionError: rounding would lose a layer's change; all matrices are read once.
     """
     from modeling_grin.lora import check_loss
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import re
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from modeling_grin import GrinMoeForCausalLM, GrinMoeTokenizer, __version__
+from modeling_grin import GrinMoeForCausalLM, __version__
 from modeling_grin.files import describe_links, write_whole
 
 from . import adapters, verify
@@ -36,7 +35,6 @@ from .writing import Progress, check_destination, check_space, fingerprint, outp
 FOLDERS = ("hub", "fused", "phimoe")
 TARGETS = (*FOLDERS, "gguf")
 MAX_SHARD_SIZE = "5GB"
-SHARD_SIZE = re.compile(r"[1-9]\d*(\.\d+)?([KMGT]B)?")
 CALIBRATION_ROW = 2048  # tokens of a text in one forward pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -124,10 +122,6 @@ class Request:
             raise ConversionError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         if self.to == "gguf" and self.destination.suffix != ".gguf":
             raise ConversionError(f"{self.destination}: GGUF is one file, give it a name that ends with .gguf")
-        if self.max_shard_size is not None and not SHARD_SIZE.fullmatch(str(self.max_shard_size)):
-            raise ConversionError(f"max_shard_size must be a size such as 500MB or 5GB; got {self.max_shard_size!r}")
-        if self.calibration is not None and not self.calibration.is_file():
-            raise ConversionError(f"calibration={self.calibration} is not a file: give a text file")
         changes = self.num_experts is not None
         for name, has_effect, reason in (
             ("max_shard_size", self.to in FOLDERS, "the result is one file"),
@@ -197,7 +191,9 @@ def convert(source: str | Path, destination: str | Path, *, to: str, **options: 
         if request.check or (request.check is None and report.parameters <= verify.SMALL):
             report.difference = compare_logits(checkpoint, request, result, report)
     if to == "gguf":
-        write_modelfile(checkpoint, request.destination, report)
+        from .ollama import write_modelfile
+
+        report.notes[:0] = write_modelfile(checkpoint, request.destination)
     report.seconds = time.monotonic() - started
     return report
 
@@ -282,19 +278,6 @@ def write_gguf(checkpoint: Checkpoint, request: Request, path: Path, report: Rep
     )
     report.nbytes = path.stat().st_size
     report.notes += written.lines()
-
-
-def write_modelfile(checkpoint: Checkpoint, path: Path, report: Report) -> None:
-    """Write Ollama's Modelfile beside a GGUF file, unless there is one."""
-    from .ollama import modelfile
-
-    beside = path.with_suffix(".Modelfile")
-    if not beside.exists():
-        tokenizer = None
-        if (checkpoint.path / "tokenizer.json").is_file():
-            tokenizer = GrinMoeTokenizer.from_pretrained(checkpoint.path)
-        write_whole(beside, modelfile(path, checkpoint.config, tokenizer))
-        report.notes.insert(0, f"for Ollama: ollama create grin -f {beside.name}")
 
 
 def config_for(checkpoint: Checkpoint, to: str, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -81,6 +81,23 @@ def remove_prefix(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     return renamed
 
 
+def check_fit(found: Mapping[str, StoredTensor], shapes: Mapping[str, Shape], where: str, what: str) -> None:
+    """Raise ConversionError unless the tensors found at `where` are those of `what`, with these shapes."""
+    problems = [f"{name} is missing" for name in shapes if name not in found]
+    for name, tensor in found.items():
+        if name not in shapes:
+            problems.append(f"{tensor.where} is not part of the model that the config describes")
+        elif tensor.shape != shapes[name]:
+            problems.append(f"{tensor.where} has shape {list(tensor.shape)}, the config says {list(shapes[name])}")
+        elif tensor.dtype not in DTYPES:
+            problems.append(
+                f"{tensor.where} has dtype {tensor.dtype}; it must be one of {', '.join(map(str, DTYPES))}"
+            )
+    if problems:
+        shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+        raise ConversionError(f"{where}: {len(problems)} tensor(s) do not fit {what}: {shown}")
+
+
 def released_tensors(
     found: Mapping[str, StoredTensor], config: GrinMoeConfig, where: str
 ) -> tuple[str, dict[str, StoredTensor]]:
@@ -94,40 +111,26 @@ def released_tensors(
         ConversionError: a tensor is missing, mis-shaped, or unknown to the model of this config.
     """
     found = remove_prefix(found)
-    if config.num_hidden_layers > len(found):  # checked before the model, which may be absurdly large, is described
+    layers, experts = config.num_hidden_layers, config.num_local_experts
+    has_experts = experts <= len(found) or any(tensor.shape[:1] == (experts,) for tensor in found.values())
+    if layers > len(found) or not has_experts:  # checked before the model, which may be absurdly large, is described
         raise ConversionError(
-            f"{where}: the config says num_hidden_layers={config.num_hidden_layers}, but there are only {len(found)} "
-            "tensors"
+            f"{where}: the config says num_hidden_layers={layers} and num_local_experts={experts}, but there are only "
+            f"{len(found)} tensors"
         )
-    num_experts = config.num_local_experts
-    if num_experts > len(found) and not any(tensor.shape[:1] == (num_experts,) for tensor in found.values()):
-        raise ConversionError(f"{where}: the config says num_local_experts={num_experts}, but no layer has so many")
     model_class = model_class_of(found)
     forms = {form: list_groups(form, config, model_class) for form in ("hub", "fused")}
     form = max(forms, key=lambda form: len(found.keys() & forms[form].keys()))  # knows most of the names
     groups = forms[form]
-    problems = [f"{name} is missing" for name in groups if name not in found]
-    for name, tensor in found.items():
-        if name not in groups:
-            if name != "lm_head.weight" or not config.tie_word_embeddings:
-                problems.append(f"{tensor.where} is not part of the model that the config describes")
-        elif tensor.shape != groups[name][0]:
-            problems.append(f"{tensor.where} has shape {list(tensor.shape)}, the config says {list(groups[name][0])}")
-        elif tensor.dtype not in DTYPES:
-            problems.append(
-                f"{tensor.where} has dtype {tensor.dtype}; it must be one of {', '.join(map(str, DTYPES))}"
-            )
-    if not problems and "lm_head.weight" in found.keys() - groups.keys():
+    head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    check_fit(found, {name: shape for name, (shape, _) in groups.items()}, where, model_class.__name__)
+    if head is not None:
         embeddings = next(tensor for name, tensor in found.items() if name.endswith("embed_tokens.weight"))
-        if not torch.equal(found["lm_head.weight"].read(), embeddings.read()):
-            problems.append(
-                "lm_head.weight differs from model.embed_tokens.weight though the config ties them: set "
+        if not torch.equal(head.read(), embeddings.read()):
+            raise ConversionError(
+                f"{where}: lm_head.weight differs from model.embed_tokens.weight though the config ties them: set "
                 "tie_word_embeddings to false to keep the head"
             )
-    if problems:
-        shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
-        raise ConversionError(f"{where}: {len(problems)} tensor(s) do not fit {model_class.__name__}: {shown}")
-
     tensors: dict[str, StoredTensor] = {}
     for name, (_, parts) in groups.items():
         start = 0

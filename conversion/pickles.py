@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from modeling_grin.files import check_archive
 from modeling_grin.safetensors_header import read_header
 
-from .headers import shorten
 from .tensors import ConversionError, StoredTensor, read_tensors
 
 DCP_INDEX = ".metadata"
@@ -40,6 +39,7 @@ OPTIMIZER_KEYS = {"optim", "optimizer", "optimizers", "state", "param_groups"}
 MAX_INDEX_BYTES = 2**28  # of DCP: some 100 bytes for each part of a tensor that a rank has
 MAX_PICKLE_BYTES = 20_000_000  # in torch.save's archive: some 100 bytes for each tensor
 MAX_DIMENSIONS = 64
+MAX_DEPTH = 50  # of tuples in tuples; Python ends where it hashes some 100,000
 MAX_SHARDS = 2**12  # of a tensor, one for each rank: they are compared with one another
 CACHED_TENSORS = 2  # a layer's released matrices, which are asked for one by one, are parts of two
 
@@ -88,6 +88,7 @@ def unpickle(data: bytes) -> Any:
     twice, 60 times over, takes 120 bytes, and 2^60 steps to hash.
     """
     memo: dict[Any, bool] = {}  # entry -> whether it may be used again
+    depths: list[int | None] = []  # of each object on the stack; None is a mark
     before = ""
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
@@ -100,6 +101,16 @@ def unpickle(data: bytes) -> Any:
             raise ValueError("an object that is there twice and is no string, class or record")
         elif name not in OPCODES | GETS:
             raise ValueError(f"the opcode {name}")
+        taken = []
+        for item in reversed(opcode.stack_before):
+            while item is pickletools.stackslice and depths[-1] is not None:
+                taken.append(depths.pop())
+            if item is not pickletools.stackslice:
+                taken.append(depths.pop())
+        depth = max((depth for depth in taken if depth is not None), default=0) + ("TUPLE" in name)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"tuples nested more than {MAX_DEPTH} times")
+        depths += [None if item is pickletools.markobject else depth for item in opcode.stack_after]
         before = name
     return Unpickler(io.BytesIO(data)).load()
 
@@ -305,10 +316,10 @@ def find_part(info: dict[str, Any], folder: Path, name: str, nbytes: int) -> Cal
     """Return how to read one part of a tensor, `nbytes` long: a file that torch.save wrote, within another file."""
     file_name, offset, length = info["relative_path"], info["offset"], info["length"]
     if not isinstance(file_name, str) or Path(file_name).name != file_name or not file_name.endswith(DEFAULT_SUFFIX):
-        raise ConversionError(f"names {shorten(file_name)}, which is not a {DEFAULT_SUFFIX} file beside it")
+        raise ConversionError(f"names {file_name!r:.120}, which is not a {DEFAULT_SUFFIX} file beside it")
     if info.get("transform_descriptors"):
         raise ConversionError(
-            f"says that {name} is encoded ({shorten(info['transform_descriptors'])}): save without extensions"
+            f"says that {name} is encoded ({info['transform_descriptors']!r:.120}): save without extensions"
         )
     path = folder / file_name
     if not path.is_file():

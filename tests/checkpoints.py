@@ -101,6 +101,15 @@ def released_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.T
     return tensors
 
 
+def write_release(
+    folder: Path, num_shards: int = 1, **overrides: Any
+) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
+    """Write a checkpoint in the layout of the release; its folder, config and tensors."""
+    config = released_config(**overrides)
+    tensors = released_tensors(config)
+    return write_checkpoint(folder, config, tensors, num_shards), config, tensors
+
+
 def fused(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The same tensors with each layer's experts stacked: gate_up_proj `[E, 2F, H]`, down_proj `[E, H, F]`."""
     tensors = dict(tensors)

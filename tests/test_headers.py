@@ -151,8 +151,6 @@ def test_ambiguous_folders_are_refused(tmp_path):
         ('{"a": "ß"}'.encode("utf-16"), "JSON|utf-8"),
         (b'{"a":1,"b":{"c":1,"c":1}}', "'c' occurs 2 times"),
         (b'{"a":' * 50_000, "JSON|recursion"),
-        (b'{"a":' * 800 + b"1" + b"}" * 800, "nested more than 100 levels"),
-        (b'{"a":"\\uDC00"}', "surrogates"),
         (b'{"a":' + b"9" * 5000 + b"}", "digits"),
     ],
 )
@@ -181,10 +179,9 @@ def test_how_a_model_was_run_is_not_taken_from_its_config(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"to_dict": 1}, "'to_dict' is not a field but part of the config's class"),
         ({"quantization_config": {"quant_method": "fp8"}}, "has a quantization_config: dequantize the model"),
-        ({"num_hidden_layers": 10**6}, "num_hidden_layers must be at most 100000; got 1000000"),
-        ({"torch_dtype": "float33"}, "torch_dtype must be a dtype of torch|got 'float33'"),
+        ({"num_labels": 10**6}, "num_labels must be at most 100000; got 1000000"),
+        ({"torch_dtype": "float33"}, "is not a usable config|float33"),
         ({"vocab_size": 10**13, "hidden_size": 128}, "more than 1e+14 parameters"),
         ({"num_experts_per_tok": 99}, "is not a usable config|num_experts_per_tok"),
     ],

@@ -290,6 +290,7 @@ def test_files_that_are_no_index(tmp_path, data):
 NESTED = b"K\x01" + b"2\x86" * 60  # each tuple holds the one before twice: 2^60 steps to hash, compare or print
 BOMBS = {
     "a key": b"\x80\x04}" + NESTED + b"K\x01s.",
+    "a deep key": b"\x80\x04}K\x01" + b"\x85" * 10**6 + b"K\x01s.",
     "a frozen set": b"\x80\x04(" + NESTED + b"\x91.",
     "an ordered one": b"\x80\x04\x8c\x0bcollections\x8c\x0bOrderedDict\x93]" + NESTED + b"K\x01\x86a\x85R.",
     # The string of entry 0 is replaced by a tuple: MEMOIZE goes by the entries that are there.
