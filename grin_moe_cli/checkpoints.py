@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option
 
-from .terminal import Json, on_interrupt, print_json, show, transfer
+from .terminal import Json, print_json, show, transfer
 
 # Panels of `convert`'s options.
 Result = partial(Option, rich_help_panel="Result")
@@ -57,7 +57,7 @@ def convert(
     import conversion
 
     del options["as_json"]
-    with on_interrupt("add --resume to the same command to continue"), transfer("converting", as_json) as progress:
+    with transfer("converting", as_json, "add --resume to the same command to continue") as progress:
         report = conversion.convert(**options, progress=progress)
     if as_json:
         return print_json(report)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from .terminal import Json, console, escape, on_interrupt, print_json, show, transfer
+from .terminal import Json, console, escape, print_json, show, transfer
 
 
 def push(
@@ -29,7 +29,7 @@ def push(
     """
     from modeling_grin.publishing import push as pushing
 
-    with on_interrupt("run the same command to resume"), transfer("checking", as_json) as progress:
+    with transfer("checking", as_json, "run the same command to resume") as progress:
         report = pushing.push(folder, repo_id, private=private, revision=revision, card=not no_card,
                               include=include or [], dry_run=dry_run, progress=progress)  # fmt: skip
     if as_json:

@@ -5,8 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 from urllib.request import urlopen
@@ -14,6 +13,7 @@ from urllib.request import urlopen
 import typer
 
 ANY = {"allow_extra_args": True, "ignore_unknown_options": True}  # typer's settings of a command that hands them on
+Model = Annotated[str, typer.Argument(help="folder of a checkpoint, or its name on the Hub")]
 SITE = Path(__file__).resolve().parents[1] / "grin_moe_serving" / "site"
 
 
@@ -26,15 +26,15 @@ def find_tool(name: str) -> str:
     return path
 
 
-def python_path() -> str:
-    """PYTHONPATH with which a Python process registers GRIN-MoE by itself."""
-    return os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
+def register_in_children() -> None:
+    """Let every Python process that starts from here register GRIN-MoE by itself."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
 
 
 def run_with(command: list[str]) -> None:
     """Become `command`, with GRIN-MoE registered in it and in its child processes."""
     path = find_tool(command[0])
-    os.environ["PYTHONPATH"] = python_path()
+    register_in_children()
     os.execv(path, [path, *command[1:]])
 
 
@@ -48,45 +48,31 @@ def with_(context: typer.Context) -> None:
     run_with(context.args)
 
 
-@contextmanager
-def server(model: str, port: int) -> Iterator[str]:
-    """Serve `model` by `transformers serve` and yield the address, once it answers."""
-    environment = {**os.environ, "PYTHONPATH": python_path()}
-    arguments = ["serve", model, "--port", str(port)]
-    process = subprocess.Popen([find_tool("transformers"), *arguments], env=environment)
-    try:
-        while True:
-            try:
-                urlopen(f"http://localhost:{port}/health").close()
-                break
-            except OSError:
-                if process.poll() is not None:
-                    raise ValueError("`transformers serve` must run for a chat; it ended: see above") from None
-                time.sleep(0.2)
-        yield f"http://localhost:{port}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def chat(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="folder of a checkpoint, or its name on the Hub")],
+    model: Model,
     port: Annotated[int, typer.Option(help="port of this machine, on which the model is served meanwhile")] = 8000,
 ) -> None:
     """Chat in the terminal by transformers' own `chat`, which gets all other arguments; a server runs meanwhile.
 
     Example: grin-moe chat GRIN-MoE max_new_tokens=500
     """
-    with server(model, port) as address:
-        command = [find_tool("transformers"), "chat", model, address, *context.args]
-        raise typer.Exit(subprocess.run(command).returncode)
+    transformers, address = find_tool("transformers"), f"http://localhost:{port}"
+    register_in_children()
+    server = subprocess.Popen([transformers, "serve", model, "--port", str(port)])
+    try:
+        while server.poll() is None:
+            with suppress(OSError):  # it does not answer yet
+                urlopen(f"{address}/health").close()
+                raise typer.Exit(subprocess.run([transformers, "chat", model, address, *context.args]).returncode)
+            time.sleep(0.2)
+        raise ValueError("`transformers serve` must run for a chat; it ended: see above")
+    finally:
+        server.terminate()
+        server.wait()
 
 
-def serve(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(help="folder of a checkpoint, or its name on the Hub")],
-) -> None:
+def serve(context: typer.Context, model: Model) -> None:
     """Serve the model over HTTP as OpenAI does, by transformers' own `serve`, which gets all other arguments.
 
     Example: grin-moe serve GRIN-MoE --port 8000

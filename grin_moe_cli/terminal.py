@@ -47,18 +47,8 @@ def print_json(report: object) -> None:
 
 
 @contextmanager
-def on_interrupt(hint: str) -> Iterator[None]:
-    """Say at Ctrl-C what to do."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        errors.print(f"interrupted: {hint}")
-        raise
-
-
-@contextmanager
-def transfer(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar of bytes, with speed and time left; what is yielded takes the bytes done and those in all."""
+def transfer(title: str, quiet: bool, hint: str = "nothing was changed") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of bytes; what is yielded takes the bytes done and those in all. Ctrl-C prints the hint."""
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=errors, disable=quiet)
     task = bar.add_task(title, total=None)
@@ -71,5 +61,8 @@ def transfer(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
     try:
         yield advance
+    except KeyboardInterrupt:
+        errors.print(f"interrupted: {hint}")
+        raise
     finally:
         bar.stop()
