@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.table import Table
+from typer import Argument
 
 from .terminal import Json, console, escape
 
@@ -85,7 +85,7 @@ def compare_with_float64(path: Path) -> float | None:
 
 
 def doctor(
-    model: Annotated[Path | None, typer.Argument(exists=True, help="folder of a checkpoint")] = None,
+    model: Annotated[Path | None, Argument(exists=True, help="folder of a checkpoint")] = None,
     as_json: Json = False,
 ) -> None:
     """Say which engines and trainers are installed, how each gets a checkpoint, and what it computes otherwise.

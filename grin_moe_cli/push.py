@@ -3,24 +3,24 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.filesize import decimal
+from typer import Argument, Exit, Option
 
 from .terminal import Json, console, escape, print_json, show, transfer
 
 
 def push(
     folder: Annotated[
-        Path, typer.Argument(exists=True, help="checkpoint in the released layout, such as a recipe's output_dir")
+        Path, Argument(exists=True, help="checkpoint in the released layout, such as a recipe's output_dir")
     ],
-    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; created if it does not exist")],
-    private: Annotated[bool, typer.Option("--private", help="create a private repository")] = False,
-    revision: Annotated[str | None, typer.Option(help="branch, created if it does not exist; default: main")] = None,
-    no_card: Annotated[bool, typer.Option("--no-card", help="leave out README.md and figures/")] = False,
+    repo_id: Annotated[str, Argument(help="OWNER/NAME on the Hub; created if it does not exist")],
+    private: Annotated[bool, Option("--private", help="create a private repository")] = False,
+    revision: Annotated[str | None, Option(help="branch, created if it does not exist; default: main")] = None,
+    no_card: Annotated[bool, Option("--no-card", help="leave out README.md and figures/")] = False,
     include: Annotated[
-        list[str] | None, typer.Option(help="pattern of other files to send, such as 'results.json'; may be repeated")
+        list[str] | None, Option(help="other files to send, such as 'results.*'; may be repeated")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list files and problems; contact nobody")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="list files and problems; contact nobody")] = False,
     as_json: Json = False,
 ) -> None:
     """Send a model to the Hub in one commit: weights, code, tokenizer, card. Run it again to resume.
@@ -49,4 +49,4 @@ def push(
         end = "; nothing was sent" if dry_run else f", commit {report.commit}"
         console.print(f"{total} {outcome} {escape(report.url or repo_id)}{end}", highlight=False, soft_wrap=True)
     if report.problems:
-        raise typer.Exit(1)
+        raise Exit(1)
