@@ -10,16 +10,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 pytest.importorskip("tests.pipelines", reason="pipeline tests need TRANSFORMERS_CHECKOUT")
 
 TASKS = {
-    "TextGeneration": AutoModelForCausalLM,
-    "TextClassification": AutoModelForSequenceClassification,
-    "ZeroShotClassification": AutoModelForSequenceClassification,
-    "FeatureExtraction": AutoModel,
-}
-MODULES = {
-    "TextGeneration": "text_generation",
-    "TextClassification": "text_classification",
-    "ZeroShotClassification": "zero_shot",
-    "FeatureExtraction": "feature_extraction",
+    "TextGeneration": ("text_generation", AutoModelForCausalLM),
+    "TextClassification": ("text_classification", AutoModelForSequenceClassification),
+    "ZeroShotClassification": ("zero_shot", AutoModelForSequenceClassification),
+    "FeatureExtraction": ("feature_extraction", AutoModel),
 }
 
 
@@ -27,10 +21,11 @@ class TestPipeline:
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
     @pytest.mark.parametrize("task", TASKS)
     def test_pipeline(self, task, dtype):
-        module = importlib.import_module(f"tests.pipelines.test_pipelines_{MODULES[task]}")
+        module, head = TASKS[task]
+        module = importlib.import_module(f"tests.pipelines.test_pipelines_{module}")
         theirs = getattr(module, f"{task}PipelineTests")()
-        folder = checkpoint(self.kind, TASKS[task])
-        model = TASKS[task].from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        folder = checkpoint(self.kind, head)
+        model = head.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=20_000)  # they expect longer input to fail
         pipeline, examples = theirs.get_test_pipeline(model, tokenizer=tokenizer, dtype=dtype)
         theirs.run_pipeline_test(pipeline, examples)
