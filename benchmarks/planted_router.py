@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -36,7 +37,9 @@ from modeling_grin.routing_grinmoe import (
     Noise,
     Routing,
     TokenKeys,
+    apply_bias,
     mix_outputs,
+    replay,
 )
 
 HIDDEN, TOP_K, TOKENS, TEST_TOKENS = 16, 2, 128, 2048
@@ -45,12 +48,17 @@ ROUTER_STD = 0.25  # of a student's first logits, about as in the small language
 RATES = (0.01, 0.03, 0.1, 0.3)
 CHOOSING_SEEDS, REPORTED_SEEDS = range(100, 103), range(16)
 BETAS, EPSILON = (0.9, 0.99), 1e-8
+BIAS_RATE = 0.003  # u of loss-free balancing, arXiv 2408.15664
+DEFAULT_DECAY = 0.9  # of Default MoE's running means, arXiv 2504.12463
 
 TEACHERS = {"ones": "weights 1 and 1", "shares": "shares of the softmax"}
-SOFTMAX = ("gshard", "dense_shares", "gshard_sampled")
+SOFTMAX = (
+    "gshard", "dense_shares", "gshard_sampled", "gshard loss-free", "gshard default", "gshard default forward",
+)  # fmt: skip
 MASKED = (
     "sparsemixer_v2", "sparsemixer_v2_paper", "sparsemixer_v2_star", "sparsemixer_v2 greedy", "sparsemixer_v2 frozen",
-    "sparsemixer_v2 no exception", "euler", "midpoint", "reinmax", "gumbel_straight_through", "joint_ray",
+    "sparsemixer_v2 no exception", "sparsemixer_v2 loss-free", "euler", "midpoint", "reinmax",
+    "gumbel_straight_through", "joint_ray",
 )  # fmt: skip
 CONTROLS = {**dict.fromkeys(SOFTMAX, "gshard"), **dict.fromkeys(MASKED, "sparsemixer_v2")}
 SIZES, SIZE_ARMS = (8, 16, 32, 64), ("gshard", "sparsemixer_v2", "sparsemixer_v2 greedy", "sparsemixer_v2 frozen")
@@ -124,6 +132,43 @@ class Students:
             parameter.grad = None
 
 
+class Defaults:
+    """Default MoE (arXiv 2504.12463): a running mean of each expert's outputs stands for those of other experts.
+
+    The router learns as if every expert had been mixed in, `dense`'s gradient at the cost of the chosen ones. With
+    `forward`, which is how the paper has it, the means are in the layer's output, weighted by softmax(z); otherwise
+    in the router's gradient alone, and the output is GShard's.
+    """
+
+    def __init__(self, students: int, experts: int, forward: bool):
+        self.means, self.forward = torch.zeros(students, experts, HIDDEN), forward
+
+    def mix(self, logits: torch.Tensor, outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The layer's output `[B T, H]`, from logits `[B T, E]` and outputs `[B T, E, H]`."""
+        probs, is_chosen = logits.softmax(-1), chosen_by(routing, logits).unsqueeze(-1)
+        means = self.means.repeat_interleave(len(logits) // len(self.means), dim=0)
+        filled = torch.where(is_chosen, outputs, means)
+        if self.forward:
+            return (probs.unsqueeze(-1) * filled).sum(1)
+        total = probs.gather(-1, routing.experts).detach().sum(-1, keepdim=True)
+        dense = ((probs / total).unsqueeze(-1) * filled.detach()).sum(1)
+        return mix(outputs, routing._replace(weights=routing.weights.detach())) + (dense - dense.detach())
+
+    @torch.no_grad()
+    def update(self, outputs: torch.Tensor, routing: Routing) -> None:
+        """Move the means of the chosen experts."""
+        students = len(self.means)
+        is_chosen = chosen_by(routing, outputs[..., 0]).unflatten(0, (students, -1)).to(outputs)
+        counts = is_chosen.sum(1).unsqueeze(-1)
+        means = torch.einsum("bte,bteh->beh", is_chosen, outputs.unflatten(0, (students, -1))) / counts.clamp(min=1)
+        self.means = torch.where(counts > 0, self.means.lerp(means, 1 - DEFAULT_DECAY), self.means)
+
+
+def chosen_by(routing: Routing, like: torch.Tensor) -> torch.Tensor:
+    """Whether a token chose an expert, bool `[B T, E]`, the shape of `like`."""
+    return torch.zeros(like.shape, dtype=torch.bool).scatter(1, routing.experts, True)
+
+
 def mix(outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
     """The layer's output `[B T, H]` from all experts' `[B T, E, H]`."""
     mixture = routing.mixture or Mixture(routing.weights, routing.experts, routing.weights.detach())
@@ -176,9 +221,22 @@ def train(case: Case, seeds: Sequence[int], rates: Sequence[float]) -> list[dict
     )
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.Generator().manual_seed(0)
+    defaults = Defaults(len(students.rates), size, "forward" in change) if "default" in change else None
+    biases = torch.zeros(len(students.rates), size) if change == "loss-free" else None
 
     def draw(tokens: int) -> torch.Tensor:
         return torch.stack([torch.randn(tokens, HIDDEN, generator=generator) for generator in generators])
+
+    def forward(x: torch.Tensor, keys: Noise) -> tuple[torch.Tensor, torch.Tensor, Routing, torch.Tensor]:
+        """`[B, T, H]` -> logits `[B T, E]`, the experts' outputs, routing, and the layer's output `[B T, H]`."""
+        logits, outputs = students.logits_and_outputs(x)
+        if biases is not None:
+            config = SimpleNamespace(router_estimator=case.arm.split()[0], num_experts_per_tok=TOP_K)
+            logits, experts = apply_bias(logits, biases.repeat_interleave(x.shape[1], dim=0), config, None)
+            keys = keys if experts is None else replay(logits, TOP_K, keys, experts)
+        routing = route(logits, TOP_K, case.jitter, keys)
+        mixed = mix(outputs, routing) if defaults is None else defaults.mix(logits, outputs, routing)
+        return logits, outputs, routing, mixed
 
     test = draw(TEST_TOKENS)
     test_targets, planted = map(
@@ -189,10 +247,9 @@ def train(case: Case, seeds: Sequence[int], rates: Sequence[float]) -> list[dict
 
     @torch.no_grad()
     def evaluate(step: int) -> None:
-        logits, outputs = students.logits_and_outputs(test)
-        routing = route(logits, TOP_K, case.jitter, None)
-        missing = mix(outputs, routing).unflatten(0, test.shape[:2]) - test_targets
-        error = missing.square().sum((1, 2)) / test_targets.square().sum((1, 2))
+        _, _, routing, mixed = forward(test, None)
+        error = (mixed.unflatten(0, test.shape[:2]) - test_targets).square().sum((1, 2))
+        error = error / test_targets.square().sum((1, 2))
         found = mutual_information(routing.experts[:, 0].reshape(planted.shape), planted, size)
         curve.append({"step": step, "error": error.tolist(), "nmi": found.tolist()})
 
@@ -202,16 +259,19 @@ def train(case: Case, seeds: Sequence[int], rates: Sequence[float]) -> list[dict
         x = draw(TOKENS)
         targets, _ = teach(case, x, *taught)
         targets, x = repeat(targets.unflatten(0, x.shape[:2])).flatten(0, 1), repeat(x)
-        logits, outputs = students.logits_and_outputs(x)
         keys: Noise = TokenKeys(
-            None if change == "greedy" else torch.randint(-(2**62), 2**62, (len(logits),), generator=noise)
+            None if change == "greedy" else torch.randint(-(2**62), 2**62, (len(targets),), generator=noise)
         )
-        routing = route(logits, TOP_K, case.jitter, keys)
-        error = (mix(outputs, routing) - targets).square().sum() / TOKENS / HIDDEN
-        chosen = torch.zeros_like(logits).scatter(1, routing.experts, 1 / TOP_K).unflatten(0, x.shape[:2]).mean(1)
-        balance = size * (chosen * logits.softmax(-1).unflatten(0, x.shape[:2]).mean(1)).sum()
-        (error + ALPHA * balance).backward()
+        logits, outputs, routing, mixed = forward(x, keys)
+        error = (mixed - targets).square().sum() / TOKENS / HIDDEN
+        shares = chosen_by(routing, logits).float().unflatten(0, x.shape[:2]).mean(1) / TOP_K  # f, [B, E]
+        balance = size * (shares * logits.softmax(-1).unflatten(0, x.shape[:2]).mean(1)).sum()
+        (error + (ALPHA if biases is None else 0.0) * balance).backward()
         students.update(step, 0.5 + 0.5 * math.cos(math.pi * step / case.steps))
+        if biases is not None:
+            biases += BIAS_RATE * (1 / size - shares).sign()
+        if defaults is not None:
+            defaults.update(outputs, routing)
         if step in marks:
             evaluate(step)
     return [

@@ -213,6 +213,7 @@ def check_representable(config: GrinMoeConfig) -> None:
         ("hidden_act", config.hidden_act != "silu", "has silu in this architecture"),
         ("rope_parameters", rope_type != "default", "is only proven equal for rope_type='default'"),
         ("moe_output_scale", config.moe_output_scale, "has no scale of the mixture's output"),
+        ("router_bias_update_rate", config.router_bias_update_rate, "has no selection bias"),
         ("num_local_experts", config.num_local_experts > MAX_EXPERTS, f"has at most {MAX_EXPERTS}"),
         ("router_estimator", inference_rule(config) not in rules,
          "normalises the experts' weights, which this one does not"),

@@ -38,12 +38,13 @@ def phimoe_config(config: GrinMoeConfig) -> dict[str, Any]:
     """
     rope = dict(config.rope_parameters or {})
     rope_type, theta = rope.pop("rope_type"), rope.pop("rope_theta")
-    top_k, estimator = config.num_experts_per_tok, config.router_estimator
+    top_k, estimator, rate = config.num_experts_per_tok, config.router_estimator, config.router_bias_update_rate
     is_quantized = getattr(config, "quantization_config", None) is not None
     for field, phimoe_has, is_other in (
         (f"num_experts_per_tok={top_k}", "top-2", top_k != 2),
         (f"router_estimator={estimator!r}", "sparsemixer_v2's inference", inference_rule(config) != "sparsemixer_v2"),
         ("moe_output_scale=True", "no output scales", config.moe_output_scale),
+        (f"router_bias_update_rate={rate}", "no selection biases", rate > 0),
         (f"rope_type={rope_type!r}", "default and longrope", rope_type not in ("default", "longrope")),
         ("quantization_config", "plain weights", is_quantized),
     ):

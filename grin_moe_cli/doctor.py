@@ -54,6 +54,8 @@ def find_limits(path: Path) -> dict[str, list[str]]:
         limits["mlx-lm"].append(f"it has no sliding window: right up to {config.sliding_window + 1} tokens only")
     if config.moe_output_scale:
         limits["vllm"].append("moe_output_scale must be false")
+    if config.router_bias_update_rate > 0:
+        limits["vllm"].append("router_bias_update_rate must be 0: it has no selection bias")
     if (config.rope_parameters or {}).get("rope_type") == "longrope":
         limits["vllm"].append("LongRoPE's long factors are for all texts, if --max-model-len is beyond its length")
     limits["vllm-cpu"] = limits["vllm"]

@@ -36,6 +36,8 @@ class GrinMoeForCausalLM(PhiMoEForCausalLM):
         config: GrinMoeConfig = vllm_config.model_config.hf_config
         if config.moe_output_scale:
             raise ValueError("moe_output_scale must be false for vLLM; got true; run this model with transformers")
+        if (rate := config.router_bias_update_rate) > 0:
+            raise ValueError(f"router_bias_update_rate must be 0 for vLLM; got {rate}; use transformers instead")
         if config.sliding_window is not None:  # the released number leaves out the query's own key
             vllm_config.cache_config.sliding_window = config.sliding_window + 1
         super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -97,6 +97,11 @@ class BalanceWindow:
         self.latest_counts: torch.Tensor | None = None
         """Times each expert was chosen up to the latest forward pass, over all data-parallel ranks, `[L, E]`."""
 
+    @property
+    def counts(self) -> torch.Tensor | None:
+        """The step's counts, as far as they are known, int64 `[L, E]`."""
+        return self.latest_counts if self._whole_step is None else self._whole_step
+
     def window_for_pass(self) -> "BalanceWindow":
         """Return this window, or a new one for a single forward pass where the step's size is unknown."""
         if self.num_tokens is not None:

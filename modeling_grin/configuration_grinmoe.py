@@ -22,7 +22,10 @@ POSITIVE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
 )  # fmt: skip
-NOT_NEGATIVE = ("router_jitter_noise", "router_aux_loss_coef", "router_z_loss_coef", "initializer_range")
+NOT_NEGATIVE = (
+    "router_jitter_noise", "router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate",
+    "initializer_range",
+)  # fmt: skip
 SHARES = ("input_jitter_noise", "attention_dropout", "expert_dropout")
 NESTED_CONFIGS = ("decoder", "generator", "text_config", "text_encoder")  # those that `get_text_config` looks for
 
@@ -84,7 +87,7 @@ class GrinMoeConfig(PreTrainedConfig):
     r"""Configuration of a GRIN mixture-of-experts model; the defaults are `microsoft/GRIN-MoE` (16x3.8B, top-2).
 
     Field names are those of the released `config.json`; `head_dim`, `expert_dropout`, `router_estimator`,
-    `router_sampling`, `freeze_router`, `moe_output_scale` and `router_z_loss_coef` are new.
+    `router_sampling`, `freeze_router`, `moe_output_scale`, `router_z_loss_coef` and `router_bias_update_rate` are new.
 
     Args:
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size:
@@ -113,6 +116,8 @@ class GrinMoeConfig(PreTrainedConfig):
             model in training: attached by autograd inside, it is not part of the loss that the model returns.
         router_z_loss_coef: coefficient of the router z-loss, the mean of logsumexp(z)^2 over tokens and layers, which
             acts beside the balance loss and is not in the paper.
+        router_bias_update_rate: u of loss-free balancing (arXiv 2408.15664): above 0, each expert has a bias that
+            takes part in its selection, and that each optimizer step moves by u towards a balanced load.
         output_router_logits: whether forward passes return `router_logits` and `aux_loss`.
 
     Raises:
@@ -173,6 +178,7 @@ class GrinMoeConfig(PreTrainedConfig):
     moe_output_scale: bool = False
     router_aux_loss_coef: float | int = 0.0
     router_z_loss_coef: float | int = 0.0
+    router_bias_update_rate: float | int = 0.0
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs):

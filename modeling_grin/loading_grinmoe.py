@@ -212,8 +212,8 @@ class GrinMoeLoadingMixin(PreTrainedModel):
 
 
 def is_optional_tensor(name: str) -> bool:
-    """Whether a checkpoint may lack this tensor: the head of a new task, or a scale that begins as ones."""
-    return name == "score.weight" or name.endswith(".output_scale")
+    """Whether a checkpoint may lack a tensor: a new task's head, a scale that begins as ones, or a bias as zeros."""
+    return name == "score.weight" or name.endswith((".output_scale", ".e_score_correction_bias"))
 
 
 def find_new_heads(model: PreTrainedModel, missing: Iterable[str]) -> set[str]:

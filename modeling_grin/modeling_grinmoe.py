@@ -23,6 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .balance_grinmoe import counted_tokens
 from .checks_grinmoe import check_forward
 from .configuration_grinmoe import GrinMoeConfig
 from .experts_grinmoe import mix_experts
@@ -35,7 +36,7 @@ from .masks_grinmoe import AttentionConfig, create_mask
 from .noise_grinmoe import random_keys, split_keys
 from .replay_grinmoe import RoutingReplayMixin
 from .rope_grinmoe import GrinMoeRotaryEmbedding
-from .routing_grinmoe import jitter_input, noise_settings, route
+from .routing_grinmoe import apply_bias, jitter_input, noise_settings, route
 from .saving_grinmoe import AtomicSavingMixin
 from .training_grinmoe import LayerPass, OptimizerStepMixin
 
@@ -100,6 +101,9 @@ class GrinMoeSparseMoeBlock(nn.Module):
         self.experts.register_load_state_dict_pre_hook(read_either_layout)
         # omega of SparseMixer (arXiv 2310.00811); GRIN does without it (Appendix A.4).
         self.output_scale = nn.Parameter(torch.ones(config.hidden_size)) if config.moe_output_scale else None
+        bias = torch.zeros(config.num_local_experts) if config.router_bias_update_rate > 0 else None
+        self.e_score_correction_bias: torch.Tensor | None
+        self.register_buffer("e_score_correction_bias", bias)  # `OptimizerStepMixin.end_step` moves it
 
     def freeze_router(self) -> None:
         """Apply `config.freeze_router`."""
@@ -124,7 +128,8 @@ class GrinMoeSparseMoeBlock(nn.Module):
             routing_keys, jitter_keys = keys.to(tokens.device)
             if config.input_jitter_noise > 0:
                 tokens = jitter_input(tokens, config.input_jitter_noise, jitter_keys)
-        router_logits = learning_logits = self.gate(tokens)
+        router_logits, replayed = apply_bias(self.gate(tokens), self.e_score_correction_bias, config, replayed)
+        learning_logits = router_logits
         if layer_pass is not None and layer_pass.fractions is not None:
             learning_logits = layer_pass.attach_balance(router_logits, tokens)
             router_logits = router_logits.detach()  # a trainer's own balance loss on them would come on top
@@ -179,6 +184,7 @@ class GrinMoePreTrainedModel(
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GrinMoeDecoderLayer"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -201,8 +207,9 @@ class GrinMoePreTrainedModel(
         if isinstance(module, GrinMoeExperts):
             for name in EXPERT_WEIGHTS:
                 init.normal_(getattr(module, name), std=self.config.initializer_range)
-        elif isinstance(module, GrinMoeSparseMoeBlock) and module.output_scale is not None:
-            init.ones_(module.output_scale)
+        for name, value in (("output_scale", 1.0), ("e_score_correction_bias", 0.0)):
+            if getattr(module, name, None) is not None:
+                init.constant_(getattr(module, name), value)
 
 
 class GrinMoeModel(GrinMoePreTrainedModel):
@@ -244,8 +251,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             attention_mask: `[batch, past + sequence]`, 0 for padding; or a prepared 4-D mask.
             position_ids: `[batch, sequence]`; without mask and cache, positions restarting at 0 mark packed sequences.
             past_key_values: the cache of the previous tokens, or `cache`, its name since transformers 5.24.
-            loss_share, has_loss: see `begin_pass`.
-            token_ids: `[batch, sequence]`, the tokens that `inputs_embeds` are; routing noise depends on them.
+            loss_share, has_loss, token_ids: see `begin_pass`.
             kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_selected_experts`, and
                 the attention implementation's own. Unknown keywords raise TypeError.
 
@@ -260,9 +266,8 @@ class GrinMoeModel(GrinMoePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         check_forward(self, inputs_embeds, kwargs, cache)
         if position_ids is None:
-            past_length = cache.get_seq_length() if cache is not None else 0
-            positions = torch.arange(past_length, past_length + inputs_embeds.shape[1], device=inputs_embeds.device)
-            position_ids = positions[None]
+            start = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(start, start + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         mask = create_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         if use_cache and cache is None:
             # Only now: transformers does not look for packed sequences if there is a cache.
@@ -270,8 +275,7 @@ class GrinMoeModel(GrinMoePreTrainedModel):
         token_ids = input_ids if token_ids is None else token_ids
         training_pass = self.begin_pass(inputs_embeds, token_ids, attention_mask, position_ids, loss_share, has_loss)
 
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        hidden_states, position_embeddings = inputs_embeds, self.rotary_emb(inputs_embeds, position_ids)
         layers = self.layers[: self.config.num_hidden_layers]  # `assistant_early_exit` has fewer
         for number, layer in enumerate(layers, start=self.first_layer):
             hidden_states = layer(
@@ -419,12 +423,10 @@ class GrinMoeForSequenceClassification(GrinMoePreTrainedModel):
         hidden_states = outputs.last_hidden_state
         batch_size, length = hidden_states.shape[:2]
         # transformers' generic head goes by the padding token alone, which is a real token here.
-        if attention_mask is not None and attention_mask.dim() == 2:
-            is_real = attention_mask[:, -length:] != 0
-        elif input_ids is not None and self.config.pad_token_id is not None:
+        is_real = counted_tokens(attention_mask, batch_size, length, hidden_states.device)
+        has_mask = attention_mask is not None and attention_mask.dim() == 2
+        if not has_mask and input_ids is not None and self.config.pad_token_id is not None:
             is_real = input_ids != self.config.pad_token_id
-        else:
-            is_real = torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
         last = (is_real * torch.arange(length, device=is_real.device)).argmax(dim=-1).to(hidden_states.device)
         logits = self.score(hidden_states[torch.arange(batch_size, device=last.device), last])
 

@@ -173,9 +173,10 @@ def replay(router_logits: torch.Tensor, top_k: int, noise: Noise, experts: torch
     """The noise that makes choice k of each token fall on `experts` `[T, K]`; where they are -1, `noise` itself."""
     if isinstance(noise, TokenKeys) and noise.keys is not None:
         noise = draw_noise(router_logits, top_k, keys=noise.keys)
-    if not isinstance(noise, RoutingNoise):  # greedy
+    if not isinstance(noise, RoutingNoise):  # greedy; in inference f' is always taken at the end of the ray, B = 1
         zero = router_logits.new_zeros((), dtype=torch.float32)
-        noise = RoutingNoise(zero.expand(top_k, *router_logits.shape), zero.expand(top_k, len(router_logits)))
+        draws = zero - 1 if noise is None else zero
+        noise = RoutingNoise(zero.expand(top_k, *router_logits.shape), draws.expand(top_k, len(router_logits)))
     everyone = torch.arange(router_logits.shape[-1], device=router_logits.device)
     is_replayed = everyone == experts.to(everyone.device).t().unsqueeze(-1)  # [K, T, E]
     return RoutingNoise(noise.gumbel.masked_fill(is_replayed, torch.inf), noise.uniform)
@@ -392,6 +393,31 @@ def noise_settings(config: Any) -> dict[str, Any]:
     if config.input_jitter_noise > 0:
         settings["input_jitter_noise"] = 0
     return settings
+
+
+def apply_bias(
+    router_logits: torch.Tensor, bias: torch.Tensor | None, config: Any, replayed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Let the selection bias of loss-free balancing (arXiv 2408.15664) take part in the choice of experts.
+
+    An estimator that draws experts draws them from z + b, so that p stays the distribution that it takes derivatives
+    of. Others take the top-k of softmax(z) + b (Equation 3 there), weighted by softmax(z) alone.
+
+    Args:
+        router_logits: z, `[T, E]`.
+        bias: b, float32 `[E]`; None: nothing changes.
+        replayed: as in `route`.
+
+    Returns:
+        The logits to route with, and the experts to take, if they are known.
+    """
+    if bias is None:
+        return router_logits, replayed
+    if find_estimator(config.router_estimator).sampled:
+        return router_logits + bias, replayed
+    scores = router_logits.detach().softmax(dim=-1, dtype=torch.float32) + bias
+    chosen = scores.topk(config.num_experts_per_tok, dim=-1).indices
+    return router_logits, chosen if replayed is None else torch.where(replayed < 0, chosen, replayed)
 
 
 def route(

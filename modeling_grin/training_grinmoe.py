@@ -152,6 +152,30 @@ class OptimizerStepMixin(PreTrainedModel):
         if step is not None:
             decoder.optimizer_step = OptimizerStep(put_key(step_key(seed, step), decoder.device), window)
 
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Move the selection biases by the load of the forward passes since `begin_step`, over all their ranks.
+
+        Loss-free balancing (arXiv 2408.15664, Algorithm 1): `b_i += u sign(mean load - load_i)`, u the config's
+        `router_bias_update_rate`. Call it after the step's last backward pass, which may recompute the routing;
+        `GrinMoeTrainerMixin` does. Models without biases and frozen routers stay as they are.
+
+        Raises:
+            ValueError: no step with a known number of tokens has begun, so that nobody counted its experts.
+        """
+        rate, decoder = self.config.router_bias_update_rate, self.base_model
+        if rate == 0 or self.config.freeze_router:
+            return
+        counts = None if decoder.optimizer_step is None else decoder.optimizer_step.window.counts
+        if counts is None:
+            raise ValueError(
+                f"router_bias_update_rate={rate} needs the step's load: call begin_step(..., num_tokens=...) before "
+                "its forward passes, or set freeze_router=True to leave the biases as they are"
+            )
+        for layer, load in zip(decoder.layers, counts.float(), strict=True):
+            bias = layer.block_sparse_moe.e_score_correction_bias
+            bias += rate * (load.mean() - load).sign().to(bias.device)
+
     def train(self, mode: bool = True):
         """As in torch; warns once if adapters are about to be trained and no expert has one."""
         if mode and self.adapts_experts is None and self.base_model is self:
@@ -196,7 +220,8 @@ class OptimizerStepMixin(PreTrainedModel):
             positions = position_ids.expand_as(counted) if attention_mask is None else counted.cumsum(dim=-1) - 1
             layers = range(self.first_layer, self.first_layer + len(self.layers))
             keys = layer_keys(token_keys(key, token_ids, counted, positions), layers)
-        if is_learning and max(self.config.router_aux_loss_coef, self.config.router_z_loss_coef) > 0:
+        config = self.config
+        if is_learning and max(config.router_aux_loss_coef, config.router_z_loss_coef, config.router_bias_update_rate):
             balance = self.begin_balance(counted.reshape(-1), loss_share)
         observer = self.routing_observer if is_learning else None
         return TrainingPass(counted.reshape(-1), keys, balance, observer, self.router_gradients)

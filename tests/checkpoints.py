@@ -98,6 +98,10 @@ def released_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.T
         add("lm_head.weight", config["vocab_size"], hidden)
     if config["lm_head_bias"]:
         add("lm_head.bias", config["vocab_size"])
+    if config.get("router_bias_update_rate"):
+        for layer in range(config["num_hidden_layers"]):
+            bias = 0.2 * torch.randn(config["num_local_experts"], generator=generator)
+            tensors[f"model.layers.{layer}.block_sparse_moe.e_score_correction_bias"] = bias  # always float32
     return tensors
 
 

@@ -35,6 +35,7 @@ def test_the_installed_versions_are_named(capsys):
         ({}, "sglang", "leave out the head's bias"),
         ({"rope_scaling": LONGROPE_SCALING, "max_position_embeddings": 512}, "vllm", "long factors are for all texts"),
         ({"moe_output_scale": True}, "vllm", "moe_output_scale must be false"),
+        ({"router_bias_update_rate": 0.1}, "vllm", "router_bias_update_rate must be 0"),
     ],
 )
 def test_what_an_engine_makes_of_a_checkpoint(changes, engine, said, tmp_path):

@@ -287,6 +287,7 @@ def test_an_interrupted_file_does_not_load_and_is_begun_anew(tmp_path: Path) -> 
         ({"hidden_act": "gelu"}, "hidden_act='gelu' .* silu"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters=.*'linear'"),
         ({"moe_output_scale": True}, "moe_output_scale=True"),
+        ({"router_bias_update_rate": 0.1}, "router_bias_update_rate=0.1"),
         ({"router_estimator": "dense"}, "router_estimator='dense'"),
         ({"router_estimator": "gshard", "num_experts_per_tok": 1}, "router_estimator='gshard'"),
         ({"num_local_experts": 1025}, "num_local_experts=1025 .* at most 1024"),

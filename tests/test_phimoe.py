@@ -213,6 +213,7 @@ def test_longrope_without_the_releases_scales(tmp_path):
         ({"router_estimator": "gshard"}, "router_estimator='gshard'"),
         ({"router_estimator": "sparsemixer", "num_experts_per_tok": 1}, "num_experts_per_tok=1"),
         ({"moe_output_scale": True}, "moe_output_scale=True"),
+        ({"router_bias_update_rate": 0.1}, "router_bias_update_rate=0.1"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='linear'"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
     ],

@@ -161,6 +161,11 @@ class Pipeline:
         for chunk in self.chunks.values():
             chunk.decoder.begin_step(step, num_tokens=num_tokens, group=self.mesh.get_group("dp"), **settings)
 
+    def end_step(self) -> None:
+        """Call `GrinMoePreTrainedModel.end_step` for every chunk."""
+        for chunk in self.chunks.values():
+            chunk.decoder.end_step()
+
     def run(
         self,
         micro_batches: list[dict[str, Any]],
@@ -360,5 +365,6 @@ def pipeline_model(
     pipeline = Pipeline(model, chunks, mesh, kind)
     object.__setattr__(model, "pipeline", pipeline)  # not as a module: the model has its parameters already
     object.__setattr__(model, "begin_step", pipeline.begin_step)
+    object.__setattr__(model, "end_step", pipeline.end_step)
     model.register_forward_pre_hook(refuse_whole_forward)
     return model

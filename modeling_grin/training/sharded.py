@@ -153,9 +153,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return this rank's part of the parameters, under their released names."""
+    """Return this rank's part of the parameters, and the selection biases, under their released names."""
     reshard(model)
-    return released_views({name: parameter.detach() for name, parameter in model.named_parameters()})
+    biases = {name: bias for name, bias in model.named_buffers() if name.endswith(".e_score_correction_bias")}
+    return released_views({name: parameter.detach() for name, parameter in model.named_parameters()} | biases)
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:

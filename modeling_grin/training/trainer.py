@@ -240,6 +240,8 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
                 "ruin every weight: look at its batch and loss, lower learning_rate, and resume from the last "
                 "checkpoint"
             )
+        if not isinstance(self.model, PeftModel):  # adapters' files have no selection biases
+            self._grin_model.end_step()
         return norm
 
     @torch.no_grad()

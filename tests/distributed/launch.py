@@ -3,17 +3,19 @@
 import gc
 import importlib
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from processes import ROOT, call
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 
 def launch(script: str | Path, world_size: int, *args: str | Path) -> str:
-    """Run the `main` of a script of this folder, or of tests, on torchrun's ranks."""
+    """Run the `main` of a script of this folder, or of tests, on gloo's ranks."""
     return call(run_ranks, Path(script).stem, world_size, *map(str, args))
 
 
@@ -22,10 +24,21 @@ def run_ranks(module: str, world_size: int, *args: str) -> None:
     # transformers reads tensors in threads, whose pool torch sometimes finds invalid in a forked process.
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     main = importlib.import_module(module).main
-    config = LaunchConfig(
-        1, 1, world_size, start_method="fork", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
-    )
-    main(*args) if world_size == 1 else elastic_launch(config, main)(*args)
+    if world_size == 1:
+        main(*args)
+    else:
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        # torchrun's agent has threads, from which a fork now and then takes a lock along, and a rank hangs.
+        start_processes(run_rank, (main, world_size, port, args), world_size, start_method="fork")
+
+
+def run_rank(rank: int, main: Callable, world_size: int, port: int, args: tuple[str, ...]) -> None:
+    """One rank, in torchrun's environment."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in (ranks | {"MASTER_PORT": port}).items()})
+    os.environ["MASTER_ADDR"] = "localhost"
+    main(*args)
 
 
 def launch_recipe(config: str, world_size: int, recipe: str, *args: str) -> str:

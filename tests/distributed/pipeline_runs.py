@@ -22,7 +22,7 @@ from trl import SFTConfig
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 from modeling_grin.training import RoutingCallback
 from modeling_grin.training.pipeline import pipeline_model
-from modeling_grin.training.sharded import released_views
+from modeling_grin.training.sharded import weights_of
 from modeling_grin.training.trl_trainers import GrinMoeDPOTrainer, GrinMoeSFTTrainer
 
 STEPS = 3
@@ -51,8 +51,8 @@ def make_model(folder: Path, layout: dict[str, Any] | None, checkpoint: str, **s
 
 
 def results(trainer: Trainer, **counted: Any) -> dict[str, Any]:
-    """This rank's parameters by their released names, whole; Trainer's logs; what was counted."""
-    views = released_views(dict(trainer.model.named_parameters()))
+    """This rank's parameters and selection biases by their released names, whole; Trainer's logs; what was counted."""
+    views = weights_of(trainer.model)
     parameters = {
         name: (view.full_tensor() if hasattr(view, "full_tensor") else view).detach().clone()
         for name, view in views.items()

@@ -57,7 +57,8 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 def parameters(trainer) -> dict[str, torch.Tensor]:
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: full(parameter) for name, parameter in model.named_parameters()}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: full(tensor) for name, tensor in tensors.items() if "inv_freq" not in name}
 
 
 class FirstGradients(TrainerCallback):

@@ -27,6 +27,7 @@ FSDP2, TP = {"fsdp_size": 2}, {"tp_size": 2}
 FSDP2_TP = {**FSDP2, **TP}
 HSDP = {**FSDP2, "dp_replicate_size": 2}
 NOISE = {"router_jitter_noise": 0.1, "input_jitter_noise": 0.1}
+BIASED = {"router_bias_update_rate": 0.05}  # selection biases, which every step moves
 NO_NOISE = dict.fromkeys(NOISE, 0.0)
 
 ACCUMULATION = sharded_runs.TRAINING["accumulation"]
@@ -95,7 +96,7 @@ def cases(num_ranks, second=False):
 def folder(tmp_path_factory):
     """Where everything ran. Runs begin with `source`, `other` (weights), `narrow` or `wide` (sizes)."""
     folder = tmp_path_factory.mktemp("sharded")
-    settings = {"torch_dtype": "float32", "router_aux_loss_coef": runs.COEFFICIENT, **NOISE}
+    settings = {"torch_dtype": "float32", "router_aux_loss_coef": runs.COEFFICIENT, **NOISE, **BIASED}
     for name, seed, intermediate_size in (("source", 3, 24), ("other", 4, 24), ("narrow", 3, 16), ("wide", 3, 32)):
         config = released_config(**settings, intermediate_size=intermediate_size)
         write_checkpoint(folder / name, config, released_tensors(config, seed), num_shards=2)
@@ -136,8 +137,8 @@ def difference(actual, expected):
 
 
 def moved(parameters):
-    """How far training has moved each parameter: their values would hide errors of updates."""
-    start = {name: parameter.detach() for name, parameter in runs.make_model().named_parameters()}
+    """How far training has moved each parameter and bias: their values would hide errors of updates."""
+    start = runs.make_model(**BIASED).state_dict()
     return {name: parameters[name] - start[name] for name in start}
 
 
@@ -299,7 +300,7 @@ def test_save_model_writes_a_release(folder, result, name, dtype):
     index = json.loads((saved / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in saved.glob("*.safetensors"))
     assert len(files) > 2 and sorted(set(index["weight_map"].values())) == files
-    assert sorted(index["weight_map"]) == sorted(released_tensors(released_config()))
+    assert sorted(index["weight_map"]) == sorted(released_tensors(released_config(**BIASED)))
     others = {path.name for path in saved.iterdir()} - set(files)
     assert others == {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
                       "training_args.bin"}  # fmt: skip
@@ -307,7 +308,8 @@ def test_save_model_writes_a_release(folder, result, name, dtype):
         with safe_open(saved / file, framework="pt") as tensors:
             assert tensors.metadata() == {"format": "pt"}  # which older readers ask for
             for tensor in tensors.keys():  # noqa: SIM118
-                assert tensors.get_slice(tensor).get_dtype() == {"float32": "F32", "bfloat16": "BF16"}[dtype]
+                kept = dtype if "e_score_correction_bias" not in tensor else "float32"
+                assert tensors.get_slice(tensor).get_dtype() == {"float32": "F32", "bfloat16": "BF16"}[kept]
 
     model = GrinMoeForCausalLM.from_pretrained(saved)
     assert model.dtype == getattr(torch, dtype)
