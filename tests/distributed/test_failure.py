@@ -8,11 +8,12 @@ import failure_runs
 import pytest
 import runs
 import torch
-from launch import run_ranks
-from processes import ROOT, TIMEOUT, call, get_context, run
+from processes import ROOT, TIMEOUT, get_context, run
 from safetensors.torch import load_file
 
 from modeling_grin.training import last_complete_checkpoint
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={failure_runs.WORLD_SIZE}"]
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +24,9 @@ def folder(tmp_path_factory):
 
 
 def test_a_rank_that_dies_ends_the_job_with_its_error(folder):
-    """The other rank waits for it in a collective, half an hour if nobody ends it.
-
-    torchrun itself looks at all ranks before it tells of one; a forked launcher takes the first that it sees.
-    """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={failure_runs.WORLD_SIZE}"]
+    """The other rank waits for it in a collective, half an hour if nobody ends it."""
     with pytest.raises(AssertionError) as failure:
-        run([*torchrun, failure_runs.__file__, folder])
+        run([*TORCHRUN, failure_runs.__file__, folder])
     ended = time.time()
     assert ended - float((folder / "failed-at").read_text()) < 120
     reason = r"Root Cause(?s:.)*rank +: 1 (?s:.)*ArithmeticError: the weights have left the room"
@@ -40,7 +37,7 @@ def test_the_launcher_repeats_what_a_recipe_says(tmp_path):
     config = ROOT / "recipes" / "configs" / "pretrain_debug.yaml"
     given = ["--config", str(config), "--output_dir", str(tmp_path / "out"), "--train_data", "nowhere.jsonl"]
     with pytest.raises(AssertionError) as failure:
-        call(run_ranks, "launch", 2, "ddp", "pretrain", *given)
+        run([*TORCHRUN, ROOT / "recipes" / "pretrain.py", *given])
     output = str(failure.value)
     assert "ValueError: nowhere.jsonl: no such file or folder" in output.partition("Root Cause")[2], output
 
