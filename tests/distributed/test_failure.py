@@ -5,11 +5,13 @@ import signal
 import time
 
 import failure_runs
+import launch
 import pytest
 import runs
 import torch
-from processes import ROOT, TIMEOUT, get_context, run
+from processes import ROOT, TIMEOUT, call, get_context, run
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from modeling_grin.training import last_complete_checkpoint
 
@@ -33,11 +35,19 @@ def test_a_rank_that_dies_ends_the_job_with_its_error(folder):
     assert re.search(reason, str(failure.value)), failure.value
 
 
+def run_agent(recipe, *args):
+    """torchrun's agent, on ranks that end before they would meet."""
+    config = LaunchConfig(
+        1, 1, 2, start_method="fork", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    elastic_launch(config, launch.main)("ddp", recipe, *args)
+
+
 def test_the_launcher_repeats_what_a_recipe_says(tmp_path):
     config = ROOT / "recipes" / "configs" / "pretrain_debug.yaml"
     given = ["--config", str(config), "--output_dir", str(tmp_path / "out"), "--train_data", "nowhere.jsonl"]
     with pytest.raises(AssertionError) as failure:
-        run([*TORCHRUN, ROOT / "recipes" / "pretrain.py", *given])
+        call(run_agent, "pretrain", *given)
     output = str(failure.value)
     assert "ValueError: nowhere.jsonl: no such file or folder" in output.partition("Root Cause")[2], output
 
