@@ -14,7 +14,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 VERSION_TESTS := $(addprefix tests/,test_versions.py test_parity.py distributed/test_layouts.py \
 	$(addprefix test_generation.py::test_,greedy_generation_equals_a_loop_of_full_forwards \
 		generation_from_embeddings_equals_generation_from_ids speculative_generation_gives_greedy_output \
-		cache_goes_by_either_name keyword_that_no_one_knows_is_an_error continuous_batching_equals_generate) \
+		cache_goes_by_either_name keywords_of_trainers_attention_and_transformers_are_known continuous_batching_equals_generate) \
 	test_phimoe.py::test_generation_from_embeddings_across_the_boundary \
 	$(addprefix test_training.py::test_,trainer_learns_evaluates_and_saves lora_on_attention) \
 	test_lora.py::test_adapters_are_saved_and_loaded_exactly \

@@ -38,23 +38,19 @@ def choose_experts(z, top_k, eps):
     return chosen
 
 
-def reference_logits(config, tensors, input_ids, position_ids=None, segments=None):
+def reference_logits(config, tensors, input_ids):
     """Logits `[sequence, vocab]` of one sequence, float64.
 
     Args:
         config: the released config.json as a dict.
         tensors: released names -> tensors.
         input_ids: list of ints.
-        position_ids: list of ints, default 0, 1, 2, ...
-        segments: list of ints, tokens see their own segment only (packed sequences).
     """
     weights = {name: tensor.double() for name, tensor in tensors.items()}
     hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     eps, window = config["rms_norm_eps"], config["sliding_window"]
     length = len(input_ids)
-    positions = position_ids or list(range(length))
-    segments = segments or [0] * length
 
     def linear(x, name):
         y = weights[f"{name}.weight"] @ x
@@ -74,11 +70,11 @@ def reference_logits(config, tensors, input_ids, position_ids=None, segments=Non
         for t in range(length):
             for name in "qk":
                 rows = projected[name][t]
-                projected[name][t] = torch.stack([rotate(row, positions[t], config["rope_theta"]) for row in rows])
+                projected[name][t] = torch.stack([rotate(row, t, config["rope_theta"]) for row in rows])
         attended = []
         for t in range(length):
             # W released: the query itself and the W keys before it.
-            seen = [s for s in range(t + 1) if (window is None or t - s <= window) and segments[s] == segments[t]]
+            seen = [s for s in range(t + 1) if window is None or t - s <= window]
             out = []
             for head in range(heads):
                 group = head // (heads // kv_heads)

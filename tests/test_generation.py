@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from checkpoints import FLEX_SIZES, released_config, released_tensors, write_checkpoint
+from checkpoints import released_config, released_tensors, write_checkpoint
 from models import assert_close, random_ids, tiny_model
 from transformers import (
     AutoModelForCausalLM,
@@ -19,11 +19,9 @@ from transformers import (
 )
 
 from modeling_grin import (
-    GrinMoeConfig,
     GrinMoeForCausalLM,
     GrinMoeForSequenceClassification,
     GrinMoeModel,
-    GrinMoePreTrainedModel,
 )
 from modeling_grin.compat_grinmoe import CACHE
 
@@ -144,37 +142,6 @@ def test_flex_attention_with_a_static_cache_is_refused(window):
         model.generate(ids, max_new_tokens=3, cache_implementation="static")
 
 
-class WithHead(GrinMoePreTrainedModel):
-    """A user's own head."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = GrinMoeModel(config)
-        self.post_init()
-
-    def forward(self, input_ids, **kwargs):
-        return self.model(input_ids, **kwargs)
-
-
-MODELS = {cls.__name__: cls for cls in (GrinMoeModel, GrinMoeForCausalLM, GrinMoeForSequenceClassification, WithHead)}
-
-
-def small(model_class, attention=None):
-    sizes = FLEX_SIZES if attention == "flex_attention" else {}
-    config = released_config(torch_dtype="float32", sliding_window=WINDOW, num_hidden_layers=1, **sizes)
-    torch.manual_seed(0)
-    return MODELS[model_class](GrinMoeConfig.from_dict(config, attn_implementation=attention)).eval()
-
-
-@pytest.mark.parametrize("model_class", MODELS)
-def test_keyword_that_no_one_knows_is_an_error(model_class):
-    """transformers hands it from `**kwargs` to `**kwargs` until it is lost, as it was with a renamed cache."""
-    model, ids = small(model_class), random_ids(1, 3)
-    with pytest.raises(TypeError, match=r"GrinMoeModel.forward got keywords that it does not know: chace, mask; "):
-        model(ids, chace=DynamicCache(), mask=torch.ones_like(ids))
-    model(ids, token_type_ids=None)  # asks for nothing
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_keywords_of_trainers_attention_and_transformers_are_known(attention):
     """Of all that transformers' own types list; of an attention implementation only what it takes."""
@@ -184,8 +151,8 @@ def test_keywords_of_trainers_attention_and_transformers_are_known(attention):
     known.update(num_items_in_batch=torch.tensor(2), shift_labels=ids)
     if attention != "eager":
         del known["output_attentions"]
-    model = small("GrinMoeForCausalLM", attention)
-    model(ids, labels=ids, **known)
+    model = build(attention)
+    model(ids, labels=ids, **known, token_type_ids=None)  # asks for nothing
     options = {"kernel_options": {"BLOCK_M": 16}, "softcap": None}
     if attention == "flex_attention":
         model(ids, **options)
@@ -194,15 +161,14 @@ def test_keywords_of_trainers_attention_and_transformers_are_known(attention):
             model(ids, **options)
 
 
-@pytest.mark.parametrize("model_class", MODELS)
+@pytest.mark.parametrize("model_class", [GrinMoeModel, GrinMoeForCausalLM, GrinMoeForSequenceClassification])
 def test_cache_goes_by_either_name(model_class):
     """`past_key_values`, and `cache` since transformers 5.24."""
-    model, ids = small(model_class), random_ids(2, 9)
-    if model_class == "GrinMoeForSequenceClassification":
-        whole, result = model(ids).logits, "logits"
-    else:
-        result = "logits" if model_class == "GrinMoeForCausalLM" else "last_hidden_state"
-        whole = model(ids)[result][:, 5:]
+    torch.manual_seed(0)
+    model, ids = model_class(build(num_hidden_layers=1).config).eval(), random_ids(2, 9)
+    result = "last_hidden_state" if model_class is GrinMoeModel else "logits"
+    whole = model(ids)[result]
+    whole = whole if model_class is GrinMoeForSequenceClassification else whole[:, 5:]
     for name in ("past_key_values", "cache"):
         cache = DynamicCache(config=model.config)
         outputs = model(ids[:, :5], use_cache=True, **{name: cache})

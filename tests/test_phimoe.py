@@ -65,25 +65,6 @@ def stock_model(folder):
     return PhimoeForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize(
-    ("make_config", "length"), [(phi_35, ORIGINAL_LENGTH), (phi_tiny, 5 * WINDOW), (phi_mini, 5 * WINDOW)]
-)
-def test_releases_equal_stock(make_config, length, attention, tmp_path):
-    """Where stock is right: given the window that it takes, and no longer than LongRoPE's original length."""
-    config = make_config()
-    tensors, ids = released_tensors(config, seed=2), random_ids(config, length, rows=2)
-    folder = write_checkpoint(tmp_path / "release", config, tensors, num_shards=3)
-    model = GrinMoeForCausalLM.from_pretrained(folder, attn_implementation=attention)
-    assert model.config.sliding_window == config["sliding_window"]
-    wider = {**make_config(), "sliding_window": config["sliding_window"] + 1}
-    expected = logits(stock_model(write_checkpoint(tmp_path / "wider", wider, tensors)), ids)
-    assert relative_error(logits(model, ids), expected) < LIMIT
-    if length > config["sliding_window"]:
-        same_number = logits(stock_model(folder), ids)
-        assert relative_error(same_number, expected) > 1e-2, "the window does not matter here"
-
-
 @pytest.mark.parametrize("make_config", [phi_35, phi_tiny, phi_mini])
 def test_what_stock_saves(make_config, tmp_path):
     """Its class's name in the file says that its window counts the query's own key."""

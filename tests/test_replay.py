@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from checkpoints import released_config, released_tensors
+from models import tiny_model
 
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, route
+from modeling_grin import route
 from modeling_grin.routing_grinmoe import HEUN_POINT_IN_CODE, ROUTER_ESTIMATORS
 
 EXPERTS, LAYERS, BATCH, LENGTH, TOP_K = 6, 2, 2, 9, 2
@@ -15,10 +15,7 @@ NOISY = {"router_jitter_noise": 0.3, "input_jitter_noise": 0.0, "router_sampling
 
 
 def make_model(seed=3, **overrides):
-    values = released_config(**{"torch_dtype": "float32", "router_aux_loss_coef": 0.5, **NOISY, **overrides})
-    model = GrinMoeForCausalLM(GrinMoeConfig(**values)).train()
-    model.load_state_dict(released_tensors(values, seed))
-    return model
+    return tiny_model(seed=seed, **{"router_aux_loss_coef": 0.5, **NOISY, **overrides}).train()
 
 
 def run(model, step=None, **inputs):

@@ -9,8 +9,6 @@ Tensor parallelism deals out the head's rows; each rank then has the logits of i
 Shapes: T tokens, V vocab_size (a rank's part of it), H hidden_size.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from math import ceil
 from typing import Any
@@ -168,19 +166,6 @@ def chunked_causal_lm_loss(
     return LinearCrossEntropy.apply(tokens, weight, bias, *settings)
 
 
-@contextmanager
-def computing(head: nn.Module, function: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Let calls of `head` compute `function` in the place of its product, between the hooks of FSDP2."""
-    before = vars(head).get("forward")
-    head.forward = function
-    try:
-        yield
-    finally:
-        del head.forward
-        if before is not None:
-            head.forward = before
-
-
 def loss_without_logits(
     model: PreTrainedModel, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs
 ) -> tuple[torch.Tensor, SkippedLogits] | None:
@@ -188,5 +173,11 @@ def loss_without_logits(
     if not can_chunk(model):
         return None
     head = model.lm_head
-    with computing(head, partial(chunked_causal_lm_loss, head=head, labels=labels, **kwargs)):
+    before = vars(head).get("forward")
+    head.forward = partial(chunked_causal_lm_loss, head=head, labels=labels, **kwargs)  # between the hooks of FSDP2
+    try:
         return head(hidden_states), SkippedLogits()
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
