@@ -10,7 +10,6 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, PhimoeConfig
 
 from modeling_grin import GrinMoeConfig
-from modeling_grin.configuration_grinmoe import VisibleWindowConfig
 
 RELEASED_SIZES = {
     "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 6400, "num_hidden_layers": 32,
@@ -50,15 +49,6 @@ def test_defaults_are_the_release():
     }
     new = {"head_dim": 128, "pad_token_id": 32000, "router_estimator": "sparsemixer_v2", "expert_dropout": 0.0}
     assert {name: defaults[name] for name in new} == new
-
-
-def test_num_experts_is_num_local_experts():
-    config = GrinMoeConfig(num_experts=8)
-    assert config.num_local_experts == config.num_experts == 8
-    config.num_experts = 4
-    assert config.num_local_experts == 4
-    assert config.to_dict()["num_local_experts"] == 4
-    assert "num_experts" not in config.to_dict()
 
 
 def test_round_trip(tmp_path):
@@ -220,14 +210,3 @@ def test_a_phimoe_window_means_what_its_code_makes_of_it(model_type, architectur
     refused = {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"], "sliding_window": 1}
     with pytest.raises(ValueError, match=r"sliding_window=1 of .*PhimoeForCausalLM.* at least 2"):
         GrinMoeConfig.from_dict(refused)
-
-
-@pytest.mark.parametrize(("window", "visible"), [(2047, 2048), (1, 2), (None, None)])
-def test_the_visible_window_counts_the_query(window, visible):
-    config = GrinMoeConfig(sliding_window=window)
-    view = VisibleWindowConfig(config)
-    assert view.sliding_window == visible
-    assert view.num_attention_heads == config.num_attention_heads
-    assert config.sliding_window == window, "the released meaning"
-    with pytest.raises(AttributeError, match="no_such_field"):
-        _ = view.no_such_field

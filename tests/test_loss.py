@@ -125,7 +125,6 @@ def test_evaluation_has_logits_unless_they_are_skipped():
     "read",
     [
         lambda outputs: outputs.logits[..., :-1, :],
-        lambda outputs: outputs["logits"].float(),
         lambda outputs: torch.nn.functional.cross_entropy(outputs.to_tuple()[1], torch.zeros(3)),
         lambda outputs: copy.deepcopy(outputs[1]) / 2,
         lambda outputs: dataclasses.replace(outputs).logits.view(-1, V),  # FSDP's way with outputs

@@ -12,7 +12,6 @@ from models import assert_close, random_ids, relative_error, tiny_model
 from reference import reference_logits
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_flash_attention_utils import _process_flash_attention_kwargs
 
@@ -313,23 +312,6 @@ def test_implementations_equal_the_reference(attention, experts):
     model = build(attention, experts)
     assert (model.config._attn_implementation, model.config._experts_implementation) == (attention, experts)
     assert_close(model(ids).logits[0], expected)
-
-
-def test_own_experts_function_is_called():
-    calls = []
-
-    def own_experts(experts, hidden_states, top_k_index, top_k_weights):
-        calls.append(top_k_index.shape)
-        return batched_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
-
-    ids = random_ids(2, LENGTH)
-    ALL_EXPERTS_FUNCTIONS.register("own_experts", own_experts)
-    try:
-        logits = build(experts="own_experts")(ids).logits
-    finally:
-        del ALL_EXPERTS_FUNCTIONS._global_mapping["own_experts"]
-    assert calls == [(2 * LENGTH, 2)] * 2  # once per layer
-    assert_close(logits, build(experts="eager")(ids).logits)
 
 
 def test_router_logits_reproduce_the_selected_experts():

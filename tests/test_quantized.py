@@ -12,7 +12,6 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from reference import reference_logits
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -229,14 +228,6 @@ def test_dequantized_model_is_saved_as_released(checkpoint, tensors, tmp_path):
 # Training
 
 
-class Rows(Dataset):
-    def __len__(self):
-        return len(IDS)
-
-    def __getitem__(self, index):
-        return {"input_ids": IDS[index], "labels": IDS[index]}
-
-
 LORA = LoraConfig(
     r=4, target_modules=["q_proj", "v_proj", "w1", "w2", "w3"], init_lora_weights=True, task_type="CAUSAL_LM"
 )
@@ -256,7 +247,8 @@ def test_lora_trains_on_quantized_experts(checkpoint, settings, tmp_path):
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, eval_strategy="steps",
         eval_steps=10, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows())
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0], losses

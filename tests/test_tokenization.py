@@ -176,13 +176,6 @@ def test_tokenizer_config_cannot_change_ids(folder: Path, tmp_path: Path) -> Non
     assert_same_ids(loaded(HARD_TEXTS)["input_ids"], raw_ids(folder, HARD_TEXTS), HARD_TEXTS)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "mixtral"])
-def test_folders_of_other_models_do_not_get_this_class(folder: Path, tmp_path: Path, model_type: str) -> None:
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    (copy / "config.json").write_text(json.dumps({"model_type": model_type}))
-    assert not isinstance(AutoTokenizer.from_pretrained(copy), GrinMoeTokenizer)
-
-
 # --- Defaults -------------------------------------------------------------------------------------------------------
 
 
