@@ -85,10 +85,6 @@ def read_object(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")).items())
 
 
-def read_model_config(path: Path) -> GrinMoeConfig:
-    return GrinMoeConfig.from_dict(read_object(path))
-
-
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:
     """A Markdown table, numbers with four digits and aligned right. Columns without a value are left out."""
     columns = [column for column in zip(header, *rows, strict=True) if any(value != "" for value in column[1:])]
@@ -194,10 +190,6 @@ def score_of(row: Mapping[str, Any]) -> float:
     return round(float(row["score"]), 2) if row["unit"] == "%" else float(row["score"])
 
 
-def read_base_scores(path: Path) -> dict[str, float]:
-    return {comparable(row): score_of(row) for row in read_object(path)["rows"]}
-
-
 def describe_scores(path: Path, base_scores: Mapping[str, float]) -> dict[str, Any]:
     """Set the scores of results.json beside the base model's and the paper's; `results` are the `model-index`."""
     found, rows = read_object(path), []
@@ -222,7 +214,12 @@ def read_scores(evaluation: str | Path | None, base_evaluation: str | Path | Non
         if base_evaluation is not None:
             raise ValueError("base_evaluation needs evaluation, the model's own scores")
         return {}
-    base_scores = {} if base_evaluation is None else read(Path(base_evaluation), read_base_scores)
+    base_scores = {}
+    if base_evaluation is not None:
+        base_scores = read(
+            Path(base_evaluation),
+            lambda path: {comparable(row): score_of(row) for row in read_object(path)["rows"]},
+        )
     return read(Path(evaluation), describe_scores, base_scores)
 
 
@@ -289,8 +286,6 @@ def write_card(
     for given in filter(None, (repo_id, base_model)):
         validate_repo_id(given)
     values, notes = read_scores(evaluation, base_evaluation), []
-    if values.get("limits"):
-        notes.append("the evaluation was limited to some examples, so the metadata leave it out")
 
     def add(name: str, lacks: str, describe: Callable[..., dict[str, Any]], *more: Any) -> None:
         found = next((place / name for place in (folder, run_folder) if (place / name).is_file()), None)
@@ -306,7 +301,7 @@ def write_card(
     if adapter_file.is_file():
         values["adapter"] = read(adapter_file, read_object)
     if config_file.is_file():
-        values["config"] = read(config_file, read_model_config)
+        values["config"] = read(config_file, lambda path: GrinMoeConfig.from_dict(read_object(path)))
     elif "adapter" not in values:
         raise ValueError(f"{folder} must be a model's folder, with config.json or adapter_config.json")
     config: GrinMoeConfig | None = values.get("config")
@@ -317,18 +312,11 @@ def write_card(
 
     if base_model is not None:
         values["base"] = {"name": base_model, "hub": True}
-    if base := values.get("base"):
+    base = values.get("base")
+    if base:
         values["base_link"] = link(base)
-        if not base["hub"]:
-            notes.append(f"the base model, {base['name']}, was a local folder: name it on the Hub with --base-model")
         if base["name"] == GRIN_MOE:
             license = license or "mit"
-    elif "adapter" in values:
-        notes.append("no base model is recorded: name it with --base-model")
-    if license is None:
-        notes.append("no license, without which nobody may use the model: give --license")
-    if repo_id is None:
-        notes.append("the snippets name the folder: give the name on the Hub with --repo-id")
 
     name = folder.resolve().name if repo_id is None else repo_id.rpartition("/")[2]
     targets = str(values.get("adapter", {}).get("target_modules"))
@@ -350,8 +338,16 @@ def write_card(
         with replacing(folder / "figures" / f"{figure}.png") as part:
             values[figure].savefig(part, dpi=DPI)
     write_whole(path, f"{text}\n")
-    if blanks := text.count(TO_FILL_IN):
-        notes.append(f"{blanks} places are for a person to fill in: look for {TO_FILL_IN}")
+    blanks = text.count(TO_FILL_IN)
+    gaps = (
+        (values.get("limits"), "the evaluation was limited to some examples, so the metadata leave it out"),
+        (base and not base["hub"], "the base model was a local folder: name it on the Hub with --base-model"),
+        ("adapter" in values and not base, "no base model is recorded: name it with --base-model"),
+        (license is None, "no license, without which nobody may use the model: give --license"),
+        (repo_id is None, "the snippets name the folder: give the name on the Hub with --repo-id"),
+        (blanks, f"{blanks} places are for a person to fill in: look for {TO_FILL_IN}"),
+    )
+    notes += [text for is_open, text in gaps if is_open]
     return Card(str(path), [f"figures/{figure}.png" for figure in figures], notes)
 
 
