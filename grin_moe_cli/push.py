@@ -37,7 +37,7 @@ def push(
     else:
         show(
             [
-                *(("file", f"{name}, {decimal(nbytes)}") for name, nbytes in report.files.items()),
+                *(("file", f"{name}, {decimal(nbytes)}") for name, nbytes in sorted(report.files.items())),
                 *(("skipped", name) for name in report.skipped),
                 *(("removed", name) for name in report.removed),
                 *(("note", note) for note in report.notes),

@@ -108,11 +108,32 @@ def push(
     folder = Path(folder)
     validate_repo_id(repo_id)
     report = Push(str(folder), repo_id)
-    sources = gather(folder, card, include, report, progress)
+    problems = report.problems
+    sources: dict[str, Source] = {}
+    # Every part is tried, so that one run names all problems. Files made for the Hub come first: later ones of the
+    # same name do not replace them.
+    for part in (
+        lambda: weights_and_config(folder, progress),
+        lambda: tokenizer_files(folder),
+        lambda: companion_files(folder),
+        lambda: card_files(folder, report.notes) if card else {},
+        lambda: find_files(folder, include),
+    ):
+        try:
+            sources = part() | sources
+        except ValueError as error:
+            problems += [line for line in str(error).splitlines() if line not in problems]  # they may read one file
+    if problem := describe_links(folder, [path for path in sources.values() if isinstance(path, Path)]):
+        problems.append(problem)
+    sources |= {path.name: path for path in Path(__file__).parents[1].glob(CODE)}
+    for name, source in sources.items():
+        problems += find_secrets(name, source)
+        report.files[name] = len(source) if isinstance(source, bytes) else source.stat().st_size
+    report.skipped = skipped_entries(folder, sources)
     if dry_run:
         return report
-    if report.problems:
-        raise ValueError("\n".join([f"{folder} is not pushed:", *report.problems]))
+    if problems:
+        raise ValueError("\n".join([f"{folder} is not pushed:", *problems]))
     try:
         upload(sources, private, revision, report)
     except ValueError:
@@ -122,40 +143,7 @@ def push(
     return report
 
 
-def gather(
-    folder: Path, card: bool, include: Sequence[str], report: Push, progress: Callable[[int, int], None]
-) -> dict[str, Source]:
-    """Find the files to send, by their name in the repository, and fill the report's fields for a dry run."""
-    problems = report.problems
-    sources: dict[str, Source] = {}
-    # Every part is tried, so that one run names all problems. Files made for the Hub come first: later ones of the
-    # same name do not replace them.
-    for part in (
-        lambda: weights_and_config(folder, problems, progress),
-        lambda: tokenizer_files(folder),
-        lambda: companion_files(folder),
-        lambda: card_files(folder, report.notes) if card else {},
-        lambda: find_files(folder, include),
-    ):
-        try:
-            sources = part() | sources
-        except ValueError as error:
-            problems.append(str(error))
-    if problem := describe_links(folder, [path for path in sources.values() if isinstance(path, Path)]):
-        problems.append(problem)
-    sources |= {path.name: path for path in Path(__file__).parents[1].glob(CODE)}
-    for name, source in sources.items():
-        problems += find_secrets(name, source)
-    report.files = {
-        name: len(source) if isinstance(source, bytes) else source.stat().st_size
-        for name, source in sorted(sources.items())
-    }
-    problems[:] = dict.fromkeys(problems)  # parts may read the same file
-    report.skipped = skipped_entries(folder, sources)
-    return sources
-
-
-def weights_and_config(folder: Path, problems: list[str], progress: Callable[[int, int], None]) -> dict[str, Source]:
+def weights_and_config(folder: Path, progress: Callable[[int, int], None]) -> dict[str, Source]:
     """Weights, index and config.json of a checkpoint, after every tensor was read and found finite.
 
     Raises:
@@ -176,7 +164,8 @@ def weights_and_config(folder: Path, problems: list[str], progress: Callable[[in
         command = f"grin-moe convert {shlex.quote(str(folder))} NEW_FOLDER --to hub"
         raise ValueError(f"{folder} {other}: convert it by `{command}` and push the result")
     found = inspect(folder, verify=True, progress=progress)
-    problems += found.problems
+    if found.problems:
+        raise ValueError("\n".join(found.problems))
     # config.json loads the uploaded code, as `save_pretrained` writes it after `register_for_auto_class`.
     auto_class = "AutoModel" + found.model.removeprefix("GrinMoe").removeprefix("Model")
     auto_map = {"AutoConfig": "configuration_grinmoe.GrinMoeConfig", auto_class: f"modeling_grinmoe.{found.model}"}
