@@ -14,14 +14,7 @@ from typing import Annotated
 import typer
 from datasets import Dataset
 from rich.console import Console
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DefaultDataCollator,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultDataCollator, Trainer, TrainingArguments, set_seed
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeTokenizer
 from modeling_grin.analysis import expert_load, plot_expert_load

@@ -12,13 +12,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, default_data_collator, set_seed
 
 from modeling_grin import GrinMoeConfig, GrinMoeTokenizer
 from modeling_grin.publishing.merging import run_to_the_end
@@ -54,18 +48,13 @@ def get_tokenizer(
     """
     if arguments.tokenizer_vocab_size is None:
         return run.load_tokenizer(arguments)
-    folder = Path(training.output_dir) / "tokenizer"
+    folder, resumed = Path(training.output_dir, "tokenizer"), run.checkpoint_to_resume(training)
+    if isinstance(resumed, str):
+        return AutoTokenizer.from_pretrained(resumed)
     with training.main_process_first(desc="tokenizer"):
-        resumed = run.checkpoint_to_resume(training)
-        if training.should_save and resumed is not True:
-            if resumed:
-                tokenizer = AutoTokenizer.from_pretrained(resumed)
-            else:
-                tokenizer = GrinMoeTokenizer.train_from_iterator(
-                    (batch[arguments.text_column] for batch in texts.iter(batch_size=1000)),
-                    arguments.tokenizer_vocab_size,
-                )
-            tokenizer.save_pretrained(folder)
+        if training.should_save and not resumed:
+            rows = (batch[arguments.text_column] for batch in texts.iter(batch_size=1000))
+            GrinMoeTokenizer.train_from_iterator(rows, arguments.tokenizer_vocab_size).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

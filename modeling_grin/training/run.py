@@ -1,7 +1,6 @@
 """The recipes' work around training: load data, tokenizer and model; train, and save the model."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +26,11 @@ from transformers.utils import strtobool
 from ..compat_grinmoe import require_layouts
 from ..configuration_grinmoe import GrinMoeConfig
 from ..data import load_data
-from ..loading_grinmoe import check_parallel_sizes
 from ..lora import add_lora
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from .arguments import FineTuningArguments, RecipeArguments
 from .checkpoints import last_complete_checkpoint
-from .pipeline import check_pipeline, pipeline_model
+from .pipeline import pipeline_model
 
 CHAT_SETTINGS = ("tools", "chat_template_kwargs")  # TRL reads these columns beside conversations
 
@@ -167,15 +165,6 @@ def model_settings(arguments: RecipeArguments) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def check_layout(arguments: RecipeArguments, config: GrinMoeConfig, layout: DistributedConfig | None) -> None:
-    """Raise ValueError if the model cannot be spread over the launched processes as it is asked for."""
-    tp_size, fsdp_size = (1, 1) if layout is None else (layout.tp_size, layout.fsdp_size)
-    if arguments.pipeline_parallel_size > 1:
-        check_pipeline(config, arguments.pipeline_parallel_size, tp_size, arguments.pipeline_schedule)
-    else:
-        check_parallel_sizes(config, tp_size=tp_size, fsdp_size=fsdp_size)
-
-
 def load_model(
     arguments: RecipeArguments,
     config: GrinMoeConfig,
@@ -189,27 +178,21 @@ def load_model(
             all ranks beyond the stages are data-parallel.
         name: another checkpoint than the arguments'.
     """
-    check_layout(arguments, config, layout)
     name = name or str(arguments.model_name_or_path)
     settings = model_settings(arguments)
     if isinstance(arguments, FineTuningArguments) and arguments.load_in_4bit:
         settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=arguments.dtype,
-        )
+        )  # fmt: skip
     with prefix_errors("model_name_or_path", name):
         if arguments.pipeline_parallel_size == 1:
             return GrinMoeForCausalLM.from_pretrained(name, config=config, distributed_config=layout, **settings)
         return pipeline_model(
-            name if Path(name).is_dir() else snapshot_download(name),
-            config,
-            pp_size=arguments.pipeline_parallel_size,
-            tp_size=1 if layout is None else layout.tp_size,
-            schedule=arguments.pipeline_schedule,
-            **settings,
-        )
+            name if Path(name).is_dir() else snapshot_download(name), config,
+            pp_size=arguments.pipeline_parallel_size, tp_size=1 if layout is None else layout.tp_size,
+            schedule=arguments.pipeline_schedule, **settings,
+        )  # fmt: skip
 
 
 def make_model(
@@ -222,7 +205,6 @@ def make_model(
     """
     if layout is None and arguments.pipeline_parallel_size == 1:
         return AutoModelForCausalLM.from_config(config, **model_settings(arguments))
-    check_layout(arguments, config, layout)
     resumed = checkpoint_to_resume(training)
     if resumed:
         checkpoint = last_complete_checkpoint(training.output_dir)[0] if resumed is True else resumed
@@ -230,11 +212,7 @@ def make_model(
     folder = Path(training.output_dir) / "initial"
     with training.main_process_first(desc="new model"):
         if training.should_save:
-            incomplete = folder.with_name(f"{folder.name}.incomplete")
-            for path in (incomplete, folder):
-                shutil.rmtree(path, ignore_errors=True)
-            AutoModelForCausalLM.from_config(config, **model_settings(arguments)).save_pretrained(incomplete)
-            incomplete.rename(folder)
+            AutoModelForCausalLM.from_config(config, **model_settings(arguments)).save_pretrained(folder)
     return load_model(arguments, config, layout, str(folder))
 
 

@@ -126,11 +126,12 @@ def errors(folder: Path, name: str, checkpoint: str) -> dict[str, str]:
         trainer.train()
 
     tied = GrinMoeConfig.from_pretrained(folder / checkpoint, tie_word_embeddings=True)
+    short = GrinMoeConfig.from_pretrained(folder / checkpoint, num_hidden_layers=3)
     attempts = {
         "schedule": lambda: make({"schedule": "1f1b"}),
         "folder": lambda: make(checkpoint="nowhere"),
         "processes": lambda: make({"pp_size": 3}),
-        "layers": lambda: make({"schedule": "Interleaved1F1B", "chunks_per_rank": 3}),
+        "layers": lambda: make({"schedule": "Interleaved1F1B"}, config=short),
         "tied": lambda: make(config=tied),
         "exact_balance": lambda: make_trainer(exact_balance=True),
         "accumulation": lambda: make_trainer(accumulation=1),

@@ -211,7 +211,7 @@ MESSAGES = {
     "schedule": "schedule must be one of GPipe, 1F1B, Interleaved1F1B; got '1f1b'",
     "folder": "nowhere is not a folder here: download the checkpoint",
     "processes": "must be a multiple of pp_size=3 x tp_size=1, with at least two stages; got 2",
-    "layers": "num_hidden_layers=4 layers do not make 6 pipeline stages",
+    "layers": "num_hidden_layers=3 layers do not make 4 pipeline stages",
     "tied": "tie_word_embeddings=True: the first stage and the last cannot share a parameter",
     "exact_balance": "a pipeline cannot do exact_balance=True",
     "accumulation": "must be 2 or a multiple for 1F1B on 2 stages; got 1",
