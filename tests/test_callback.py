@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import runs
 import torch
-from checkpoints import released_config, released_tensors, write_checkpoint
 from datasets import Dataset
 from distributed.launch import launch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 from transformers.trainer_callback import TrainerCallback
 
 from modeling_grin import GrinMoeForCausalLM
@@ -25,31 +25,22 @@ METRICS = {
 }  # fmt: skip
 
 
-def make_model(folder: Path, **overrides) -> GrinMoeForCausalLM:
+def make_model(seed: int = 1, **overrides) -> GrinMoeForCausalLM:
     """Tiny, with routers undecided enough for near-ties, ties and other draws than the best one."""
-    settings = {"torch_dtype": "float32", "router_jitter_noise": 0.2, "router_aux_loss_coef": 0.01, **overrides}
-    config = released_config(**settings)
-    return AutoModelForCausalLM.from_pretrained(write_checkpoint(folder, config, released_tensors(config)))
+    settings = {"router_jitter_noise": 0.2, "input_jitter_noise": 0.01, "router_aux_loss_coef": 0.01, **overrides}
+    return runs.make_model(seed, **settings)
 
 
-def make_rows(num_rows: int, seed: int = 0) -> Dataset:
-    """Random rows of 10 ids, padded on the left or the right."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 131, (num_rows, 10), generator=generator)
-    mask = torch.ones_like(ids)
-    for row in range(num_rows):
-        length = int(torch.randint(3, 11, (1,), generator=generator))
-        mask[row, slice(length, None) if row % 2 else slice(None, 10 - length)] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": mask.tolist(), "labels": labels.tolist()})
-
-
-def make_arguments(folder: Path, **overrides) -> TrainingArguments:
-    defaults = {
-        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 6, "logging_steps": 2,
-        "learning_rate": 1e-2, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
-    }  # fmt: skip
-    return TrainingArguments(output_dir=str(folder), **{**defaults, **overrides})
+def make_trainer(folder: Path, model, num_rows: int = 36, layers=(), observed=True, **arguments) -> Trainer:
+    """Six steps of three micro-batches, logged after every other one."""
+    settings = {"micro_batch": 2, "accumulation": 3, "max_steps": 6, "logging_steps": 2, "learning_rate": 1e-2,
+                "optim": "adamw_torch", "train_sampling_strategy": "random", "trainer_class": Trainer}  # fmt: skip
+    set_seed(0)
+    trainer = runs.make_trainer(folder, model, **{**settings, **arguments})
+    trainer.train_dataset = runs.Rows(num_rows)
+    if observed:
+        trainer.add_callback(RoutingCallback(trainer, layers))
+    return trainer
 
 
 class Witness(TrainerCallback):
@@ -140,15 +131,12 @@ def logged(trainer: Trainer) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Six steps of three micro-batches, evaluated after each, logged after every other one."""
+    """Evaluated after each step."""
     folder = tmp_path_factory.mktemp("run")
-    set_seed(0)
-    model = make_model(folder / "model")
+    model = make_model()
     witness = Witness(model)
-    arguments = make_arguments(folder / "out", eval_strategy="steps", eval_steps=1)
-    rows = {"train_dataset": make_rows(36), "eval_dataset": make_rows(4, seed=1)}
-    trainer = Trainer(model, arguments, **rows, callbacks=[witness])
-    trainer.add_callback(RoutingCallback(trainer, layers=[1]))
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": runs.Rows(4)}
+    trainer = make_trainer(folder, model, layers=[1], callbacks=[witness], **evaluation)
     trainer.train()
     return trainer, witness, folder
 
@@ -169,7 +157,7 @@ def test_every_metric_is_that_of_plain_loops_over_the_routing(run):
 
 def test_file_holds_every_layer(run):
     _, witness, folder = run
-    lines = [json.loads(line) for line in (folder / "out" / "routing" / "layers.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "routing" / "layers.jsonl").read_text().splitlines()]
     assert [line.pop("step") for line in lines] == [2, 4, 6]
     for index, line in enumerate(lines):
         for layer in range(2):
@@ -181,16 +169,14 @@ def test_file_holds_every_layer(run):
 
 def test_balance_to_task_is_the_ratio_of_two_backward_passes(tmp_path):
     """Of a step without padding: by the losses alone, without a trainer."""
-    rows = make_rows(2).remove_columns("attention_mask")  # in any order
-    rows = rows.map(lambda row: {"labels": row["input_ids"]})
+    ids = torch.randint(5, 131, (2, 10), generator=torch.Generator().manual_seed(0))
     settings = {"router_estimator": "gshard", "input_jitter_noise": 0.0, "router_aux_loss_coef": 0.3}  # no noise
-    model = make_model(tmp_path / "model", **settings)
+    model = make_model(0, **settings)
     lengths = {}
     for coefficient in (0.3, 0.0):
         model.config.router_aux_loss_coef = coefficient
         model.begin_step(0, num_tokens=20)
         gates = [layer.block_sparse_moe.gate.weight for layer in model.train().model.layers]
-        ids = torch.tensor(rows[:]["input_ids"])
         model(input_ids=ids, labels=ids).loss.backward()
         lengths[coefficient] = [gate.grad.clone() for gate in gates]
         model.zero_grad()
@@ -198,11 +184,10 @@ def test_balance_to_task_is_the_ratio_of_two_backward_passes(tmp_path):
     model.config.router_aux_loss_coef = 0.3
     balance = [whole - task for whole, task in zip(lengths[0.3], lengths[0.0], strict=True)]
 
-    arguments = make_arguments(tmp_path / "out", max_steps=1, logging_steps=1, gradient_accumulation_steps=1)
-    trainer = GrinMoeTrainer(model, arguments, train_dataset=rows)
-    trainer.add_callback(RoutingCallback(trainer))
+    trainer = make_trainer(tmp_path, model, max_steps=1, logging_steps=1, accumulation=1, trainer_class=GrinMoeTrainer)
+    trainer.train_dataset.rows = [{"input_ids": row, "labels": row} for row in ids]
     trainer.train()
-    (line,) = map(json.loads, (tmp_path / "out" / "routing" / "layers.jsonl").read_text().splitlines())
+    (line,) = map(json.loads, (tmp_path / "routing" / "layers.jsonl").read_text().splitlines())
     # An earlier layer's router also gets the later layers' balance losses, which count as the task.
     last = balance[-1].norm() / lengths[0.0][-1].norm()
     assert line["balance_to_task"][-1] == pytest.approx(last.item(), rel=1e-4)
@@ -213,14 +198,11 @@ def test_balance_to_task_is_the_ratio_of_two_backward_passes(tmp_path):
 
 def test_a_resumed_run_has_a_line_for_each_step(tmp_path):
     """The lines after the checkpoint give way to those of the steps that are taken again; a torn line, too."""
-    path = tmp_path / "out" / "routing" / "layers.jsonl"
+    path = tmp_path / "routing" / "layers.jsonl"
     written = []
-    for resume_from in (None, str(tmp_path / "out" / "checkpoint-3")):
-        set_seed(0)
-        arguments = make_arguments(tmp_path / "out", max_steps=5, logging_steps=1, save_strategy="steps", save_steps=3)
-        trainer = Trainer(make_model(tmp_path / "model"), arguments, train_dataset=make_rows(36))
-        trainer.add_callback(RoutingCallback(trainer))
-        trainer.train(resume_from_checkpoint=resume_from)
+    for resume_from in (None, str(tmp_path / "checkpoint-3")):
+        saving = {"save_strategy": "steps", "save_steps": 3}
+        make_trainer(tmp_path, make_model(), max_steps=5, logging_steps=1, **saving).train(resume_from)
         written.append(path.read_text())
         with path.open("a") as file:
             file.write('{"step": 6, "load_')
@@ -239,10 +221,8 @@ def test_training_after_one_that_raised_counts_its_own_steps(tmp_path):
 
     histories = []
     for first_raises in (False, True):
-        raises, model = Raises(), make_model(tmp_path / "model")
-        arguments = make_arguments(tmp_path / f"out {first_raises}", learning_rate=0.0)  # a step changes nothing
-        trainer = Trainer(model, arguments, train_dataset=make_rows(36), callbacks=[raises])
-        trainer.add_callback(RoutingCallback(trainer))
+        raises, model = Raises(), make_model()
+        trainer = make_trainer(tmp_path / f"{first_raises}", model, learning_rate=0.0, callbacks=[raises])
         if first_raises:
             with pytest.raises(RuntimeError, match="out of memory"):
                 trainer.train()
@@ -265,92 +245,64 @@ def set_router_logits(model, *values: float) -> None:
             gate.weight.copy_(torch.tensor(values).unsqueeze(-1) * norm.bias / norm.bias.square().sum())
 
 
-def one_log(model, folder: Path, rows: int = 6, **arguments) -> dict[str, float]:
-    settings = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": rows // 3, **arguments}
-    trainer = Trainer(model, make_arguments(folder, **settings), train_dataset=make_rows(rows))
-    trainer.add_callback(RoutingCallback(trainer))
-    trainer.train()
-    (entry,) = logged(trainer)
-    return {key.removeprefix("routing/"): value for key, value in entry.items()}
-
-
 def test_collapsed_router(tmp_path):
     """All tokens to the same two of six experts, in both layers: four dead experts in each."""
-    model = make_model(tmp_path / "model", input_jitter_noise=0.0, router_jitter_noise=0.01)
+    model = make_model(input_jitter_noise=0.0, router_jitter_noise=0.01)
     values = [3.0, -1.0, 0.5, 2.0, 0.0, 1.0]
     set_router_logits(model, *values)
-    entry = one_log(model, tmp_path / "out")
+    trainer = make_trainer(tmp_path, model, num_rows=6, max_steps=1, logging_steps=1)
+    trainer.train()
     p = torch.tensor(values, dtype=torch.float64).softmax(-1).tolist()
     wanted = {
         "load_max": 3, "load_max_worst": 3, "max_vio": 2, "load_entropy": math.log(2) / math.log(6), "dead_experts": 8,
         "router_entropy": -sum(x * math.log(x) for x in p) / math.log(6), "near_tie_rate": 0, "non_argmax_rate": 0,
         "balance_loss": 3 * (p[0] + p[3]), "balance_loss_worst": 3 * (p[0] + p[3]),
     }  # fmt: skip
-    assert entry == pytest.approx(wanted, rel=1e-5)
+    assert logged(trainer) == [pytest.approx({f"routing/{name}": value for name, value in wanted.items()}, rel=1e-5)]
 
 
-def test_checkpointing_is_counted_once(tmp_path):
-    calls, entries = [], []
-    for use_reentrant in (None, False, True):
-        set_seed(0)
-        model = make_model(tmp_path / "model")
-        kwargs = {"activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-        arguments = make_arguments(tmp_path / "out", activation_checkpointing=use_reentrant is not None, **kwargs)
-        trainer = Trainer(model, arguments, train_dataset=make_rows(36))
-        callback = RoutingCallback(trainer)
-        observe = callback._observe
-        callback._observe = lambda *args, observe=observe: (calls.append(args), observe(*args))
-        trainer.add_callback(callback)
-        trainer.train()
-        entries.append(logged(trainer))
-    assert len(calls) == 3 * 18
-    assert entries[0] == entries[1] == entries[2]
-
-
-def test_observation_breaks_no_graph(tmp_path):
+def test_observation_breaks_no_graph():
     """Nor does it in a compiled forward pass, which has the same sums."""
-    model = make_model(tmp_path / "model", router_aux_loss_coef=0.0, router_jitter_noise=0.0, input_jitter_noise=0.0)
+    model = make_model(router_aux_loss_coef=0.0, router_jitter_noise=0.0, input_jitter_noise=0.0)
     sums = []
 
     def observe(*routing):
         sums.append(callback_module.routing_sums(*routing, 0.2))
 
     model.train().get_decoder().routing_observer = observe
-    inputs = {key: torch.tensor(value) for key, value in make_rows(2)[:].items()}
+    rows = runs.Rows(2)
+    inputs = {key: torch.stack([row[key] for row in rows.rows]) for key in rows[0]}
     for forward in (model, torch.compile(model, backend="eager", fullgraph=True)):
         forward(**inputs, use_cache=False)
     assert sums[0].shape == (2, 2 * NUM_EXPERTS + 4) and sums[0][0, -1] == inputs["attention_mask"].sum()
     torch.testing.assert_close(sums[0], sums[1])
 
 
-def test_callback_changes_nothing_else(tmp_path):
-    histories = []
-    for watched in (False, True):
-        set_seed(0)
-        model = make_model(tmp_path / "model")
-        arguments = make_arguments(tmp_path / "out")
-        trainer = Trainer(model, arguments, train_dataset=make_rows(36))
-        if watched:
-            trainer.add_callback(RoutingCallback(trainer))
+def test_observation_changes_nothing_and_counts_recomputed_passes_once(tmp_path):
+    histories, logs = [], []
+    for observed, use_reentrant in ((False, None), (True, None), (True, False), (True, True)):
+        kwargs = {"activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+        recomputed = {} if use_reentrant is None else {"activation_checkpointing": True, **kwargs}
+        trainer = make_trainer(tmp_path, make_model(), observed=observed, **recomputed)
         trainer.train()
         histories.append([(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history[:-1]])
-    assert histories[0] == histories[1]
+        logs.append(logged(trainer))
+    assert histories[0] == histories[1] == histories[2] == histories[3]
+    assert logs[1] == logs[2] == logs[3]
 
 
-def test_what_cannot_be_observed_is_refused(tmp_path):
-    llama = LlamaForCausalLM(
-        LlamaConfig(vocab_size=131, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    )
-    model = make_model(tmp_path / "model")
-    for refused, layers, arguments, message in (
-        (llama, [], {}, "LlamaModel"),
-        (model, [0, 2], {}, r"layers \[2\] are not among the model's layers 0 to 1"),
-        (model, [], {"logging_strategy": "no"}, "logging_strategy='no'"),
-    ):
-        trainer = Trainer(refused, make_arguments(tmp_path / "out", **arguments), train_dataset=make_rows(6))
-        trainer.add_callback(RoutingCallback(trainer, layers))
-        with pytest.raises(ValueError, match=message):
-            trainer.train()
+@pytest.mark.parametrize(
+    ("model", "layers", "arguments", "message"),
+    [
+        (lambda: LlamaForCausalLM(LlamaConfig(vocab_size=131, hidden_size=16, intermediate_size=16,
+                                              num_hidden_layers=1, num_attention_heads=2)), [], {}, "LlamaModel"),
+        (make_model, [0, 2], {}, r"layers \[2\] are not among the model's layers 0 to 1"),
+        (make_model, [], {"logging_strategy": "no"}, "logging_strategy='no'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_observed_is_refused(tmp_path, model, layers, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model(), layers=layers, **arguments).train()
 
 
 def test_dpo(tmp_path, trained_tokenizer):
@@ -358,8 +310,7 @@ def test_dpo(tmp_path, trained_tokenizer):
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
-    set_seed(0)
-    model = make_model(tmp_path / "model", vocab_size=len(trained_tokenizer), eos_token_id=3, router_sampling=True)
+    model = make_model(vocab_size=len(trained_tokenizer), eos_token_id=3, router_sampling=True)
     witness = Witness(model)
     texts = [f"def f{n}(x):" + " return x" * n for n in range(1, 9)]
     dataset = Dataset.from_dict({"prompt": texts, "chosen": [" return 1"] * 8, "rejected": [" return None or 2"] * 8})
@@ -389,17 +340,14 @@ def test_two_processes_count_together(tmp_path):
     steps = [first + second for first, second in zip(ranks[0]["steps"], ranks[1]["steps"], strict=True)]
     for index, entry in enumerate(ranks[0]["logged"]):
         assert entry == pytest.approx(expected(steps[2 * index : 2 * index + 2], eps=0.2), rel=1e-5)
-    assert len((tmp_path / "out" / "routing" / "layers.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "routing" / "layers.jsonl").read_text().splitlines()) == 2
 
 
 def main(folder: str) -> None:
     """One of two processes."""
-    folder, rank = Path(folder), os.environ["RANK"]
-    set_seed(0)
-    model = make_model(folder / f"model{rank}")
+    model = make_model()
     witness = Witness(model)
-    arguments = make_arguments(folder / "out", ddp_backend="gloo", max_steps=4)
-    trainer = Trainer(model, arguments, train_dataset=make_rows(48), callbacks=[witness])
-    trainer.add_callback(RoutingCallback(trainer))
+    trainer = make_trainer(Path(folder), model, num_rows=48, ddp_backend="gloo", max_steps=4, callbacks=[witness])
     trainer.train()
-    (folder / f"rank{rank}.json").write_text(json.dumps({"logged": logged(trainer), "steps": witness.steps}))
+    found = {"logged": logged(trainer), "steps": witness.steps}
+    Path(folder, f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
