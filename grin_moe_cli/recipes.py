@@ -18,8 +18,7 @@ WHAT = "# What:"  # the line of a config's header that `recipes ls` shows
 
 def find_recipes() -> dict[str, Path]:
     """Scripts and configs by name, the file's without its suffix; scripts first."""
-    files = [*sorted(RECIPES.glob("*.py")), *sorted(RECIPES.rglob("*.yaml"))]
-    return {path.stem: path for path in files}
+    return {path.stem: path for path in [*sorted(RECIPES.glob("*.py")), *sorted(RECIPES.rglob("*.yaml"))]}
 
 
 def describe(path: Path) -> str:
@@ -51,13 +50,12 @@ def copy_recipe(
 
     Example: grin-moe recipes cp sft_tiny my_sft.yaml
     """
-    files = find_recipes()
-    source = files.get(name) or next((path for path in files.values() if path.name == name), None)
+    source = find_recipes().get(name.removesuffix(".py").removesuffix(".yaml"))
     if source is None:
         raise ValueError(f"There is no recipe {name!r}; `grin-moe recipes ls` lists them")
     target = Path(destination)
     if target.is_dir() or destination.endswith(("/", os.sep)):
-        target = target / source.name
+        target /= source.name
     if target.exists():
         raise ValueError(f"{target} exists: give another name, or move it away")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -13,15 +13,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 FORMATS = {  # of local files, by suffix
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".py": "text",
-}
-
+    ".jsonl": "json", ".json": "json", ".parquet": "parquet",
+    **dict.fromkeys((".txt", ".md", ".rst", ".py"), "text"),
+}  # fmt: skip
 MAX_PIECE = 2**18  # characters tokenized at once
 
 
@@ -80,12 +74,11 @@ def load_data(
         raise ValueError(f"{name}: splits and configurations are of datasets on the Hub, and this is a local file")
     if unknown := [file for file in files if Path(file).suffix not in FORMATS]:
         raise ValueError(f"{unknown[0]}: unknown format; these are read: {', '.join(FORMATS)}")
-    formats = {FORMATS[Path(file).suffix] for file in files}
-    if len(formats) > 1:
-        raise ValueError(f"{name} holds files of several formats ({', '.join(sorted(formats))}); give a glob of one")
+    builder, *others = sorted({FORMATS[Path(file).suffix] for file in files})
+    if others:
+        raise ValueError(f"{name} holds files of several formats ({builder}, {', '.join(others)}); give a glob of one")
     if not any(Path(file).stat().st_size for file in files):
         raise ValueError(f"{name} is empty")
-    (builder,) = formats
     settings = {"sample_by": "document"} if builder == "text" else {}
     try:
         return load_dataset(builder, data_files=files, split="train", streaming=streaming, **settings)

@@ -14,6 +14,7 @@ import sysconfig
 import textwrap
 import warnings
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -24,10 +25,10 @@ console = Console()
 
 
 class Function(NamedTuple):
-    """A documented function: its source in two parts, and its docstring."""
+    """A documented function: its source in two parts, the body without the docstring, and its docstring."""
 
     signature: str
-    body: str  # without the docstring
+    body: str
     docstring: str
 
 
@@ -75,12 +76,8 @@ def main(
     generator = random.Random(seed)
     modules = list(read_modules())
     generator.shuffle(modules)
-    functions: list[Function] = []
-    for source in modules:
-        functions += [f for f in find_functions(source) if len("".join(f)) <= max_characters]
-        if len(functions) >= max_rows:
-            break
-    functions = functions[:max_rows]
+    found = chain.from_iterable(map(find_functions, modules))
+    functions = list(islice((f for f in found if len("".join(f)) <= max_characters), max_rows))
     generator.shuffle(functions)
 
     def say(role: str, text: str) -> list[dict]:
@@ -98,15 +95,12 @@ def main(
     answers = [{"prompt": ask(f), "answer": f"{f.signature}\n{f.body}"} for f in functions]
     write_rows(output_dir / "grpo.jsonl", answers)
     pairs = []
-    for function in functions:
-        lines = function.body.split("\n")
+    for f in functions:
+        lines = f.body.split("\n")
         disorder = "\n".join(generator.sample(lines, len(lines)))
-        if disorder != function.body:  # a body of one line stays as it is
-            pairs.append((function, disorder))
-    write_rows(
-        output_dir / "dpo.jsonl",
-        [{"prompt": ask(f), "chosen": answer(f, f.body), "rejected": answer(f, disorder)} for f, disorder in pairs],
-    )
+        if disorder != f.body:  # a body of one line stays as it is
+            pairs.append({"prompt": ask(f), "chosen": answer(f, f.body), "rejected": answer(f, disorder)})
+    write_rows(output_dir / "dpo.jsonl", pairs)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,10 @@ console = Console()
 
 VOCAB_SIZE = 2048
 SEQUENCE_LENGTH = 128
+# The release's configuration with other sizes, and a load-balance loss.
+SIZES = {"hidden_size": 192, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6,
+         "num_key_value_heads": 2, "num_local_experts": 8, "max_position_embeddings": 1024,
+         "router_aux_loss_coef": 0.01}  # fmt: skip
 PROMPT = '    def __init__(self, name, value=None):\n        """'
 
 
@@ -42,25 +46,6 @@ def pack(texts: list[str], tokenizer: GrinMoeTokenizer) -> Dataset:
     return Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
 
 
-def tiny_config(tokenizer: GrinMoeTokenizer) -> GrinMoeConfig:
-    """Return a small GRIN-MoE's configuration: the release's, with other sizes and a load-balance loss."""
-    return GrinMoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=1024,
-        router_aux_loss_coef=0.01,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
 def main(
     output_dir: Annotated[Path, typer.Option(help="folder for checkpoints and pictures")] = Path("demo_output"),
     max_steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 600,
@@ -76,7 +61,8 @@ def main(
     console.rule("1  Tokenizer and model, in the layout of the release")
     texts = read_standard_library()
     tokenizer = GrinMoeTokenizer.train_from_iterator(texts, VOCAB_SIZE)
-    model = GrinMoeForCausalLM(tiny_config(tokenizer))
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = GrinMoeForCausalLM(GrinMoeConfig(vocab_size=len(tokenizer), **special, **SIZES))
     model.generation_config.eos_token_id = tokenizer.stop_token_ids
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -89,26 +75,16 @@ def main(
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=output_dir / "checkpoints",
-            max_steps=max_steps,
-            per_device_train_batch_size=8,
-            learning_rate=1.5e-3,
-            warmup_steps=max_steps // 20,
-            lr_scheduler_type="cosine",
-            weight_decay=0.1,
-            logging_steps=max(1, max_steps // 30),
-            eval_strategy="steps",
-            eval_steps=max(1, max_steps // 6),
-            save_strategy="no",
-            dataloader_pin_memory=False,
-            report_to="none",
-            seed=seed,
+            output_dir=output_dir / "checkpoints", max_steps=max_steps, per_device_train_batch_size=8,
+            learning_rate=1.5e-3, warmup_steps=max_steps // 20, lr_scheduler_type="cosine", weight_decay=0.1,
+            logging_steps=max(1, max_steps // 30), eval_strategy="steps", eval_steps=max(1, max_steps // 6),
+            save_strategy="no", dataloader_pin_memory=False, report_to="none", seed=seed,
         ),
         train_dataset=training,
         eval_dataset=validation,
         data_collator=DefaultDataCollator(),
         processing_class=tokenizer,
-    )
+    )  # fmt: skip
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]

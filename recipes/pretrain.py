@@ -6,7 +6,7 @@ Texts are joined into one stream, <|endoftext|> after each, and cut into blocks;
 block to the next. `--help` lists every argument: these, and transformers' TrainingArguments.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -17,18 +17,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArgumen
 from modeling_grin import GrinMoeConfig, GrinMoeTokenizer
 from modeling_grin.publishing.merging import run_to_the_end
 from modeling_grin.training import GrinMoeTrainer, RoutingCallback, data_checks, run
-from modeling_grin.training.arguments import RecipeArguments, RecipeParser
+from modeling_grin.training.arguments import RecipeArguments, RecipeParser, option
 
 
 @dataclass
 class PretrainArguments(RecipeArguments):
     """The text of pre-training, its blocks, and a vocabulary of its own."""
 
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    block_size: int = field(default=4096, metadata={"help": "Tokens per row."})
-    tokenizer_vocab_size: int | None = field(
-        default=None, metadata={"help": "Learn a tokenizer of this size from the training data."}
-    )
+    text_column: str = option("text", "Column of the text.")
+    block_size: int = option(4096, "Tokens per row.")
+    tokenizer_vocab_size: int | None = option(None, "Learn a tokenizer of this size from the training data.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -372,7 +372,7 @@ SAID = CHAT["messages"]
         ("sft_debug", [CHAT] * 9, ["--max_length", "16"], "all labels are masked"),
         ("sft_debug", [CHAT] * 9, ["--eval_fraction", "none"], "eval_strategy"),
 
-        ("sft_debug", [CHAT] * 9, ["--lora_r", "2", "--lora_router", "true", "--freeze_router", "true"], "at odds"),
+        ("sft_debug", [CHAT] * 9, ["--lora_r", "2", "--lora_router", "true", "--freeze_router", "true"], "freezes"),
         ("sft_debug", [CHAT] * 9, ["--model_config", '{"num_expert": 4}'], "GrinMoeConfig has no field num_expert"),
         ("sft_debug", [CHAT] * 9, ["--model_config", '{"eos_token_id": 7}'], r"eos_token_id is 3 .*endoftext.* and 7"),
         ("sft_debug", [CHAT] * 9, ["--model_config", "[1]"], r"--model_config.*: invalid json_object value: '\[1\]'"),
@@ -387,7 +387,7 @@ SAID = CHAT["messages"]
         ("dpo_debug", [{"chosen": "a", "rejected": "b"}] * 9, [], "has no column prompt; its columns are"),
         ("dpo_debug", [PAIR] * 9, ["--disable_dropout", "false"], "expert_dropout=0.1 is at odds"),
         ("pretrain_debug", [{"text": 3}] * 20, [], r"must hold text in text; got Value\('int64'\)"),
-        ("sft_debug", [CHAT] * 9, ["--load_in_4bit", "true"], "load_in_4bit needs LoRA"),
+        ("sft_debug", [CHAT] * 9, ["--load_in_4bit", "true"], "purely quantized models"),
         ("sft_debug", [CHAT] * 9, ["--max_step", "3"], "--max_step"),
         ("dpo_debug", [PAIR] * 9, ["--model_config", '{"router_sampling": true}'], "router_sampling=True is at odds"),
         ("dpo_debug", [PAIR] * 9, ["--max_length", "16"], "whose prompt alone fills max_length=16, is empty"),

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import chain
 from typing import Any
 
@@ -16,56 +16,48 @@ from .pipeline import DEFAULT_SCHEDULE
 GREEDY_ROUTING = {"router_sampling": False, "input_jitter_noise": 0.0}  # for losses that compare forward passes
 
 
+def option(default: Any, help: str) -> Any:
+    """A field of the arguments, with its line in `--help`."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class RecipeArguments:
     """Model and data of a recipe; all else is in the trainer's own arguments."""
 
-    train_data: str = field(
-        metadata={
-            "help": "Training data: a file, folder or glob of jsonl, json, parquet or text (one row a file), or the "
-            "name of a dataset on the Hub."
-        }
+    train_data: str = option(
+        MISSING,
+        "Training data: a file, folder or glob of jsonl, json, parquet or text (one row a file), or the name of a "
+        "dataset on the Hub.",
     )
-    train_split: str | None = field(default=None, metadata={"help": "Split on the Hub of `train_data`: train."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    eval_data: str | None = field(default=None, metadata={"help": "Evaluation data, as `train_data`."})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split on the Hub to evaluate on, of `train_data` unless `eval_data` is set."}
+    train_split: str | None = option(None, "Split on the Hub of `train_data`: train.")
+    dataset_config: str | None = option(None, "Configuration of a dataset on the Hub.")
+    eval_data: str | None = option(None, "Evaluation data, as `train_data`.")
+    eval_split: str | None = option(
+        None, "Split on the Hub to evaluate on, of `train_data` unless `eval_data` is set."
     )
-    eval_fraction: float | None = field(
-        default=None, metadata={"help": "Share of the training rows to hold out for evaluation instead."}
-    )
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to start from."})
-    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer; by default the model's."})
-    model_config: dict | None = field(
-        default=None,
-        metadata={
-            "help": "Fields of GrinMoeConfig to set, as a mapping; on the command line JSON of the fields to change."
-        },
+    eval_fraction: float | None = option(None, "Share of the training rows to hold out for evaluation instead.")
+    model_name_or_path: str | None = option(None, "Checkpoint to start from.")
+    tokenizer_name_or_path: str | None = option(None, "Tokenizer; by default the model's.")
+    model_config: dict | None = option(  # noqa: RUF009
+        None, "Fields of GrinMoeConfig to set, as a mapping; on the command line JSON of the fields to change."
     )
     config_overrides: dict[str, Any] = field(init=False)  # `model_config` and the fields that other arguments set
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Type of the weights in training. float32 with `bf16: true` keeps float32 master weights."},
+    dtype: str = option(
+        "float32", "Type of the weights in training. float32 with `bf16: true` keeps float32 master weights."
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention, as in `from_pretrained`."})
-    experts_implementation: str | None = field(
-        default=None,
-        metadata={"help": "Experts, as in `from_pretrained`; `linear` has a module for each matrix."},
+    attn_implementation: str | None = option(None, "Attention, as in `from_pretrained`.")
+    experts_implementation: str | None = option(
+        None, "Experts, as in `from_pretrained`; `linear` has a module for each matrix."
     )
-    pipeline_parallel_size: int = field(
-        default=1,
-        metadata={
-            "help": "Stages of a pipeline, whose micro-batches are those of gradient_accumulation_steps. Not for DPO "
-            "and GRPO. Accelerate's config file sets all other layouts: see recipes/accelerate."
-        },
+    pipeline_parallel_size: int = option(
+        1,
+        "Stages of a pipeline, whose micro-batches are those of gradient_accumulation_steps. Not for DPO "
+        "and GRPO. Accelerate's config file sets all other layouts: see recipes/accelerate.",
     )
-    pipeline_schedule: str = field(
-        default=DEFAULT_SCHEDULE, metadata={"help": f"Order of the pipeline's work: {', '.join(SCHEDULES)}."}
-    )
-    exact_balance: bool = field(
-        default=False,
-        metadata={"help": "Make the load-balance loss exact under gradient accumulation, for one more forward pass."},
+    pipeline_schedule: str = option(DEFAULT_SCHEDULE, f"Order of the pipeline's work: {', '.join(SCHEDULES)}.")
+    exact_balance: bool = option(
+        False, "Make the load-balance loss exact under gradient accumulation, for one more forward pass."
     )
 
     def __post_init__(self) -> None:
@@ -85,21 +77,18 @@ class RecipeArguments:
 class FineTuningArguments(RecipeArguments):
     """Arguments that choose the weights to fine-tune."""
 
-    freeze_router: bool | None = field(
-        default=None, metadata={"help": "Leave the routers' weights as they are; by default as in the model's config."}
+    freeze_router: bool | None = option(
+        None, "Leave the routers' weights as they are; by default as in the model's config."
     )
-    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA; 0 trains all weights instead."})
-    lora_alpha: int = field(default=32, metadata={"help": "Numerator of LoRA's scale, lora_alpha / lora_r."})
-    lora_attention: bool = field(default=True, metadata={"help": "Adapt the attention projections."})
-    lora_router: bool = field(default=False, metadata={"help": "Adapt the routers."})
-    lora_experts: bool = field(default=True, metadata={"help": "Adapt the experts."})
-    merge_adapter: bool = field(
-        default=True,
-        metadata={"help": "Also write output_dir/merged, the checkpoint's model with the adapter merged into it."},
+    lora_r: int = option(0, "Rank of LoRA; 0 trains all weights instead.")
+    lora_alpha: int = option(32, "Numerator of LoRA's scale, lora_alpha / lora_r.")
+    lora_attention: bool = option(True, "Adapt the attention projections.")
+    lora_router: bool = option(False, "Adapt the routers.")
+    lora_experts: bool = option(True, "Adapt the experts.")
+    merge_adapter: bool = option(
+        True, "Also write output_dir/merged, the checkpoint's model with the adapter merged into it."
     )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Hold the weights in 4 bits (bitsandbytes' nf4) while LoRA trains."}
-    )
+    load_in_4bit: bool = option(False, "Hold the weights in 4 bits (bitsandbytes' nf4) while LoRA trains.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,10 +97,6 @@ class FineTuningArguments(RecipeArguments):
         for option in fields(self):
             if option.name.startswith("lora_") and not self.lora_r and getattr(self, option.name) != option.default:
                 raise ValueError(f"{option.name}={getattr(self, option.name)} needs LoRA: set lora_r")
-        if self.lora_router and self.config_overrides.get("freeze_router"):
-            raise ValueError("freeze_router and lora_router are at odds: choose one")
-        if self.load_in_4bit and not self.lora_r:
-            raise ValueError("load_in_4bit needs LoRA, since 4-bit weights cannot be trained: set lora_r")
 
 
 class RecipeParser(TrlParser):

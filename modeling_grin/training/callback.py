@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import reduce
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..analysis.routing import RoutingSums, routing_sums
 from ..files import replacing
@@ -64,12 +64,7 @@ class RoutingCallback(TrainerCallback):
         self.layers = list(layers)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
     ) -> None:
         """Start to observe `model`.
 
@@ -123,12 +118,7 @@ class RoutingCallback(TrainerCallback):
             self._gather()
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any
     ) -> None:
         if "loss" not in logs or not (self._pending or self._balance_losses):
             return  # evaluation, the summary at the end, or a trainer's extra lines

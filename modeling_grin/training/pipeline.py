@@ -11,9 +11,9 @@ share a batch.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,17 @@ DEFAULT_SCHEDULE = "1F1B"
 LossFunction = Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
 
 
+class Step(NamedTuple):
+    """What a chunk computes with in one step."""
+
+    micro_batches: Iterator[dict[str, Any]]
+    """Still to come; every schedule runs a chunk's forward passes in their order."""
+    shape: torch.Size
+    """Between chunks, `[rows, tokens, H]`; smaller micro-batches are filled up to it."""
+    loss_function: LossFunction
+    autocast: Callable[[], AbstractContextManager]
+
+
 class Chunk(nn.Module):
     """Consecutive layers of a model, after the embedding in the first chunk, and before norm and head in the last.
 
@@ -72,17 +83,12 @@ class Chunk(nn.Module):
             "rotary_emb": whole.rotary_emb,
         }
         self.lm_head = model.lm_head if self.is_last else nn.Identity()
-        self.micro_batches: Iterator[dict[str, Any]] = iter(())
-        """Still to come in this step; every schedule runs a chunk's forward passes in their order."""
-        self.shape = torch.Size()
-        """The shape between chunks, `[rows, tokens, H]`; smaller micro-batches are filled up to it."""
-        self.loss_function: LossFunction | None = None
-        self.autocast: Callable[[], AbstractContextManager] = nullcontext
+        self.step: Step | None = None
 
     def forward(self, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
-        """Run the next micro-batch: from the last chunk's output, `shape`, to the next one's input, `shape`, or to the
-        loss, a scalar."""
-        micro_batch = next(self.micro_batches)
+        """Run the next micro-batch, from the last chunk's output to the next one's input, or to the loss, a scalar."""
+        assert self.step is not None
+        micro_batch = next(self.step.micro_batches)
         inputs = {key: value for key, value in micro_batch.items() if key not in LOSS_INPUTS}
         ids = inputs.pop("input_ids")
         batch_size, length = ids.shape
@@ -90,12 +96,11 @@ class Chunk(nn.Module):
             inputs["input_ids"] = ids
         else:
             inputs.update(inputs_embeds=hidden_states[:batch_size, :length], token_ids=ids)
-        with self.autocast():
+        with self.step.autocast():
             output = self.decoder(**inputs, use_cache=False).last_hidden_state
             if self.is_last:
-                assert self.loss_function is not None
-                return self.loss_function(output, micro_batch)
-        rows, tokens, _ = self.shape
+                return self.step.loss_function(output, micro_batch)
+        rows, tokens, _ = self.step.shape
         return nn.functional.pad(output, (0, 0, 0, tokens - length, 0, rows - batch_size))
 
 
@@ -106,20 +111,18 @@ class LowMemoryStage(PipelineStage):
     """
 
     def _setup_forward_recv_info(self, *args, **kwargs):
-        with self._without_memory():
+        with self.without_memory():
             super()._setup_forward_recv_info(*args, **kwargs)
 
     def _setup_backward_recv_info(self, *args, **kwargs):
-        with self._without_memory():
+        with self.without_memory():
             super()._setup_backward_recv_info(*args, **kwargs)
 
     @contextmanager
-    def _without_memory(self) -> Iterator[None]:
+    def without_memory(self) -> Iterator[None]:
         device, self.device = self.device, torch.device("meta")
-        try:
-            yield
-        finally:
-            self.device = device
+        yield
+        self.device = device
 
     def _get_recv_ops(self, recv_infos):
         for info in recv_infos:
@@ -186,8 +189,7 @@ class Pipeline:
         schedule = self._prepare(len(micro_batches), shape, training)
         for chunk in self.chunks.values():
             chunk.train(training)
-            chunk.micro_batches, chunk.shape = iter(micro_batches), shape
-            chunk.loss_function, chunk.autocast = loss_function, autocast
+            chunk.step = Step(iter(micro_batches), shape, loss_function, autocast)
         losses: list[torch.Tensor] = []
         no_target = torch.zeros(len(micro_batches))  # the schedule hands each micro-batch its part of one
         (schedule.step if training else schedule.eval)(target=no_target, losses=losses, return_outputs=False)
@@ -207,26 +209,16 @@ class Pipeline:
             return self._prepared[0]
         # Without given shapes the first step would try out the modules, which count their forward passes.
         hidden_states = torch.empty(shape, dtype=self.model.dtype, device="meta", requires_grad=True)
+        num_chunks, group = self.pp_size * len(self.chunks), self.mesh.get_group("pp")
         stages = [
-            LowMemoryStage(
-                chunk,
-                number,
-                self.pp_size * len(self.chunks),
-                self.device,
-                input_args=() if chunk.is_first else hidden_states,
-                output_args=hidden_states,
-                group=self.mesh.get_group("pp"),
-            )
+            LowMemoryStage(chunk, number, num_chunks, self.device, () if chunk.is_first else hidden_states,
+                           hidden_states, group=group)
             for number, chunk in self.chunks.items()
-        ]
+        ]  # fmt: skip
         fits = self.schedule.admits(num_micro_batches, self.pp_size)
         schedule_class = get_schedule_class(self.schedule.name if fits else self.schedule.fallback)
-        schedule = schedule_class(
-            stages if issubclass(schedule_class, PipelineScheduleMulti) else stages[0],
-            num_micro_batches,
-            loss_fn=lambda loss, target: loss,
-            scale_grads=False,
-        )
+        given: Any = stages if issubclass(schedule_class, PipelineScheduleMulti) else stages[0]
+        schedule = schedule_class(given, num_micro_batches, loss_fn=lambda loss, target: loss, scale_grads=False)
         self._prepared = schedule, made_for
         return schedule
 

@@ -26,10 +26,7 @@ from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -73,10 +70,8 @@ def split_experts(name: str, tensor: torch.Tensor, attribute: str) -> Iterator[t
     for index, matrices in enumerate(local):
         for part, matrix in zip(parts, matrices.chunk(len(parts)), strict=True):
             if mesh is not None:
-                shape = torch.Size((rows, columns))
-                matrix = DTensor.from_local(
-                    matrix, mesh, placements, run_check=False, shape=shape, stride=(columns, 1)
-                )
+                shape, stride = torch.Size((rows, columns)), (columns, 1)
+                matrix = DTensor.from_local(matrix, mesh, placements, run_check=False, shape=shape, stride=stride)
             yield f"{before}{first + index}.{part}.weight{after}", matrix
 
 
