@@ -117,7 +117,7 @@ class Request:
         """Raise ConversionError for arguments that are wrong or would have no effect, whatever the checkpoint is."""
         if self.to not in TARGETS:
             raise ConversionError(f"to must be one of {', '.join(TARGETS)}; got {self.to!r}")
-        check_destination(self.destination, self.source, is_file=self.to == "gguf")
+        check_destination(self.destination, self.source)
         if self.to in FOLDERS and self.dtype is not None and self.dtype not in DTYPES:
             raise ConversionError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         if self.to == "gguf" and self.destination.suffix != ".gguf":

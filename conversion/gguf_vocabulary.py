@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from tokenizers import Tokenizer
 
 from modeling_grin import GrinMoeTokenizer
 from modeling_grin.tokenization_grinmoe import CHAT_TEMPLATE, END_OF_TURN, RELEASED_CHAT_TEMPLATE
@@ -110,14 +109,10 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tu
     tokens: list[str | None] = [None] * vocab_size
     for token, token_id in tokenizer.get_vocab().items():
         if token_id >= vocab_size:
-            is_in_file = token in Tokenizer.from_file(str(path)).get_vocab()
             raise ConversionError(
-                f"{path} has the token id {token_id} ({token!r}), the model only vocab_size={vocab_size} embeddings; "
-                "resize them"
-                if is_in_file
-                else f"{path} has no token {token!r}: GrinMoeTokenizer has added it, with the id {token_id}, and the "
-                f"model has only vocab_size={vocab_size} embeddings; in tokenizer_config.json, set the bos, eos, unk "
-                "or pad token that names it to a token of tokenizer.json"
+                f"{path}: the token {token!r} has the id {token_id}, and the model only vocab_size={vocab_size} "
+                "embeddings: resize them, or, if tokenizer.json lacks it, let the bos, eos, unk or pad token in "
+                "tokenizer_config.json be one that is there"
             )
         tokens[token_id] = token
 

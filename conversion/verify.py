@@ -1,7 +1,5 @@
 """A conversion that proves itself: the model computed from the source and from the result, layer by layer."""
 
-import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,11 +32,7 @@ Layers = dict[str, torch.Tensor]
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> GrinMoePreTrainedModel:
-    """Load the model of a checkpoint of any form.
-
-    Args:
-        dtype: what to convert the tensors to; by default one that holds them all as they are.
-    """
+    """Load the model of a checkpoint of any form, in `dtype`; by default one that holds all tensors as they are."""
     model = checkpoint.model_class._from_config(checkpoint.config, dtype=dtype or checkpoint.dtype)
     tensors = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
     if checkpoint.config.tie_word_embeddings:
@@ -134,19 +128,8 @@ def compute_result(
     return compute(model, input_ids)
 
 
-def without_near_ties(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint with a keep set of one expert."""
-    config = copy.deepcopy(checkpoint.config)
-    config.router_jitter_noise = 0.0
-    return dataclasses.replace(checkpoint, config=config)
-
-
 def compare(before: Layers, after: Layers, tolerance: float = TOLERANCE) -> float:
-    """Return the relative difference of the logits, in the maximum norm.
-
-    Raises:
-        ConversionError: something differs by more than `tolerance`; names the first module where it does.
-    """
+    """Return the relative difference of the logits, in the maximum norm; refuse one beyond `tolerance` anywhere."""
     for name, expected in before.items():
         largest = (after[name] - expected).abs().max()
         difference = 0.0 if largest == 0 else (largest / expected.abs().max()).item()

@@ -35,10 +35,6 @@ Progress = Callable[[int, int], None]
 """Called with the bytes that have been written since the last call, and with those in all."""
 
 
-class NotEnoughSpace(ConversionError):
-    """The disk has no room for what is still to be written: what has been written before stays for `resume`."""
-
-
 def incomplete_folder(destination: Path) -> Path:
     """Return where `destination` is made."""
     return destination.with_name(f".{destination.name}.incomplete")
@@ -68,7 +64,8 @@ def locked(destination: Path) -> Iterator[Path]:
 def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Path]:
     """Yield where to make `destination`: a path that gets its name at the end of the block, if nothing was raised.
 
-    An error leaves nothing behind; a kill, or Ctrl-C, leaves what has been done, in `.{name}.incomplete` beside it.
+    An error leaves nothing behind; a kill, or Ctrl-C, leaves what has been done, in `.{name}.incomplete` beside it,
+    and so does a full disk when that is continued.
 
     Args:
         plan: everything that the result depends on, in JSON.
@@ -77,21 +74,27 @@ def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Pa
     with locked(destination) as folder:
         was_interrupted = (folder / PLAN).exists()
         if was_interrupted:
-            check_resumable(folder, plan, resume)
+            if not resume:
+                raise ConversionError(
+                    f"{folder} is left of a conversion that was interrupted: continue it with --resume, or delete it"
+                )
+            begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+            as_json = json.loads(json.dumps(plan))  # tuples are lists there
+            if changed := [key for key, value in as_json.items() if begun.get(key) != value]:
+                others = " and ".join(changed)
+                raise ConversionError(f"{folder} was begun with another {others}: delete it, and start anew")
         elif not is_free(destination):  # the process that had the lock before has made it
             shutil.rmtree(folder)
             raise ConversionError(f"{destination} has just been made by another process: nothing was left to do")
         try:
             write_whole(folder / PLAN, json.dumps(plan))
             yield folder / RESULT
-        except NotEnoughSpace:
-            if not was_interrupted:
-                shutil.rmtree(folder)
-            raise
         except Exception as error:
-            shutil.rmtree(folder)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ConversionError(f"{destination}: the disk is full; nothing has been left there") from error
+            is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not (is_full and was_interrupted):
+                shutil.rmtree(folder)
+            if is_full:
+                raise ConversionError(f"{destination}: the disk is full: {error}") from error
             raise
         publish(folder / RESULT, destination)
         shutil.rmtree(folder)
@@ -112,11 +115,11 @@ def publish(result: Path, destination: Path) -> None:
         result.rename(destination)  # on a disk without hard links
 
 
-def check_destination(destination: Path, source: Path, *, is_file: bool) -> None:
+def check_destination(destination: Path, source: Path) -> None:
     """Raise ConversionError unless `destination` can be made; a folder may replace an empty folder."""
     if source in (destination, *destination.parents):
         raise ConversionError(f"the destination {destination} lies in the source: give another one")
-    if not is_free(destination) or (destination.exists() and is_file):
+    if not is_free(destination):
         left = incomplete_folder(destination)
         also = f"; {left}, which an interrupted conversion has left, can be deleted" if left.exists() else ""
         raise ConversionError(f"{destination} exists: give another destination, or move it away{also}")
@@ -127,18 +130,6 @@ def is_free(destination: Path) -> bool:
     return not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
 
 
-def check_resumable(folder: Path, plan: dict[str, Any], resume: bool) -> None:
-    """Raise ConversionError unless `folder` holds a conversion with the same plan that is to be continued."""
-    if not resume:
-        raise ConversionError(
-            f"{folder} is left of a conversion that was interrupted: continue it with --resume, or delete it"
-        )
-    begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    # As JSON has it: tuples are lists there.
-    if changed := [key for key, value in json.loads(json.dumps(plan)).items() if begun.get(key) != value]:
-        raise ConversionError(f"{folder} was begun with another {' and '.join(changed)}: delete it, and start anew")
-
-
 def fingerprint(path: Path) -> list[tuple[str, int, int]]:
     """Return names, sizes and times of a folder's files, or a file's: a resumed source must still be the same."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
@@ -146,15 +137,12 @@ def fingerprint(path: Path) -> list[tuple[str, int, int]]:
 
 
 def check_space(path: Path, nbytes: int) -> None:
-    """Raise NotEnoughSpace unless a file or folder of `nbytes` fits the disk, together with what is there of it."""
+    """Raise OSError unless a file or folder of `nbytes` fits the disk, together with what is there of it."""
     present = sum(file.stat().st_blocks * 512 for file in [path, *path.glob("*")] if file.exists())
-    folder = path.parent if not path.is_dir() else path
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(path if path.is_dir() else path.parent).free
     if free + present < nbytes:
-        raise NotEnoughSpace(
-            f"{folder}: the disk is too full: {(nbytes - present) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are "
-            "free"
-        )
+        missing = f"{(nbytes - present) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        raise OSError(errno.ENOSPC, missing)
 
 
 def checked_chunks(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -151,8 +151,8 @@ def test_full_disk(source, tmp_path):
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
         pytest.skip("no mounts may be made here")
     small, filled = call(convert_on_full_disks, source, tmp_path).splitlines()[-2:]  # after what imports say
-    assert "the disk is too full: 0.00 GB are needed" in small and small.endswith(" []")
-    assert "other: the disk is full; nothing has been left there" in filled and filled.endswith(" ['filler']")
+    assert "other: the disk is full: [Errno 28] 0.00 GB are needed" in small and small.endswith(" []")
+    assert "other: the disk is full: [Errno 28] No space" in filled and filled.endswith(" ['filler']")
 
 
 def test_errors_leave_nothing(source, tmp_path):
