@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from checkpoints import fused, released_config, released_tensors, write_checkpoint
+from checkpoints import fused, released_config, released_tensors, write_checkpoint, write_release
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -209,9 +209,7 @@ def test_expressions_that_never_end(base, tmp_path, monkeypatch, change):
 
 def test_a_base_of_mixed_dtypes_needs_one(tmp_path):
     """Merging computes in one dtype; which, is the user's to say."""
-    config = released_config(torch_dtype="float32")
-    tensors = released_tensors(config)
-    base = write_checkpoint(tmp_path / "base", config, tensors)
+    base, config, tensors = write_release(tmp_path / "base", torch_dtype="float32")
     add_lora(GrinMoeForCausalLM.from_pretrained(base), r=2).save_pretrained(tmp_path / "lora")
     tensors = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()}
     mixed = write_checkpoint(tmp_path / "mixed", config, tensors)

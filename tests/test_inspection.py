@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import fused, released_config, released_tensors, write_checkpoint
+from checkpoints import fused, released_config, released_tensors, write_checkpoint, write_release
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -60,8 +60,7 @@ def test_a_summary_is_what_inspect_says(tmp_path, folder, tensors):
     convert(folder, tmp_path / "fused", to="fused", check=False)
     changes = {"tied": {"tie_word_embeddings": True}, "no biases": {"attention_bias": False, "lm_head_bias": False}}
     for name, change in {**changes, "heads": {"head_dim": 10, "sliding_window": None}}.items():
-        config = released_config(**change)
-        write_checkpoint(tmp_path / name, config, released_tensors(config))
+        write_release(tmp_path / name, **change)
     for path in (folder, *tmp_path.iterdir()):
         assert summarize(path) == inspect(path)
 
@@ -115,15 +114,12 @@ def test_what_differs(tmp_path, folder, tensors):
     other["model.layers.0.self_attn.q_proj.bias"] = other["model.layers.0.self_attn.q_proj.bias"].float()
     write_checkpoint(tmp_path / "other", config, fused(other, config))
     changed = inspect(tmp_path / "other", against=folder, verify=True).difference
-    assert list(changed) == [
-        "model.layers.0.block_sparse_moe.experts.2.w3.weight",
-        "model.layers.0.self_attn.q_proj.bias",
-    ]
-    assert changed["model.layers.0.block_sparse_moe.experts.2.w3.weight"] == pytest.approx(0.5, abs=0.01)
-    assert changed["model.layers.0.self_attn.q_proj.bias"] == 0
+    assert changed == {
+        "model.layers.0.block_sparse_moe.experts.2.w3.weight": pytest.approx(0.5, abs=0.01),
+        "model.layers.0.self_attn.q_proj.bias": 0,
+    }
 
-    smaller = released_config(num_hidden_layers=1)
-    write_checkpoint(tmp_path / "smaller", smaller, released_tensors(smaller))
+    write_release(tmp_path / "smaller", num_hidden_layers=1)
     changed = inspect(tmp_path / "smaller", against=folder).difference
     assert changed["model.layers.1.self_attn.q_proj.bias"] is None
 
@@ -154,15 +150,12 @@ def test_adapter(tmp_path, folder):
     assert "adapter" in grin_moe("inspect", tmp_path / "lora")
 
 
-def test_inspect_command(folder):
+def test_commands(folder, tmp_path):
     text = grin_moe("inspect", folder, "--verify")
     assert "(hub, GrinMoeForCausalLM)" in " ".join(text.split())
     assert "a token uses" in text and "no value is NaN or infinite" in text
     found = json.loads(grin_moe("inspect", folder, "--verify", "--against", folder, "--json"))
     assert found["difference"] == {} and found["form"] == "hub"
-
-
-def test_convert_command(folder, tmp_path):
     text = grin_moe("convert", folder, tmp_path / "result", "--to", "fused", "--max-shard-size", "100KB")
     assert "differ by 0 of the largest" in text
     report = json.loads(grin_moe("convert", folder, tmp_path / "json", "--to", "phimoe", "--json"))

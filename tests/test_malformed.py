@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import released_config, released_tensors, write_checkpoint
+from checkpoints import write_release
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from transformers import GenerationConfig, TrainerState
@@ -77,8 +77,7 @@ def check(path: Path, document, read, more=(), others=OTHERS) -> None:
 
 @pytest.fixture
 def model(tmp_path):
-    config = released_config(num_hidden_layers=1, num_local_experts=2)
-    return write_checkpoint(tmp_path / "model", config, released_tensors(config))
+    return write_release(tmp_path / "model", num_hidden_layers=1, num_local_experts=2)[0]
 
 
 def test_config(model):

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from checkpoints import released_config, released_tensors, write_checkpoint
+from checkpoints import write_release
 from transformers import AutoTokenizer
 
 from conversion import convert
@@ -38,8 +38,7 @@ def test_the_modelfile_has_context_stops_and_the_chat_format(tiny_release, tmp_p
 
 @pytest.mark.parametrize("has_tokenizer", [False, True])
 def test_another_chat_template_is_left_to_the_gguf_file(has_tokenizer, trained_tokenizer, tmp_path):
-    config = released_config(vocab_size=len(trained_tokenizer), sliding_window=None)
-    folder = write_checkpoint(tmp_path / "source", config, released_tensors(config))
+    folder, _, _ = write_release(tmp_path / "source", vocab_size=len(trained_tokenizer), sliding_window=None)
     if has_tokenizer:
         trained_tokenizer.save_pretrained(folder)
         (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
