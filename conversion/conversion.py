@@ -175,7 +175,7 @@ def convert(source: str | Path, destination: str | Path, *, to: str, **options: 
     """
     started = time.monotonic()
     request = Request(Path(source), Path(destination), to, **options)
-    if request.is_adapter and to in TARGETS:
+    if request.is_adapter:
         request.base = adapters.find_base(request.source, request.base)
     request.check_arguments()
     checkpoint = open_checkpoint(
@@ -317,15 +317,12 @@ def copy_companions(checkpoint: Checkpoint, request: Request, folder: Path, repo
 
 def compare_logits(checkpoint: Checkpoint, request: Request, result: Path, report: Report) -> float:
     """Return the relative difference between the logits of source and result; raise ConversionError if it is large."""
-    input_ids = verify.random_tokens(checkpoint.config)
-    if request.to == "gguf":
-        from .gguf_simulate import compare_gguf
+    if request.to in FOLDERS:
+        return verify.compare_folder(checkpoint, result, request.to, request.torch_dtype)
+    from .gguf_simulate import compare_gguf
 
-        difference = compare_gguf(checkpoint, result, input_ids, is_exact=request.dtype == "f32")
-        if request.calibration is None:
-            rate = verify.calibrate(verify.load_model(checkpoint), list(input_ids)).near_tie_rate
-            report.notes.append(f"near-ties on random tokens, because no text was given: {rate:.2%} of (token, layer)")
-        return difference
-    dtype = request.torch_dtype or checkpoint.dtype
-    before = verify.compute_source(checkpoint, dtype, input_ids)
-    return verify.compare(before, verify.compute_result(result, request.to, checkpoint.model_class, dtype, input_ids))
+    input_ids = verify.random_tokens(checkpoint.config)
+    if request.calibration is None:
+        rate = verify.calibrate(verify.load_model(checkpoint), list(input_ids)).near_tie_rate
+        report.notes.append(f"near-ties on random tokens, because no text was given: {rate:.2%} of (token, layer)")
+    return compare_gguf(checkpoint, result, input_ids, is_exact=request.dtype == "f32")

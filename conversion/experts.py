@@ -8,7 +8,6 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -41,8 +40,12 @@ def upcycle(checkpoint: Checkpoint, num_experts: int, top_k: int) -> Checkpoint:
         if ROUTER_NAME.fullmatch(name):
             gate, shape = checkpoint.tensors[name], (num_experts, config.hidden_size)
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")  # whatever is read before
-            read = partial(draw_router, shape, config.initializer_range, seed, gate.dtype)
-            return replace(gate, shape=shape, read=read)
+
+            def draw() -> torch.Tensor:
+                noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                return (config.initializer_range * noise).to(gate.dtype)
+
+            return replace(gate, shape=shape, read=draw)
         if match := EXPERT_NAME.fullmatch(name):
             experts, _, _, part = match.groups()
             matrix = checkpoint.tensors[f"{experts}0.{part}.weight"]
@@ -50,10 +53,6 @@ def upcycle(checkpoint: Checkpoint, num_experts: int, top_k: int) -> Checkpoint:
         return checkpoint.tensors[name]
 
     return with_experts(checkpoint, num_experts, top_k, make_copy)
-
-
-def draw_router(shape: tuple[int, ...], std: float, seed: int, dtype: torch.dtype) -> torch.Tensor:
-    return (std * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
 def prune(checkpoint: Checkpoint, load: torch.Tensor, num_experts: int) -> Checkpoint:

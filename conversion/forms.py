@@ -33,18 +33,14 @@ def list_groups(form: str, config: GrinMoeConfig, model_class: type[GrinMoePreTr
         form: `hub`, the released names, or `fused`, where experts are stacked as in the model:
             `experts.gate_up_proj` [E, 2F, H], each w1 above its w3, and `experts.down_proj` [E, H, F], w2.
     """
-    fused = {name: (shape, released_parts(name, shape)) for name, shape in model_shapes(config, model_class).items()}
-    if form == "fused":
-        return fused
-    return {part: (shape, {part: shape}) for _, parts in fused.values() for part, shape in parts.items()}
-
-
-def model_shapes(config: GrinMoeConfig, model_class: type[GrinMoePreTrainedModel]) -> dict[str, Shape]:
-    """Return name -> shape of a model's parameters, without those that are tied to another."""
     with torch.device("meta"), init.no_init_weights():
         model = model_class(config)
     tied = model.all_tied_weights_keys if config.tie_word_embeddings else {}
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    fused = {name: (shape, released_parts(name, shape)) for name, shape in shapes.items()}
+    if form == "fused":
+        return fused
+    return {part: (shape, {part: shape}) for _, parts in fused.values() for part, shape in parts.items()}
 
 
 def released_parts(name: str, shape: Shape) -> dict[str, Shape]:

@@ -51,20 +51,6 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
 # ---- Weights
 
 
-def read_index(path: Path) -> dict[str, Path]:
-    """Return tensor -> the safetensors file beside `path` that holds it, by a `model.safetensors.index.json`."""
-    index = read_json(path, MAX_INDEX_BYTES)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not isinstance(index.get("metadata", {}), dict):
-        raise ConversionError(f"{path} has no weight_map from tensors to files, or metadata that is no object")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", file):
-            raise ConversionError(
-                f"{path} puts tensor {name!r:.120} in {file!r:.120}, not a safetensors file in its own folder"
-            )
-    return {name: path.parent / file for name, file in weight_map.items()}
-
-
 def find_tensors(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a folder without reading them, from its index or its only safetensors file."""
     safetensors = sorted(path.glob("*.safetensors"))
@@ -83,7 +69,16 @@ def find_tensors(path: Path) -> dict[str, StoredTensor]:
             )
         raise ConversionError(f"{path} has no weights: no {INDEX_FILE}, {WEIGHTS_FILE} or other safetensors file")
 
-    places = read_index(index)
+    listed = read_json(index, MAX_INDEX_BYTES)
+    weight_map = listed.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(listed.get("metadata", {}), dict):
+        raise ConversionError(f"{index} has no weight_map from tensors to files, or metadata that is no object")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", file):
+            raise ConversionError(
+                f"{index} puts tensor {name!r:.120} in {file!r:.120}, not a safetensors file in its own folder"
+            )
+    places = {name: path / file for name, file in weight_map.items()}
     if path / WEIGHTS_FILE in set(safetensors) - set(places.values()):
         raise ConversionError(f"{path} has both a {WEIGHTS_FILE} and an {INDEX_FILE} of other files: remove one")
     tensors: dict[str, StoredTensor] = {}

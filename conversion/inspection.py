@@ -123,7 +123,10 @@ def compare(one: Checkpoint, other: Checkpoint, found: Inspection, advance: Call
         a, b = one.tensors.get(name), other.tensors.get(name)
         if a is None or b is None or a.shape != b.shape:
             found.difference[name] = None
-        elif a.dtype != b.dtype or not all(map(same_bits, a.chunks(), b.chunks())):
+        elif a.dtype != b.dtype or not all(
+            torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+            for ours, theirs in zip(a.chunks(), b.chunks(), strict=True)
+        ):
             largest = (a.read().double() - b.read().double()).abs().max().item()
             found.difference[name] = largest if math.isfinite(largest) else None
         advance(a.nbytes if a else 0)
@@ -135,10 +138,6 @@ def compare(one: Checkpoint, other: Checkpoint, found: Inspection, advance: Call
         found.problems.append(f"{len(found.difference)} tensor(s) differ from those in {which}")
     else:
         found.checks.append(f"every tensor has the same dtype and bits as in {which}")
-
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def inspect_gguf(path: Path, verify: bool, progress: Progress) -> Inspection:

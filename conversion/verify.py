@@ -95,37 +95,28 @@ def without_bars() -> Iterator[None]:
 @torch.no_grad()
 def compute(model: PreTrainedModel, input_ids: torch.Tensor) -> Layers:
     """Return the outputs of a model's parts for `input_ids`."""
-    # Grouped kernels have no float64; eager experts have no dropout, which acts in training alone.
-    dropout, model.config.expert_dropout = getattr(model.config, "expert_dropout", 0.0), 0.0
-    model.set_experts_implementation("eager")
-    model.config.expert_dropout = dropout
+    model.config.expert_dropout = 0.0  # eager experts have none, and it acts in training alone
+    model.set_experts_implementation("eager")  # grouped kernels have no float64
     output = model.to(DTYPE).eval()(input_ids=input_ids, use_cache=False, output_hidden_states=True)
     layers = [f"layers.{n}" for n in range(model.config.num_hidden_layers)]
     layers[-1] += " or norm"  # its output is normed
     return dict(zip(["embed_tokens", *layers], output.hidden_states, strict=True)) | {"logits": output[0]}
 
 
-def compute_source(checkpoint: Checkpoint, dtype: torch.dtype, input_ids: torch.Tensor) -> Layers:
-    """Compute the source, its numbers rounded to `dtype` as in the result.
+def compare_folder(checkpoint: Checkpoint, result: Path, target: str, dtype: torch.dtype | None) -> float:
+    """Compare a converted folder, loaded as its users load it, with its source, rounded to `dtype` as the result is.
 
-    transformers loads the folder if it can, so that not only our own reader is compared with itself.
+    transformers loads the source if it can, so that not only our own reader is compared with itself.
     """
-    if checkpoint.is_standard:
-        with without_bars():
-            model = checkpoint.model_class.from_pretrained(checkpoint.path, config=checkpoint.config, dtype=dtype)
-    else:
-        model = load_model(checkpoint, dtype)
-    return compute(model, input_ids)
-
-
-def compute_result(
-    path: Path, target: str, model_class: type[GrinMoePreTrainedModel], dtype: torch.dtype, input_ids: torch.Tensor
-) -> Layers:
-    """Compute the converted checkpoint, loaded as its users load it, in `dtype`."""
+    input_ids, dtype, model_class = random_tokens(checkpoint.config), dtype or checkpoint.dtype, checkpoint.model_class
     loaded_class = STOCK_CLASSES[model_class] if target == "phimoe" else model_class
     with without_bars():
-        model = loaded_class.from_pretrained(path, dtype=dtype)
-    return compute(model, input_ids)
+        if checkpoint.is_standard:
+            source = model_class.from_pretrained(checkpoint.path, config=checkpoint.config, dtype=dtype)
+        else:
+            source = load_model(checkpoint, dtype)
+        before = compute(source, input_ids)
+        return compare(before, compute(loaded_class.from_pretrained(result, dtype=dtype), input_ids))
 
 
 def compare(before: Layers, after: Layers, tolerance: float = TOLERANCE) -> float:
