@@ -41,6 +41,7 @@ IDS = torch.randint(3, 131, (2, 10), generator=torch.Generator().manual_seed(1))
 LEFT = torch.ones_like(IDS)
 LEFT[0, :4] = 0
 PADDED = IDS.masked_fill(LEFT == 0, 0)
+PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]])  # positions
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +135,13 @@ def continued(model):
         return model(IDS[:, 6:], past_key_values=cache, attention_mask=torch.ones_like(IDS))
 
 
+def embeddings(model):
+    return model.get_input_embeddings()(IDS)
+
+
 def embedded(model, **kwargs):
     with torch.no_grad():
-        return model(inputs_embeds=model.get_input_embeddings()(IDS), **kwargs)
+        return model(inputs_embeds=embeddings(model), **kwargs)
 
 
 def configured(**settings):
@@ -154,10 +159,7 @@ SHARED = [
     ("left padding", forward(input_ids=PADDED, attention_mask=LEFT)),
     ("right padding", forward(input_ids=PADDED.flip(1), attention_mask=LEFT.flip(1))),
     ("position_ids", forward(position_ids=torch.arange(3, 13).expand(2, -1))),
-    (
-        "packed",
-        forward(input_ids=IDS[:1], position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]]), use_cache=False),
-    ),
+    ("packed", forward(input_ids=IDS[:1], position_ids=PACKED, use_cache=False)),
     ("4-D mask", forward(attention_mask=torch.zeros(2, 1, 10, 10).masked_fill(torch.ones(10, 10).triu(1) > 0, -1e9))),
     ("inputs_embeds", embedded),
     ("both inputs", lambda model: embedded(model, input_ids=IDS)),
@@ -272,10 +274,7 @@ ALL_OUTPUTS = dict.fromkeys(
     ("without a cache", generate(use_cache=False)),
     ("left padding", generate(PADDED, attention_mask=LEFT)),
     ("no prompt", lambda model: model.generate(max_new_tokens=4, do_sample=False)),
-    (
-        "inputs_embeds",
-        with_model(ids=lambda model: None, inputs_embeds=lambda model: model.get_input_embeddings()(IDS)),
-    ),
+    ("inputs_embeds", with_model(ids=lambda model: None, inputs_embeds=embeddings)),
     ("sampled", generate(do_sample=True)),
     ("sampled with warpers", generate(do_sample=True, temperature=0.7, top_k=9, top_p=0.9, min_p=0.01, typical_p=0.9)),
     ("beams", generate(num_beams=3, num_return_sequences=2, length_penalty=0.8, early_stopping=True)),
@@ -285,10 +284,7 @@ ALL_OUTPUTS = dict.fromkeys(
     ("allowed tokens", generate(prefix_allowed_tokens_fn=lambda batch, ids: [7, 8, 9 + len(ids) % 3])),
     ("processor", generate(logits_processor=LogitsProcessorList([Forbid()]))),
     ("penalties", generate(repetition_penalty=1.3, no_repeat_ngram_size=2, encoder_repetition_penalty=1.1)),
-    (
-        "lists of tokens",
-        generate(bad_words_ids=[[7]], suppress_tokens=[9], begin_suppress_tokens=[8], min_new_tokens=3),
-    ),
+    ("bad words", generate(bad_words_ids=[[7]], suppress_tokens=[9], begin_suppress_tokens=[8], min_new_tokens=3)),
     ("guidance", generate(guidance_scale=1.5, negative_prompt_ids=IDS[:, :4])),
     ("watermark", generate(watermarking_config=WatermarkingConfig(bias=2.5))),
     ("several ends", generate(eos_token_id=list(range(1, 90)), pad_token_id=0)),
@@ -324,14 +320,12 @@ def changed(change):
     def case(model):
         result = change(model)
         model = result if isinstance(result, nn.Module) and hasattr(result, "config") else model
+        ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
         return {
             "logits": logits(model, IDS % 100),
             "vocab_size": model.config.vocab_size,
-            "shapes": [
-                list(model.get_input_embeddings().weight.shape),
-                list(model.get_output_embeddings().weight.shape),
-            ],
-            "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+            "shapes": [list(weight.shape) for weight in ends],
+            "tied": ends[0] is ends[1],
             "size": sum(parameter.numel() for parameter in model.parameters()),
         }
 
@@ -367,6 +361,11 @@ def new_embeddings(model):
     model.set_output_embeddings(head)
 
 
+def own_loss(model):
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.float().square().mean()
+    return model(IDS, labels=IDS).loss
+
+
 def gradients(prepare):
     """The norm of every gradient, but the routers', which have an estimator."""
 
@@ -394,22 +393,12 @@ def gradients(prepare):
     ("state dict", changed(lambda model: model.load_state_dict(model.state_dict()) and None)),
     ("gradients", gradients(lambda model: None)),
     ("checkpointing", gradients(lambda model: (model.gradient_checkpointing_enable(), model.train(False)))),
-    (
-        "reentrant checkpointing",
-        gradients(
-            lambda model: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        ),
-    ),
+    ("reentrant checkpointing", gradients(lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}))),
     ("parameters", lambda model: [model.num_parameters(), model.num_parameters(exclude_embeddings=True)]),
-    ("own loss", lambda model: own_loss(model)),
+    ("own loss", own_loss),
 )
 def test_object(case, refused, pairs):
     check(case, pairs["lm"], refused)
-
-
-def own_loss(model):
-    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.float().square().mean()
-    return model(IDS, labels=IDS).loss
 
 
 # Loading and saving

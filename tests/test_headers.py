@@ -45,19 +45,6 @@ def write_shards(folder, index, **shards):
 # ---- safetensors
 
 
-def test_tensors_are_those_that_safetensors_wrote(tmp_path):
-    tensors = {"scalar": torch.tensor(3.5), "empty": torch.zeros(3, 0), "odd": torch.arange(3, dtype=torch.uint8)}
-    tensors |= {"bf16": torch.randn(2, 3).bfloat16(), "f8": torch.randn(5).to(torch.float8_e4m3fn)}
-    save_file(tensors, tmp_path / "x.safetensors")
-    found = read_tensors(tmp_path / "x.safetensors")
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        read = found[name].read()
-        assert (found[name].shape, found[name].dtype) == (read.shape, read.dtype) == (tensor.shape, tensor.dtype)
-        assert read.reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
-        assert found[name].where == f"{name} in {tmp_path / 'x.safetensors'}"
-
-
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
@@ -209,28 +196,16 @@ def gguf_bytes(keys=(), tensors=(), data=bytes(128), version=3, counts=None):
     return head + bytes(-len(head) % 32) + data
 
 
-def gguf_file(path):
+def write_gguf(path):
     writer = gguf.GGUFWriter(path, "phimoe")
     writer.add_array("tokenizer.ggml.tokens", ["<s>", "▁a", "b"])
-    writer.add_array("tokenizer.ggml.scores", [0.0, -1.5])
     writer.add_uint64("x", 2**63)
-    weight = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float32)
-    quantized = gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q4_0)
+    quantized = gguf.quants.quantize(np.ones((4, 256), np.float32), gguf.GGMLQuantizationType.Q4_0)
     writer.add_tensor("token_embd.weight", quantized, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return quantized
-
-
-def test_gguf_files_are_read(tmp_path):
-    quantized = gguf_file(tmp_path / "x.gguf")
-    metadata, [tensor] = read_gguf(tmp_path / "x.gguf")
-    arrays = {"tokenizer.ggml.tokens": ["<s>", "▁a", "b"], "tokenizer.ggml.scores": [0.0, -1.5]}
-    assert metadata == {"general.architecture": "phimoe", **arrays, "x": 2**63}
-    assert (tensor.name, tensor.tensor_type.name, tensor.n_elements) == ("token_embd.weight", "Q4_0", 1024)
-    assert bytes(tensor.data) == quantized.tobytes()
 
 
 BAD_GGUF = {
@@ -259,7 +234,7 @@ def test_any_damage_is_a_sentence_or_no_matter(tmp_path, read):
     """Files cut anywhere, and with other bytes in up to three places."""
     path = tmp_path / "x"
     if read is read_gguf:
-        gguf_file(path)
+        write_gguf(path)
     else:
         path.write_bytes(save({"a": torch.arange(6.0), "b": torch.ones(3, dtype=torch.int8)}))
     data, generator, outcomes = path.read_bytes(), random.Random(0), set()
