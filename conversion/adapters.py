@@ -94,13 +94,9 @@ def merge_matrices(
     dtype: torch.dtype | None,
     adapter: Path,
 ) -> dict[str, StoredTensor]:
-    """Return the released matrices with their adapters, which are added in float32 whenever a matrix is read.
+    """Return the released matrices with the adapters `found`, added in float32 whenever a matrix is read.
 
     All are read once before: rounding to `dtype`, by default the base's, must not lose a layer's change.
-
-    Args:
-        layers: peft's layers by name, whose tensors may be anywhere.
-        found: the adapter's tensors.
     """
     from modeling_grin.lora import check_loss
 

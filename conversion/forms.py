@@ -97,14 +97,9 @@ def check_fit(found: Mapping[str, StoredTensor], shapes: Mapping[str, Shape], wh
 def released_tensors(
     found: Mapping[str, StoredTensor], config: GrinMoeConfig, where: str
 ) -> tuple[str, dict[str, StoredTensor]]:
-    """Return the form and the released tensors of a checkpoint, in the order of the model's parameters.
+    """Return the form and the released tensors of the checkpoint at `where`, in the order of the model's parameters.
 
-    Args:
-        found: the tensors by the names that the files give them.
-        where: the checkpoint, for messages.
-
-    Raises:
-        ConversionError: a tensor is missing, mis-shaped, or unknown to the model of this config.
+    `found` has the names that the files give them. The model of `config` must need each of them, and no other.
     """
     found = remove_prefix(found)
     layers, experts = config.num_hidden_layers, config.num_local_experts

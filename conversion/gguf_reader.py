@@ -32,11 +32,7 @@ class BoundedReader(gguf.GGUFReader):
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], list[gguf.ReaderTensor]]:
-    """Return a file's metadata, arrays as lists, and its tensors, whose data is mapped.
-
-    Raises:
-        ConversionError: the file is missing, damaged, or big-endian.
-    """
+    """Return a file's metadata, arrays as lists, and its tensors, whose data is mapped."""
     if not path.is_file():  # opening a pipe would wait for ever
         raise ConversionError(f"{path} is missing, or not a file")
     try:

@@ -32,12 +32,9 @@ class RmsNorm(nn.LayerNorm):
 def load_gguf(path: Path, dtype: torch.dtype = torch.float32, *, router_shift: int = 0) -> GrinMoeForCausalLM:
     """Load a file of `export_gguf` as the model that llama.cpp computes, with its norms and routing, in torch.
 
-    Its hidden states are the original model's, minus their mean over the hidden dimension.
-
-    Args:
-        dtype: of the dequantised weights.
-        router_shift: multiply the routers by 2^-`router_shift` once more. In float64, 20 makes the weights of a
-            token's experts equal, so that any difference from the model is in the weights. (Not for GShard's routers.)
+    Its hidden states are the original model's, minus their mean over the hidden dimension. The routers are multiplied
+    by 2^-`router_shift` once more. In float64, 20 makes the weights of a token's experts equal, so that any difference
+    from the model is in the weights. (Not for GShard's routers.)
     """
     reader = gguf.GGUFReader(path)
 
@@ -84,9 +81,8 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.float32, *, router_shift: i
 def compare_gguf(checkpoint: Checkpoint, path: Path, input_ids: torch.Tensor, *, is_exact: bool) -> float:
     """Return the relative difference of the logits that llama.cpp computes from those of the model without near-ties.
 
-    Args:
-        is_exact: whether the file is F32. If not, an F32 file is made beside it and compared, because rounded weights
-            would hide an error of the folds.
+    `is_exact` says whether the file is F32. If not, an F32 file is made beside it and compared, because rounded
+    weights would hide an error of the folds.
     """
     if not is_exact:
         unrounded = path.with_name(f"{path.name}.f32")

@@ -13,8 +13,8 @@ import math
 import operator
 import pickle
 import pickletools
-import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -65,12 +65,23 @@ class Record:
         self.state = state
 
 
+class Size(Record, tuple):
+    """Stands for a torch.Size."""
+
+    def __new__(cls, numbers: tuple[int, ...]) -> "Size":
+        if len(numbers) > MAX_DIMENSIONS:
+            raise ValueError(f"a shape of {len(numbers)} dimensions")
+        return super().__new__(cls, map(operator.index, numbers))
+
+
 class Unpickler(pickle.Unpickler):
-    """Makes records, and objects of two classes that no pickle can change: both are written in C."""
+    """Makes records without code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("collections", "OrderedDict"), ("torch", "Size")):
-            return getattr(sys.modules[module], name)
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch", "Size"):
+            return Size
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
         if module.partition(".")[0] not in ("torch", "pathlib"):
@@ -253,11 +264,7 @@ def find_dcp_folder(path: Path) -> Path | None:
 
 
 def read_dcp(folder: Path, *, weights_only: bool) -> dict[str, StoredTensor]:
-    """Return the tensors of a sharded training checkpoint by their names in it, without the optimizer's.
-
-    Args:
-        weights_only: read DCP's index, a pickle. safetensors shards do not need it.
-    """
+    """Return the tensors of a sharded training checkpoint by their names in it, without the optimizer's."""
     path = folder / DCP_INDEX
     if not path.is_file():
         sharded = read_safetensors_shards(folder)
@@ -292,19 +299,17 @@ def parse_index(index: Record, folder: Path) -> Iterator[tuple[str, ShardedTenso
     places: dict[tuple[str, Any], dict[str, Any]] = {}  # (tensor, offsets) -> file, offset and length of its bytes
     for place, info in index.state["storage_data"].items():
         name, offsets = place.state["fqn"], place.state.get("offset")
-        if type(name) is not str or type(offsets) not in (torch.Size, type(None)):
+        if type(name) is not str or type(offsets) not in (Size, type(None)):
             raise TypeError("a part without a tensor")
         places[name, offsets] = info.state
     for name, described in index.state["state_dict_metadata"].items():
         if described.state is None or not is_weight(name):  # objects in bytes have no state
             continue
         shape, dtype, shards = described.state["size"], described.state["properties"].state[0], []
-        if not isinstance(dtype, torch.dtype) or type(shape) is not torch.Size or len(shape) > MAX_DIMENSIONS:
-            raise TypeError(f"{name} has no dtype, or no shape")
         for box in described.state["chunks"][:MAX_SHARDS]:
             offsets, sizes = box.state["offsets"], box.state["sizes"]
-            if not type(offsets) is type(sizes) is torch.Size:
-                raise TypeError(f"{name} has a part without a shape")
+            if not isinstance(dtype, torch.dtype) or not type(shape) is type(offsets) is type(sizes) is Size:
+                raise TypeError(f"{name} has no dtype, or no shape")
             if (name, offsets) not in places:
                 raise ConversionError(f"lacks a part of {name}, at {list(offsets)}: copy the whole folder again")
             load = find_part(places[name, offsets], folder, name, math.prod(sizes) * dtype.itemsize)

@@ -64,9 +64,6 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name, unread.
 
     Each `read` maps the file anew, so that what has been read does not stay in memory.
-
-    Raises:
-        ConversionError: the file is missing or damaged.
     """
     try:
         read_header(path)

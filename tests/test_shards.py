@@ -283,6 +283,8 @@ BOMBS = {
     # The string of entry 0 is replaced by a tuple: MEMOIZE goes by the entries that are there.
     "a replaced entry": b"\x80\x04\x8c\x01aq\x01\x8c\x01a\x94\x8c\x01a\x94K\x01\x85\x94h\x01h\x01\x86.",
     "bytes": b"\x80\x05\x96" + (2**36).to_bytes(8, "little") + b".",
+    "a long size as a key, often": b"\x80\x04}(\x8c\x05torch\x8c\x04Size\x93(%bt\x85R\x94N%bu."
+    % (b"K\x01" * 50_000, b"h\x00N" * 50_000),
     "one size, often": (
         b"\x80\x04(%bt\x94\x8c\x05torch\x8c\x04Size\x93\x94%b." % (b"K\x01" * 50_000, b"h\x01h\x00\x85R" * 50_000)
     ),
