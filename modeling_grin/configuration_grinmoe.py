@@ -259,22 +259,20 @@ class GrinMoeConfig(PreTrainedConfig):
         """Raise ValueError for LongRoPE settings that are incomplete, or of the wrong size or kind."""
         self.standardize_rope_params()  # an `original_max_position_embeddings` beside `rope_scaling` moves into it
         rope: dict[str, Any] = dict(self.rope_parameters or {})
-        size = (self.head_dim or 0) // 2
+        size, its = (self.head_dim or 0) // 2, "rope_parameters: longrope's"
         for field in ("short_factor", "long_factor"):
             factors: Any = rope.get(field)
-            name = f"rope_parameters: longrope's {field}"
-            is_list = isinstance(factors, list) and all(is_positive(factor) for factor in factors)
-            self._require(is_list, f"{name} must be a list of numbers above 0")
+            is_list = isinstance(factors, list) and all(map(is_positive, factors))
+            self._require(is_list, f"{its} {field} must be a list of numbers above 0")
             needed = f"has {len(factors)} numbers and must have {size}, half of head_dim={2 * size}"
-            self._require(len(factors) == size, f"{name} {needed}")
+            self._require(len(factors) == size, f"{its} {field} {needed}")
         length = rope["original_max_position_embeddings"]
         is_length = isinstance(length, int) and length >= 2
-        self._require(is_length, f"rope_parameters: original_max_position_embeddings={length!r} must be at least 2")
-        for field in ("short_mscale", "long_mscale", "factor", "attention_factor"):
-            value = rope.get(field)
-            is_right = value is None or is_positive(value)
-            self._require(is_right, f"rope_parameters: longrope's {field}={value!r} must be a number above 0")
-        is_pair = (rope.get("short_mscale") is None) == (rope.get("long_mscale") is None)
+        self._require(is_length, f"{its} original_max_position_embeddings={length!r} must be at least 2")
+        scales = {name: rope.get(name) for name in ("short_mscale", "long_mscale", "factor", "attention_factor")}
+        for name, value in scales.items():
+            self._require(value is None or is_positive(value), f"{its} {name}={value!r} must be a number above 0")
+        is_pair = (scales["short_mscale"] is None) == (scales["long_mscale"] is None)
         self._require(is_pair, "rope_parameters: longrope has only one of short_mscale and long_mscale; give both")
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:

@@ -65,9 +65,29 @@ def expert_order(top_k_index: torch.Tensor, num_experts: int) -> tuple[list[Segm
     return segments, position.view_as(top_k_index)
 
 
-def add_lora(out: torch.Tensor, x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
-    """`out += (x @ first) @ second`; the factors may have another dtype than autocast computes in."""
-    out.addmm_(x @ first.to(x.dtype), second.to(x.dtype))
+def project(x, out, expert, weight, a, b) -> None:
+    """`out = W x + B (A x)` of an expert, in the dtype of `x`: under autocast the tensors may have another one."""
+    torch.mm(x, weight[expert].to(x.dtype).t(), out=out)
+    if a is not None:
+        out.addmm_(x @ a[expert].t().to(x.dtype), b[expert].t().to(x.dtype))
+
+
+def pull_back(grad, out, expert, weight, a, b) -> None:
+    """The gradient with respect to `x` of `project`."""
+    torch.mm(grad, weight[expert].to(grad.dtype), out=out)
+    if a is not None:
+        out.addmm_(grad @ b[expert].to(grad.dtype), a[expert].to(grad.dtype))
+
+
+def differentiate(grad, x, expert, tensors, gradients) -> None:
+    """The gradients with respect to the W, A and B of `project` that have a place in `gradients`."""
+    (_, a, b), (grad_weight, grad_a, grad_b) = tensors, gradients
+    if grad_weight is not None:
+        matmul_into(grad_weight[expert], grad.t(), x)
+    if grad_a is not None:
+        matmul_into(grad_a[expert], (grad @ b[expert].to(grad.dtype)).t(), x)
+    if grad_b is not None:
+        matmul_into(grad_b[expert], grad.t(), x @ a[expert].to(grad.dtype).t())
 
 
 def matmul_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -89,10 +109,11 @@ class ExpertsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, learning: bool,
-        gate_up_a=None, gate_up_b=None, down_a=None, down_b=None,
+        gate_up_a, gate_up_b, down_a, down_b,
     ):  # fmt: skip
+        gate_up_tensors, down_tensors = (gate_up_proj, gate_up_a, gate_up_b), (down_proj, down_a, down_b)
         segments, position = expert_order(top_k_index, len(down_proj))
-        dtype, (hidden_size, intermediate_size) = hidden_states.dtype, down_proj.shape[1:]
+        hidden_size, intermediate_size = down_proj.shape[1:]
         longest = max((segment.num_rows for segment in segments), default=0)
         total = segments[-1].rows.stop if segments else 0
         inputs = hidden_states.new_empty(longest, hidden_size)
@@ -103,34 +124,27 @@ class ExpertsFunction(torch.autograd.Function):
             expert, _, rows = segment
             x = segment.gather(hidden_states, inputs)
             own_gate_up = gate_up[rows] if learning else gate_up[: len(x)]
-            torch.mm(x, gate_up_proj[expert].to(dtype).t(), out=own_gate_up)
-            if gate_up_a is not None:
-                add_lora(own_gate_up, x, gate_up_a[expert].t(), gate_up_b[expert].t())
+            project(x, own_gate_up, expert, *gate_up_tensors)
             gate, up = own_gate_up.chunk(2, dim=-1)
             activation = torch.ops.aten.silu.out(gate, out=activations[: len(x)]).mul_(up)
-            torch.mm(activation, down_proj[expert].to(dtype).t(), out=outputs[rows])
-            if down_a is not None:
-                add_lora(outputs[rows], activation, down_a[expert].t(), down_b[expert].t())
-        factors = gate_up_a, gate_up_b, down_a, down_b
-        ctx.save_for_backward(hidden_states, top_k_weights, gate_up_proj, down_proj, gate_up, *factors)
+            project(activation, outputs[rows], expert, *down_tensors)
+        ctx.save_for_backward(hidden_states, top_k_weights, gate_up, *gate_up_tensors, *down_tensors)
         ctx.segments, ctx.position = segments, position
         return embedding_bag(position, outputs, mode="sum", per_sample_weights=top_k_weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        hidden_states, top_k_weights, gate_up_proj, down_proj, gate_up, *factors = ctx.saved_tensors
-        gate_up_a, gate_up_b, down_a, down_b = factors
-        needs_gate_up, needs_down = ctx.needs_input_grad[3:5]
-        dtype, (hidden_size, intermediate_size) = hidden_states.dtype, down_proj.shape[1:]
+        hidden_states, top_k_weights, gate_up, *tensors = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[index] for index in (3, 6, 7, 4, 8, 9)]
+        grads = [torch.empty_like(t) if t is not None and n else None for t, n in zip(tensors, needs, strict=True)]
+        gate_up_tensors, down_tensors, gate_up_grads, down_grads = tensors[:3], tensors[3:], grads[:3], grads[3:]
+        num_experts, hidden_size, intermediate_size = down_tensors[0].shape
         longest = max((segment.num_rows for segment in ctx.segments), default=0)
         weights = gate_up.new_zeros(len(gate_up), 1)
         weights[ctx.position, 0] = top_k_weights
         grad_weights = torch.empty_like(weights)
         grad_inputs = gate_up.new_empty(len(gate_up), hidden_size)
-        grad_gate_up_proj = torch.empty_like(gate_up_proj) if needs_gate_up else None
-        grad_down_proj = torch.empty_like(down_proj) if needs_down else None
-        grad_factors: list[Any] = [None if factor is None else torch.empty_like(factor) for factor in factors]
         rows_of_hidden = gate_up.new_empty(longest, hidden_size)
         silus, activations, grad_activations = gate_up.new_empty(3, longest, intermediate_size).unbind()
         grad_gate_ups = gate_up.new_empty(longest, 2 * intermediate_size)
@@ -143,16 +157,10 @@ class ExpertsFunction(torch.autograd.Function):
             # The output is weight * down(activation).
             grad = segment.gather(grad_output, rows_of_hidden)
             grad_activation = grad_activations[: segment.num_rows]
-            torch.mm(grad, down_proj[expert].to(dtype), out=grad_activation)
-            if down_a is not None:
-                add_lora(grad_activation, grad, down_b[expert], down_a[expert])
+            pull_back(grad, grad_activation, expert, *down_tensors)
             grad_weights[rows, 0] = torch.mul(grad_activation, activation).sum(dim=-1)
             grad.mul_(weights[rows])
-            if grad_down_proj is not None:
-                matmul_into(grad_down_proj[expert], grad.t(), activation)
-            if down_a is not None:
-                matmul_into(grad_factors[2][expert], (grad @ down_b[expert].to(dtype)).t(), activation)
-                matmul_into(grad_factors[3][expert], grad.t(), activation @ down_a[expert].to(dtype).t())
+            differentiate(grad, activation, expert, down_tensors, down_grads)
             grad_activation.mul_(weights[rows])
             # activation = silu(gate) * up
             grad_gate_up = grad_gate_ups[: segment.num_rows]
@@ -160,25 +168,17 @@ class ExpertsFunction(torch.autograd.Function):
             torch.mul(grad_activation, silu_gate, out=grad_up)
             torch.ops.aten.silu_backward.grad_input(grad_activation.mul_(up), gate, grad_input=grad_gate)
             # gate and up are gate_up_proj(input)
-            torch.mm(grad_gate_up, gate_up_proj[expert].to(dtype), out=grad_inputs[rows])
-            if gate_up_a is not None:
-                add_lora(grad_inputs[rows], grad_gate_up, gate_up_b[expert], gate_up_a[expert])
-            if grad_gate_up_proj is None and gate_up_a is None:
-                continue
-            x = segment.gather(hidden_states, rows_of_hidden)
-            if grad_gate_up_proj is not None:
-                matmul_into(grad_gate_up_proj[expert], grad_gate_up.t(), x)
-            if gate_up_a is not None:
-                matmul_into(grad_factors[0][expert], (grad_gate_up @ gate_up_b[expert].to(dtype)).t(), x)
-                matmul_into(grad_factors[1][expert], grad_gate_up.t(), x @ gate_up_a[expert].to(dtype).t())
+            pull_back(grad_gate_up, grad_inputs[rows], expert, *gate_up_tensors)
+            if any(needs[:3]):
+                x = segment.gather(hidden_states, rows_of_hidden)
+                differentiate(grad_gate_up, x, expert, gate_up_tensors, gate_up_grads)
 
-        for unused in set(range(len(down_proj))) - {segment.expert for segment in ctx.segments}:
-            for gradient in (grad_gate_up_proj, grad_down_proj, *grad_factors):
-                if gradient is not None:
-                    gradient[unused].zero_()
+        for unused in set(range(num_experts)) - {segment.expert for segment in ctx.segments}:
+            for gradient in filter(torch.is_tensor, grads):
+                gradient[unused].zero_()
         grad_hidden_states = embedding_bag(ctx.position, grad_inputs, mode="sum")
-        grads = grad_hidden_states, None, grad_weights[ctx.position, 0], grad_gate_up_proj, grad_down_proj, None
-        return *grads, *grad_factors
+        own = grad_hidden_states, None, grad_weights[ctx.position, 0], gate_up_grads[0], down_grads[0], None
+        return *own, *gate_up_grads[1:], *down_grads[1:]
 
 
 def compute_token(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj) -> torch.Tensor:
@@ -214,7 +214,7 @@ def grinmoe_experts_forward(
         top_k_weights = top_k_weights.to(hidden_states.dtype)
         inputs = hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj
         is_single = len(hidden_states) == 1 and not is_learning
-        return compute_token(*inputs) if is_single else ExpertsFunction.apply(*inputs, is_learning)
+        return compute_token(*inputs) if is_single else ExpertsFunction.apply(*inputs, is_learning, *(None,) * 4)
     if are_plain(self) and uses_few_slots_kernel(self, hidden_states, top_k_index):
         weights = top_k_weights.to(hidden_states.dtype)
         return few_slots_experts(hidden_states, top_k_index, weights, self.gate_up_proj, self.down_proj)
