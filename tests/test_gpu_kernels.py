@@ -5,9 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import tiny_model
+from torch.nn.functional import silu
 
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, route
+from modeling_grin import GrinMoeConfig, route
 from modeling_grin import gpu_kernels_grinmoe as gpu
+from modeling_grin.kernels.gpu_experts import MAX_SLOTS, few_slots_experts, uses_few_slots_kernel
+from modeling_grin.modeling_grinmoe import GrinMoeExperts
 from modeling_grin.routing_grinmoe import RoutingNoise, TokenKeys, choose, draw_noise, jitter_input
 
 needs_interpreter = pytest.mark.skipif(
@@ -115,15 +119,7 @@ def test_jitter_is_exact(kernels, shape):
     assert all(map(torch.equal, *results))
 
 
-def tiny_model(**settings):
-    config = GrinMoeConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=6, router_jitter_noise=0.3, input_jitter_noise=0.05,
-        router_aux_loss_coef=0.1, initializer_range=0.3, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        **settings,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return GrinMoeForCausalLM(config)
+JITTER = {"router_jitter_noise": 0.3, "input_jitter_noise": 0.05, "router_aux_loss_coef": 0.1}
 
 
 def training_step(model, call, ids):
@@ -137,7 +133,7 @@ def training_step(model, call, ids):
 @needs_interpreter
 @pytest.mark.usefixtures("far_from_ties")
 def test_a_training_step_has_three_launches_a_layer_and_the_same_gradients(kernels, monkeypatch):
-    model, launched = tiny_model().train(), []
+    model, launched = tiny_model(**JITTER).train(), []
     launch = gpu.launch
     monkeypatch.setattr(
         gpu, "launch", lambda kernel, *args, **named: (launched.append(kernel), launch(kernel, *args, **named))
@@ -154,7 +150,7 @@ def test_a_training_step_has_three_launches_a_layer_and_the_same_gradients(kerne
 @needs_interpreter
 @pytest.mark.usefixtures("far_from_ties")
 def test_kernels_break_no_graph(kernels):
-    model, ids = tiny_model(experts_implementation="grouped_mm").train(), torch.arange(40).reshape(2, 20)
+    model, ids = tiny_model(experts="grouped_mm", **JITTER).train(), torch.arange(40).reshape(2, 20)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     expected = training_step(model, model, ids)
     for actual, eager in zip(training_step(model, compiled, ids), expected, strict=True):
@@ -169,3 +165,60 @@ def test_one_setting_switches_the_kernels_off(monkeypatch):
     assert not gpu.use_kernels(SimpleNamespace(is_cuda=True, dtype=torch.float64)), "more than the kernels' precision"
     monkeypatch.setattr(gpu, "IS_ON", False)
     assert not gpu.use_kernels(on_gpu)
+
+
+# Experts of a few tokens, against float64 loops
+
+
+def make_experts(num_experts=5, hidden_size=40, intermediate_size=72):
+    config = GrinMoeConfig(
+        hidden_size=hidden_size, intermediate_size=intermediate_size, num_local_experts=num_experts,
+        num_attention_heads=2, num_key_value_heads=1, experts_implementation="grinmoe",
+    )  # fmt: skip
+    experts = GrinMoeExperts(config).eval()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(parameter.shape)))
+    return experts
+
+
+def make_inputs(num_tokens, top_k, num_experts=5, hidden_size=40):
+    generator = torch.Generator().manual_seed(num_tokens)
+    hidden_states = torch.randn(num_tokens, hidden_size, generator=generator)
+    chosen = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k).indices
+    return hidden_states, chosen, torch.rand(num_tokens, top_k, generator=generator)
+
+
+def loops(experts, hidden_states, chosen, weights):
+    output = torch.zeros_like(hidden_states, dtype=torch.float64)
+    for token, slots in enumerate(chosen.tolist()):
+        for slot, expert in enumerate(slots):
+            gate, up = (experts.gate_up_proj[expert].double() @ hidden_states[token].double()).chunk(2)
+            own = experts.down_proj[expert].double() @ (silu(gate) * up)
+            output[token] += weights[token, slot].double() * own
+    return output
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 1), (1, 2), (7, 2), (16, 4)])
+@torch.no_grad()
+def test_equals_loops(monkeypatch, num_tokens, top_k):
+    """Sizes that no block divides; experts that no token chose among them."""
+    monkeypatch.setattr(gpu, "can_launch", lambda tensor: True)
+    experts, inputs = make_experts(), make_inputs(num_tokens, top_k)
+    assert uses_few_slots_kernel(experts, inputs[0], inputs[1])
+    expected = loops(experts, *inputs)
+    torch.testing.assert_close(
+        few_slots_experts(*inputs, *experts.parameters()).double(), expected, rtol=1e-6, atol=5e-6
+    )
+
+
+def test_is_for_a_few_tokens_of_inference(monkeypatch):
+    experts, (hidden_states, chosen, _) = make_experts(), make_inputs(MAX_SLOTS // 2 + 1, 2)
+    few = hidden_states[:-1], chosen[:-1]
+    with torch.no_grad():
+        assert not uses_few_slots_kernel(experts, *few), "on a CPU"
+        monkeypatch.setattr(gpu, "can_launch", lambda tensor: True)
+        assert uses_few_slots_kernel(experts, *few)
+        assert not uses_few_slots_kernel(experts, hidden_states, chosen), "many slots"
+        assert not uses_few_slots_kernel(experts, few[0].bfloat16(), few[1]), "weights of another dtype"
+    assert not uses_few_slots_kernel(experts, *few), "gradients"

@@ -4,6 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from checkpoints import TINY_SIZES
+from models import tiny_model
 from transformers import PhimoeConfig, PhimoeForCausalLM
 from transformers.models.phimoe.modeling_phimoe import PhimoeExperts
 
@@ -154,13 +156,9 @@ def test_keeps_gate_and_up_alone():
 
 
 def test_is_the_default_and_stock_models_may_name_it():
-    sizes = {"hidden_size": H, "intermediate_size": F, "num_local_experts": E, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "num_hidden_layers": 1, "vocab_size": 50}  # fmt: skip
-    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    model = GrinMoeForCausalLM(GrinMoeConfig(**sizes, **special))
-    assert model.config._experts_implementation == "grinmoe"
-    stock = PhimoeForCausalLM(PhimoeConfig(**sizes, **special)).eval()
-    ids = torch.randint(50, (2, 9))
+    assert tiny_model().config._experts_implementation == "grinmoe"
+    stock = PhimoeForCausalLM(PhimoeConfig(**TINY_SIZES, pad_token_id=None)).eval()
+    ids = torch.randint(131, (2, 9))
     expected = stock(ids).logits
     stock.set_experts_implementation("grinmoe")
     torch.testing.assert_close(stock(ids).logits, expected)
@@ -170,8 +168,7 @@ def test_is_the_default_and_stock_models_may_name_it():
 def test_can_be_changed_in_a_users_own_class(module):
     """Whose module does not repeat what transformers looks for in the source, or has none."""
     Own = type("Own", (GrinMoeForCausalLM,), {"__module__": module})
-    model = Own(GrinMoeConfig(hidden_size=H, intermediate_size=F, num_local_experts=E, num_attention_heads=4,
-                              num_key_value_heads=2, num_hidden_layers=1))  # fmt: skip
+    model = Own(tiny_model().config)
     model.set_experts_implementation("eager")
     model.set_attn_implementation("eager")
     implementations = {(c._experts_implementation, c._attn_implementation) for c in (model.config, model.model.config)}

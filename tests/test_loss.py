@@ -6,15 +6,15 @@ import dataclasses
 import pytest
 import torch
 from accelerate.utils import convert_to_fp32
+from models import tiny_model
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from benchmarks.measure import peak_memory
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 from modeling_grin.kernels import chunked_loss
 from modeling_grin.kernels.chunked_loss import SkippedLogits, chunked_causal_lm_loss
 
-V, H = 90, 24
+V, H = 131, 32
 
 
 @pytest.fixture(autouse=True, params=[7, 1024], ids=["many chunks", "one chunk"])
@@ -23,15 +23,7 @@ def _chunks(request, monkeypatch):
 
 
 def make_model(**settings):
-    config = GrinMoeConfig(vocab_size=V, hidden_size=H, intermediate_size=20, num_hidden_layers=1, num_local_experts=4,
-                           num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None,
-                           pad_token_id=None, initializer_range=0.3, **settings)  # fmt: skip
-    torch.manual_seed(0)
-    model = GrinMoeForCausalLM(config).train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))  # biases and norms, too
-    return model
+    return tiny_model(num_hidden_layers=1, **settings).train()
 
 
 def make_batch(seed=1):

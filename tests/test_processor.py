@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import FLEX_SIZES, released_config, released_tensors
-
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
+from checkpoints import FLEX_SIZES
+from models import tiny_model
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 # All experts of every token, so that no choice is within rounding of another one.
@@ -25,16 +24,6 @@ IMPLEMENTATIONS = [
     ("eager", "grinmoe"),
     *(("sdpa", name) for name in ("grinmoe", "eager", "grouped_mm", "batched_mm")),
 ]
-
-
-def make_model(**settings):
-    config = released_config(torch_dtype="float32", eos_token_id=None, pad_token_id=None, sliding_window=7)
-    names = {"attn_implementation", "experts_implementation"} & settings.keys()
-    implementations = {name: settings.pop(name) for name in names}
-    config.update(settings)
-    model = GrinMoeForCausalLM(GrinMoeConfig.from_dict(config, **implementations))
-    model.load_state_dict(released_tensors(config))
-    return model
 
 
 def step(model, ids):
@@ -53,7 +42,7 @@ def measure(dtype: str) -> dict[str, float]:
     ids = torch.randint(131, (2, 40), generator=torch.Generator().manual_seed(1))
     errors = {}
     for attention, experts in IMPLEMENTATIONS:
-        model = make_model(attn_implementation=attention, experts_implementation=experts, **ALL_EXPERTS)
+        model = tiny_model(attention, experts, sliding_window=7, **ALL_EXPERTS)
         model = model.to(getattr(torch, dtype))
         exact = copy.deepcopy(model).double()
         exact.set_attn_implementation("eager")
@@ -67,7 +56,7 @@ def measure(dtype: str) -> dict[str, float]:
 
 
 def flex_error(head_dim: int) -> str | None:
-    model = make_model(attn_implementation="flex_attention", head_dim=head_dim).eval()
+    model = tiny_model("flex_attention", head_dim=head_dim)
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model(torch.arange(24)[None])

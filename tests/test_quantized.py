@@ -10,7 +10,7 @@ from bitsandbytes import functional
 from checkpoints import fused, released_config, released_tensors, write_checkpoint
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from reference import reference_logits
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -302,17 +302,9 @@ def without(tensors, prefix):
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
 
 
-def write_changed(folder, source, tensors, **changes):
-    folder.mkdir()
-    config = {**json.loads((source / "config.json").read_text()), **changes}
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 def test_checkpoints_that_do_not_fit_are_errors(config, tensors, quantized_checkpoint, tmp_path):
-    unlisted = json.loads((quantized_checkpoint / "config.json").read_text())["quantization_config"]
-    unlisted["llm_int8_skip_modules"] = ["lm_head"]
+    quantized = json.loads((quantized_checkpoint / "config.json").read_text())
+    unlisted = {**quantized["quantization_config"], "llm_int8_skip_modules": ["lm_head"]}
     lacking = write_checkpoint(tmp_path / "lacking", config, without(tensors, EXPERT))
     with pytest.raises(ValueError, match=rf"{re.escape(EXPERT)}\.weight is missing"):
         load_quantized(lacking, NF4)
@@ -324,10 +316,10 @@ def test_checkpoints_that_do_not_fit_are_errors(config, tensors, quantized_check
         ("unlisted", stored, {"quantization_config": unlisted}, r"not quantised: list 'gate'"),
     ):
         with pytest.raises(ValueError, match=message):
-            load(write_changed(tmp_path / name, quantized_checkpoint, given, **changes))
+            load(write_checkpoint(tmp_path / name, {**quantized, **changes}, given))
     for part in ("weight.absmax", "weight.quant_state.bitsandbytes__nf4"):
         kept = {name: tensor for name, tensor in stored.items() if name != f"{EXPERT}.{part}"}
-        folder = write_changed(tmp_path / f"without-{part}", quantized_checkpoint, kept)
+        folder = write_checkpoint(tmp_path / f"without-{part}", quantized, kept)
         with pytest.raises((ValueError, RuntimeError)):
             load(folder)
 
