@@ -15,7 +15,7 @@ VERSION_TESTS := $(addprefix tests/,test_versions.py test_parity.py distributed/
 	$(addprefix test_generation.py::test_,greedy_generation_equals_a_loop_of_full_forwards \
 		generation_from_embeddings_equals_generation_from_ids speculative_generation_gives_greedy_output \
 		cache_goes_by_either_name keywords_of_trainers_attention_and_transformers_are_known continuous_batching_equals_generate) \
-	test_phimoe.py::test_generation_from_embeddings_across_the_boundary \
+	test_phimoe.py::test_generation_across_the_boundary \
 	test_training.py::test_all_weights_learn_but_frozen_routers \
 	test_lora.py::test_adapters_are_saved_and_loaded_exactly \
 	$(addprefix test_loading.py::test_,layouts save_writes_the_released_layout load_sharded_checkpoint) \

@@ -239,50 +239,32 @@ def with_positions(mask, length):
     return {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
+@pytest.mark.parametrize("given", ["ids", "embeddings", "ids and embeddings"])
 @pytest.mark.parametrize(("padding", "window"), [((0, 0), WINDOW + 3), ((3, 1), None), ((6, 11), WINDOW + 3)], ids=str)
 @pytest.mark.parametrize("settings", GENERATION, ids=str)
-def test_generation_across_the_boundary(settings, padding, window, longrope):
+def test_generation_across_the_boundary(settings, padding, window, given, longrope):
     """`generate` computes the cache anew at the boundary, as the releases do: as without a cache. By the positions of
     the longest row: padding moves the boundary to a later column, even from within the prompt (6, 11)."""
     folder, config, _ = longrope
     model = GrinMoeForCausalLM.from_pretrained(folder, sliding_window=window)
     prompt, mask = left_padded(config, padding)
-    width = prompt.shape[1]
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **settings}
-    settings.update(return_dict_in_generate=True, output_logits=True)
-    lengths = []
-    hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    outputs = model.generate(prompt, attention_mask=mask, **settings)
-    hook.remove()
-    assert lengths == [width, 1, 1, width + 3, 1, 1, 1, 1], "anew once, for the first position beyond"
-    assert len(outputs.sequences[:, width:].unique()) > 5
-
-    if "num_beams" in settings:  # their logits are of all running beams, the returned sequences only of the best
-        expected = model.generate(prompt, attention_mask=mask, **settings, use_cache=False)
-        assert torch.equal(outputs.sequences, expected.sequences)
-        assert relative_error(torch.stack(outputs.logits), torch.stack(expected.logits)) < LIMIT
-        return
-    for step, step_logits in enumerate(outputs.logits):
-        length = width + step
-        expected = logits(model, outputs.sequences[:, :length], **with_positions(mask, length), use_cache=False)
-        assert relative_error(step_logits, expected[:, -1]) < LIMIT, f"step {step}"
-
-
-@pytest.mark.parametrize("with_ids", [False, True], ids=["embeddings", "ids and embeddings"])
-@pytest.mark.parametrize("padding", [(0, 0), (6, 11)], ids=str)
-@pytest.mark.parametrize("settings", GENERATION, ids=str)
-def test_generation_from_embeddings_across_the_boundary(settings, padding, with_ids, longrope):
-    """The prompt's keys are computed anew, too, from its embeddings and not from what ids there are."""
-    folder, config, _ = longrope
-    model = GrinMoeForCausalLM.from_pretrained(folder, sliding_window=None)
-    prompt, mask = left_padded(config, padding)
     common = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    common.update(return_dict_in_generate=True, output_logits=True)
     expected = model.generate(prompt, **common, use_cache=False, num_beams=settings.get("num_beams", 1))
-    ids = {"input_ids": prompt.flip(1)} if with_ids else {}
-    with torch.no_grad():
-        embeddings = model.get_input_embeddings()(prompt)
-    outputs = model.generate(**ids, inputs_embeds=embeddings, **common, **settings)
-    assert torch.equal(outputs[:, -8:], expected[:, -8:])
+    inputs = {"input_ids": prompt}
+    if given != "ids":  # the embeddings count, and not what ids there are
+        with torch.no_grad():
+            inputs["inputs_embeds"] = model.get_input_embeddings()(prompt)
+        inputs["input_ids"] = prompt.flip(1) if "ids" in given else None
+    lengths = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    outputs = model.generate(**inputs, **common, **settings)
+    hook.remove()
+    width = prompt.shape[1]
+    assert lengths == [width, 1, 1, width + 3, 1, 1, 1, 1], "anew once, for the first position beyond"
+    new = expected.sequences[:, width:]
+    assert len(new.unique()) > 5 and torch.equal(outputs.sequences[:, -8:], new)
+    assert relative_error(torch.stack(outputs.logits), torch.stack(expected.logits)) < LIMIT
 
 
 @pytest.mark.parametrize("helper", ["assistant", "prompt lookup"])
