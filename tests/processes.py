@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 900.0  # seconds after which a run hangs, however busy the machine is
 IMPORTED = [
-    "recipes.pretrain", "recipes.sft", "conversion", "launch", "sharded_runs", "pipeline_runs", "failure_runs",
-    "frozen",
+    "recipes.pretrain", "recipes.sft", "conversion", "cases", "launch", "sharded_runs", "pipeline_runs",
+    "failure_runs", "frozen",
 ]  # fmt: skip
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",

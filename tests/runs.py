@@ -1,10 +1,5 @@
-"""Small training runs, in one process or under torchrun: `runs.py FOLDER CASES.json` runs every case.
+"""Small training runs, in one process or several (`distributed/cases.py`)."""
 
-A case is a dict of `name` and the arguments of `train_case` or, with `resumed_at`, of `resume_case`. What that
-returns goes to `FOLDER/{name}-{rank}.pt`.
-"""
-
-import json
 import os
 import signal
 import sys
@@ -88,9 +83,9 @@ def parameters(trainer) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def train_case(output_dir, config=None, **arguments) -> dict[str, torch.Tensor]:
+def train_case(folder, name, config=None, **arguments) -> dict[str, torch.Tensor]:
     """The parameters after training."""
-    trainer = make_trainer(output_dir, make_model(**(config or {})), **arguments)
+    trainer = make_trainer(folder / f"{name}-run", make_model(**(config or {})), **arguments)
     trainer.train()
     return parameters(trainer)
 
@@ -103,13 +98,16 @@ RESUME_ARGUMENTS = {"max_steps": 9, "optim": "adamw_torch", "learning_rate": 1e-
                     "save_strategy": "steps"}  # fmt: skip
 
 
-def resume_case(output_dir, resumed_at: int, trainer_class=GrinMoeTrainer, config=None, **arguments) -> dict[str, Any]:
+def resume_case(
+    folder, case, resumed_at: int, trainer_class=GrinMoeTrainer, config=None, **arguments
+) -> dict[str, Any]:
     """A run of 9 steps, and one that begins with other weights and resumes from the first's checkpoint.
 
     Returns the parameters and losses of both, `whole`, `resumed`, `whole_losses`, `resumed_losses`, and the names of
     what they left: `folders` and, in the checkpoint, `files`.
     """
     results: dict[str, Any] = {}
+    output_dir = folder / f"{case}-run"
     arguments = {**RESUME_ARGUMENTS, "save_steps": resumed_at, **arguments}
     for name, seed in (("whole", 3), ("resumed", 4)):
         model = make_model(seed, **{**RESUME_CONFIG, **(config or {})})
@@ -160,14 +158,3 @@ def make_killed_trainer(output_dir, trainer_class=GrinMoeTrainer, **arguments):
     settings = {**RESUME_ARGUMENTS, "save_steps": 1, "save_total_limit": 3, **arguments}
     set_seed(3)
     return make_trainer(output_dir, make_model(**RESUME_CONFIG), trainer_class=trainer_class, **settings)
-
-
-def main(folder: str | Path, cases_file: str | Path) -> None:
-    for case in json.loads(Path(cases_file).read_text()):
-        name = case.pop("name")
-        results = (resume_case if "resumed_at" in case else train_case)(Path(folder, f"{name}-run"), **case)
-        torch.save(results, Path(folder, f"{name}-{os.environ.get('RANK', 0)}.pt"))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,11 +1,5 @@
-"""Training runs in a pipeline, for `launch`: every case of a file of them.
+"""Cases of training in a pipeline. `checkpoint` names a folder in FOLDER."""
 
-A case is a dict of `name`, `function` (of this file, `train` by default) and its arguments. What that returns goes to
-`FOLDER/{name}-{rank}.pt`; the checkpoints are in `FOLDER`.
-"""
-
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +38,11 @@ class CountSends(TorchDispatchMode):
 
 def make_model(folder: Path, layout: dict[str, Any] | None, checkpoint: str, **settings: Any) -> GrinMoeForCausalLM:
     TrainingArguments(output_dir=folder, use_cpu=True)  # starts the process group
+    set_seed(5)
     settings = {"dtype": torch.float32, **settings}
     if layout is None:
         return GrinMoeForCausalLM.from_pretrained(folder / checkpoint, **settings)
+    as_on_gpus()  # from here on: cases of DDP come before
     return pipeline_model(folder / checkpoint, **layout, **settings)
 
 
@@ -148,15 +144,3 @@ def errors(folder: Path, name: str, checkpoint: str) -> dict[str, str]:
         except ValueError as error:
             messages[refused] = str(error)
     return messages
-
-
-def main(folder: str, cases_file: str) -> None:
-    on_gpus = False
-    for case in json.loads(Path(cases_file).read_text()):
-        name = case["name"]
-        if case.get("layout", True) is not None and not on_gpus:
-            as_on_gpus()
-            on_gpus = True
-        set_seed(5)
-        result = globals()[case.pop("function", "train")](Path(folder), **case)
-        torch.save(result, Path(folder, f"{name}-{os.environ.get('RANK', 0)}.pt"))

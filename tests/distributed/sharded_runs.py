@@ -1,12 +1,9 @@
-"""Models that are spread over ranks by `DistributedConfig`, under torchrun: `sharded_runs.py FOLDER CASES.json`.
+"""Cases of models that are spread over ranks by `DistributedConfig`.
 
-A case is a dict of `name`, `run` (a function of `RUNS`) and its arguments. What that returns goes to
-`FOLDER/{name}-{rank}.pt`. In every case `checkpoint` names a folder in FOLDER, and `layout` has the arguments of
-`DistributedConfig`; None: one process or DDP.
+In every case `checkpoint` names a folder in FOLDER, and `layout` has the arguments of `DistributedConfig`; None: one
+process or DDP.
 """
 
-import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -230,9 +227,9 @@ def infer(folder: Path, name: str, checkpoint: str, layout: dict[str, int] | Non
     }
 
 
-def replay(folder: Path, name: str, checkpoint: str, layout: dict[str, int] | None, routes: list) -> dict[str, Any]:
+def replay(folder: Path, name: str, checkpoint, layout, routes: list, config: dict[str, Any]) -> dict[str, Any]:
     """One pass in training on `routes`, `[batch, sequence, layers, K]`: gradients, and the `experts` it chose."""
-    model = load(folder, checkpoint, layout).train()
+    model = load(folder, checkpoint, layout, **config).train()
     ids, experts = torch.arange(5, 5 + 2 * runs.LENGTH).reshape(2, -1), torch.tensor(routes)
     with model.replay_routing(experts):
         outputs = model(ids, labels=ids, output_selected_experts=True)
@@ -241,7 +238,7 @@ def replay(folder: Path, name: str, checkpoint: str, layout: dict[str, int] | No
     return {"gradients": gradients, "experts": torch.stack(outputs.selected_experts, dim=1)}
 
 
-def refusals(folder: Path, name: str, attempts: dict[str, dict[str, Any]]) -> dict[str, str]:
+def refusals(folder: Path, name: str, attempts: dict[str, dict[str, Any]], checkpoint=None) -> dict[str, str]:
     """The messages of the ValueErrors that training runs end with, by the attempt's name."""
     messages = {}
     for attempt, case in attempts.items():
@@ -250,13 +247,3 @@ def refusals(folder: Path, name: str, attempts: dict[str, dict[str, Any]]) -> di
         except ValueError as error:
             messages[attempt] = str(error)
     return messages
-
-
-RUNS = {run.__name__: run for run in (train, train_best, train_plain, infer, replay, refusals)}
-
-
-def main(folder: str | Path, cases_file: str | Path) -> None:
-    for case in json.loads(Path(cases_file).read_text()):
-        name = case["name"]
-        result = RUNS[case.pop("run")](Path(folder), **case)
-        torch.save(result, Path(folder, f"{name}-{os.environ.get('RANK', 0)}.pt"))

@@ -1,17 +1,13 @@
 """One global batch, however it is split: processes, gradient accumulation, micro-batches. Real gloo processes."""
 
-import json
-from pathlib import Path
-
 import pytest
 import runs
 import torch
-from launch import launch
+from cases import run_cases, update_difference
 
 from modeling_grin.compat_grinmoe import TRANSFORMERS
 
 LAYOUTS = [(1, 1, 8), (1, 4, 2), (1, 8, 1), (2, 1, 4), (2, 4, 1), (4, 2, 1)]  # processes, accumulation, micro-batch
-RUNS = Path(runs.__file__)
 TOLERANCE = 1e-5
 NOISE = {"router_jitter_noise": 0.1, "input_jitter_noise": 0.1}
 
@@ -21,7 +17,7 @@ def settings(accumulation, micro_batch, average, **more):
 
 
 def cases():
-    """(processes, name, arguments of `runs.train_case`), few: on two cores a run of 4 processes takes a second."""
+    """(processes, name, arguments), few: on two cores a run of 4 processes takes a second."""
     for processes, accumulation, micro_batch in LAYOUTS:
         layout = f"{processes}-{accumulation}-{micro_batch}"
         yield processes, f"various-{layout}-True", settings(accumulation, micro_batch, True)
@@ -32,7 +28,7 @@ def cases():
         yield processes, f"noise-{processes}", settings(1, 8 // processes, True, config=NOISE)
     yield 1, "various-no_balance", settings(1, 8, True, config={"router_aux_loss_coef": 0.0})
     if TRANSFORMERS >= (5, 18):  # before, Trainer reads the optimizer of several ranks for a device "cpu:0"
-        yield 2, "resume", {"resumed_at": 3, "accumulation": 2, "micro_batch": 1}
+        yield 2, "resume", {"run": "resume_case", "resumed_at": 3, "accumulation": 2, "micro_batch": 1}
 
 
 @pytest.fixture(scope="module")
@@ -42,27 +38,12 @@ def trained(tmp_path_factory):
     results = {}
     for processes in (1, 2, 4):
         mine = {name: arguments for n, name, arguments in cases() if n == processes}
-        file = folder / f"cases-{processes}.json"
-        file.write_text(json.dumps([{"name": name, **arguments} for name, arguments in mine.items()]))
-        if processes == 1:
-            runs.main(folder, file)
-        else:
-            launch(RUNS, processes, folder, file)
-        for name in mine:
-            results[name] = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(processes)]
+        results |= run_cases("runs", folder, processes, mine, run="train_case")
     return results
 
 
 def difference(actual, expected):
-    """The largest relative difference of a parameter's update. Updates under a hundredth of the whole one's norm, some
-    of them 0 by symmetry, are compared with that."""
-    start = {name: parameter.detach().double() for name, parameter in runs.make_model().named_parameters()}
-    updates = {name: expected[name].double() - start[name] for name in start}
-    whole = torch.stack([update.norm() for update in updates.values()]).norm()
-    return max(
-        float((actual[name] - expected[name]).double().norm() / max(updates[name].norm(), whole / 100))
-        for name in start
-    )
+    return update_difference(actual, expected, dict(runs.make_model().named_parameters()))
 
 
 def reference(processes, accumulation, micro_batch, average):

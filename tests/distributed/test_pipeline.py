@@ -3,15 +3,11 @@
 One process, and DDP, are proven elsewhere against loops in float64 (`test_layouts.py`).
 """
 
-import json
-from pathlib import Path
-
-import pipeline_runs
 import pytest
 import runs
 import sharded_runs
 import torch
-from launch import launch
+from cases import run_cases, update_difference
 
 from modeling_grin.training.sharded import weights_of
 
@@ -43,7 +39,7 @@ CASES = {
         "one-clipped": {"layout": None, "max_grad_norm": 1.0, "max_steps": 1},
         "one-bf16": {"layout": None, "bf16": True},
         "one-uneven": {"layout": None, "micro_batch": 3, "max_steps": 4},
-        "one-sft": {"layout": None, "function": "sft"},
+        "one-sft": {"layout": None, "run": "sft"},
         "one-saved": {"layout": None, **SAVED},
     },
     2: {
@@ -52,13 +48,13 @@ CASES = {
         "interleaved": {"layout": INTERLEAVED},
         "bf16": {"layout": {"pp_size": 2}, "bf16": True},
         "uneven": {"layout": {"pp_size": 2}, "micro_batch": 3, "max_steps": 4},
-        "sft": {"layout": {"pp_size": 2}, "function": "sft"},
+        "sft": {"layout": {"pp_size": 2}, "run": "sft"},
         "saved": {"layout": {"pp_size": 2}, **SAVED},
         "exact": {"layout": {"pp_size": 2}, **EXACT},
         "exact-resumed": {
             "layout": {"pp_size": 2}, **EXACT, "checkpoint": "other", "resume_from": "exact-run/checkpoint-3"
         },
-        "errors": {"function": "errors"},
+        "errors": {"run": "errors"},
     },
     4: {
         "four stages": {"layout": {"pp_size": 4}, "checkpoint": "layers-5"},
@@ -89,14 +85,6 @@ SAME = {
 }
 
 
-def run_cases(processes: int, cases: dict, folder: Path) -> dict:
-    """name -> results of every rank, of cases that so many processes run."""
-    file = folder / f"cases-{processes}.json"
-    file.write_text(json.dumps([{"name": name, "checkpoint": "layers-4"} | case for name, case in cases.items()]))
-    launch(pipeline_runs.__file__, processes, folder, file)
-    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(processes)] for name in cases}
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """name -> results of every rank, all cases of one number of processes in one launch."""
@@ -106,7 +94,7 @@ def trained(tmp_path_factory):
     runs.make_model(seed=4, num_hidden_layers=4, **NOISE).save_pretrained(folder / "other")
     results = {}
     for processes, cases in (*CASES.items(), (1, FROM_PIPELINE)):
-        results.update(run_cases(processes, cases, folder))
+        results |= run_cases("pipeline_runs", folder, processes, cases, run="train", checkpoint="layers-4")
     return results
 
 
@@ -124,17 +112,7 @@ def start(num_layers):
 
 
 def difference(actual, expected):
-    """The largest relative difference of a parameter's update. Updates under a hundredth of the whole one's norm are
-    compared with that."""
-    before = start(5 if any(".layers.4." in name for name in expected) else 4)
-    assert actual.keys() == expected.keys() == before.keys()
-    updates = {name: (expected[name] - before[name].detach()).double() for name in before}
-    norm = torch.stack([update.norm() for update in updates.values()]).norm()
-    assert norm > 0.1  # the runs have learnt something
-    return max(
-        float((actual[name] - expected[name]).double().norm() / max(updates[name].norm(), norm / 100))
-        for name in before
-    )
+    return update_difference(actual, expected, start(5 if any(".layers.4." in name for name in expected) else 4))
 
 
 def logged(result):

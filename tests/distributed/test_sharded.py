@@ -3,15 +3,14 @@
 import json
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import runs
 import sharded_runs
 import torch
+from cases import difference, log_difference, moved, run_cases
 from checkpoints import released_config, released_tensors, write_checkpoint
-from launch import launch
 from processes import get_context
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -42,6 +41,8 @@ BF16 = {"bf16": True, "checkpoint": "wide", "config": {"router_estimator": "gsha
 DENSE = {"max_steps": 2, "config": {"router_estimator": "dense"}}  # each slot by itself, as in v2_star and v2_paper
 PLAIN = {"run": "train_plain", "optim": "sgd", "learning_rate": 0.1, "config": NO_NOISE, "max_steps": 1,
          "accumulation": 2}  # fmt: skip
+ROUTES = torch.rand(2, runs.LENGTH, 2, 6, generator=torch.Generator().manual_seed(0)).argsort(dim=-1)[..., :2]
+REPLAY = {"run": "replay", "routes": ROUTES.tolist(), "config": {"router_sampling": False, "input_jitter_noise": 0.0, "router_aux_loss_coef": 0.0}}  # fmt: skip
 # The largest loss, which is the first step's: the best model is not the last one.
 BEST = {"run": "train_best", "greater_is_better": True}
 
@@ -59,6 +60,7 @@ def cases(num_ranks, second=False):
         yield "one-dense", {"layout": None, **DENSE}
         yield "one-infer", {"layout": None, "run": "infer"}
         yield "one-plain", {"layout": None, **PLAIN}
+        yield "one-replay", {"layout": None, **REPLAY}
     elif num_ranks == 2:
         yield "ddp", {"layout": None, **saving}
         yield "fsdp2", {"layout": FSDP2, **saving, "saved": True}
@@ -82,6 +84,8 @@ def cases(num_ranks, second=False):
         }
         attempts = {name: {"checkpoint": "source", "layout": FSDP2, **case} for name, case in attempts.items()}
         yield "fsdp2-refused", {"run": "refusals", "attempts": attempts}
+        yield "tp-replay", {"layout": TP, **REPLAY}
+        yield "fsdp2-replay", {"layout": FSDP2, **REPLAY}
     else:
         yield "fsdp2_tp", {"layout": FSDP2_TP, **saving}
         yield "hsdp", {"layout": HSDP}
@@ -108,19 +112,8 @@ def folder(tmp_path_factory):
         metadata = {"DCP_SHARDING_INFO": json.dumps(offsets)}
         save_file(other, folder / "fsdp2-saved" / left / f"{name}.safetensors", metadata=metadata)
     for num_ranks, second in ((1, False), (2, False), (4, False), (1, True)):
-        file = folder / f"cases-{num_ranks}.json"
         defaults = {"run": "train", "checkpoint": "source"}
-        listed = []
-        for name, case in cases(num_ranks, second):
-            case = {"name": name, **defaults, **case}
-            if case["run"] == "refusals":
-                del case["checkpoint"]
-            listed.append(case)
-        file.write_text(json.dumps(listed))
-        if num_ranks == 1:
-            sharded_runs.main(folder, file)
-        else:
-            launch(Path(sharded_runs.__file__), num_ranks, folder, file)
+        run_cases("sharded_runs", folder, num_ranks, dict(cases(num_ranks, second)), **defaults)
     return folder
 
 
@@ -130,22 +123,17 @@ def result(folder):
     return lambda name, rank=0: torch.load(folder / f"{name}-{rank}.pt")
 
 
-def difference(actual, expected):
-    """The largest relative difference of a tensor, by its norm."""
-    assert actual.keys() == expected.keys()
-    return max(float((actual[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
+def assert_trained_alike(actual, expected):
+    """The first step's gradients, the updates of all weights, losses and norms of all steps."""
+    assert difference(actual["gradients"], expected["gradients"]) < TOLERANCE
+    assert_same_end(actual, expected)
 
 
-def moved(parameters):
-    """How far training has moved each parameter and bias: their values would hide errors of updates."""
-    start = runs.make_model(**BIASED).state_dict()
-    return {name: parameters[name] - start[name] for name in start}
-
-
-def log_difference(actual, expected):
-    assert [entry["step"] for entry in actual] == [entry["step"] for entry in expected]
-    pairs = zip(actual, expected, strict=True)
-    return max(abs(a[key] / e[key] - 1) for a, e in pairs for key in ("loss", "grad_norm"))
+def assert_same_end(actual, expected):
+    start = dict(runs.make_model().named_parameters())
+    updates = (moved(result["parameters"], start) for result in (actual, expected))
+    assert difference(*updates) < TOLERANCE
+    assert log_difference(actual["logs"], expected["logs"]) < TOLERANCE
 
 
 # ---- Training ----
@@ -154,9 +142,7 @@ def log_difference(actual, expected):
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2", "tp", "fsdp2_tp", "hsdp", "fsdp2-offloaded"])
 def test_a_layout_trains_as_one_process(result, layout):
     actual, expected = result(layout), result("one")
-    assert difference(actual["gradients"], expected["gradients"]) < TOLERANCE
-    assert difference(moved(actual["parameters"]), moved(expected["parameters"])) < TOLERANCE
-    assert log_difference(actual["logs"], expected["logs"]) < TOLERANCE
+    assert_trained_alike(actual, expected)
     assert expected["logs"][0]["grad_norm"] > sharded_runs.TRAINING["max_grad_norm"]  # it clips
     assert actual["chunked"] == actual["forwards"] == expected["chunked"]  # logits are never whole
 
@@ -175,10 +161,7 @@ def test_tensor_parallel_ranks_with_noise_of_their_own_are_found(result):
 
 
 def test_estimators_that_mix_slots_under_tensor_parallelism(result):
-    actual, expected = result("tp-dense"), result("one-dense")
-    assert difference(actual["gradients"], expected["gradients"]) < TOLERANCE
-    assert difference(moved(actual["parameters"]), moved(expected["parameters"])) < TOLERANCE
-    assert log_difference(actual["logs"], expected["logs"]) < TOLERANCE
+    assert_trained_alike(result("tp-dense"), result("one-dense"))
 
 
 def test_recomputed_activations_change_no_bit(result):
@@ -212,6 +195,14 @@ def test_the_balance_loss_under_a_trainer_that_announces_no_steps(result):
     """Each forward pass counts tensor-parallel ranks once."""
     actual, expected = result("tp-plain"), result("one-plain")
     assert difference(actual["gradients"], expected["gradients"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("layout", "rank"), [("tp", 0), ("tp", 1), ("fsdp2", 0), ("fsdp2", 1)])
+def test_every_layout_replays_the_same_routes(result, layout, rank):
+    actual, expected = result(f"{layout}-replay", rank), result("one-replay")
+    assert torch.equal(expected["experts"].unflatten(0, (2, -1)), ROUTES)
+    assert torch.equal(actual["experts"], expected["experts"])
+    assert difference(actual["gradients"], expected["gradients"]) <= TOLERANCE
 
 
 # ---- Loading for inference ----
@@ -280,9 +271,7 @@ def test_the_same_layout_resumes_bit_for_bit(result):
 
 @pytest.mark.parametrize("name", ["one-from-fsdp2", "fsdp2_tp-from-one", "tp-from-fsdp2", "fsdp2-from-tp"])
 def test_another_layout_resumes_to_the_same_end(result, name):
-    actual, expected = result(name), result("one")
-    assert log_difference(actual["logs"], expected["logs"]) < TOLERANCE
-    assert difference(moved(actual["parameters"]), moved(expected["parameters"])) < TOLERANCE
+    assert_same_end(result(name), result("one"))
 
 
 def test_the_best_model_is_loaded_at_the_end(result):

@@ -1,15 +1,13 @@
 """LoRA on every layout: the same training as in one process, one ordinary adapter, and resuming on any layout."""
 
 import itertools
-import json
-from pathlib import Path
 
-import pipeline_runs
+import cases as cases_module
 import pytest
 import sharded_runs
 import torch
+from cases import difference, run_cases
 from checkpoints import released_config, released_tensors, write_checkpoint
-from launch import launch
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -96,17 +94,12 @@ def folder(tmp_path_factory):
         config = released_config(torch_dtype="float32", router_aux_loss_coef=1.0, **sizes, **NOISE)
         write_checkpoint(folder / name, config, released_tensors(config, 3), num_shards=2)
     for num_ranks in (1, 2, 4):
-        file = folder / f"cases-{num_ranks}.json"
         defaults = {"run": "train", "checkpoint": "source", "lora": LORA}
-        file.write_text(json.dumps([{"name": name, **defaults, **case} for name, case in cases(num_ranks)]))
+        run_cases("sharded_runs", folder, num_ranks, dict(cases(num_ranks)), **defaults)
         if num_ranks == 1:
-            sharded_runs.main(folder, file)
             GrinMoeForCausalLM.from_pretrained(folder / "blocks", **NF4).save_pretrained(folder / "published")
         else:
-            launch(Path(sharded_runs.__file__), num_ranks, folder, file)
-            stages = [{"name": name, **PIPELINE, **case} for name, case in PIPELINES[num_ranks].items()]
-            file.write_text(json.dumps(stages))
-            launch(Path(pipeline_runs.__file__), num_ranks, folder, file)
+            run_cases("pipeline_runs", folder, num_ranks, PIPELINES[num_ranks], run="train", **PIPELINE)
     return folder
 
 
@@ -114,17 +107,11 @@ def result(folder, name, rank=0):
     return torch.load(folder / f"{name}-{rank}.pt")
 
 
-def difference(actual, expected):
-    """The largest relative difference of a tensor, by its norm."""
-    assert actual.keys() == expected.keys()
-    return max(float((actual[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
-
-
 def moved(folder, found, checkpoint="source", config=None):
     """How far training has moved each adapter."""
     start = sharded_runs.adapt(GrinMoeForCausalLM.from_pretrained(folder / checkpoint, **(config or {})), **LORA)
-    start = {name: parameter.detach() for name, parameter in start.named_parameters() if parameter.requires_grad}
-    return {name: found["parameters"][name] - start[name] for name in start}
+    learnt = {name: parameter for name, parameter in start.named_parameters() if parameter.requires_grad}
+    return cases_module.moved(found["parameters"], learnt)
 
 
 def check_logs(actual, expected, steps=slice(None)):
