@@ -6,7 +6,7 @@ wrappers and runs the experts underneath with them: names, state and files stay 
 Shapes: T tokens, K experts per token, S = T K slots, E experts, r ranks of all active adapters together.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,15 +18,8 @@ from .layout_grinmoe import EXPERT_WEIGHTS
 RANK_MULTIPLE = 8  # of ranks, which are filled up with zeros: torch's grouped_mm wants rows of multiples of 16 bytes
 
 
-class Factors(NamedTuple):
-    """The adapters of one fused parameter `[E, out, in]`."""
-
-    a: torch.Tensor
-    """A, `[E, r, in]`."""
-    b: torch.Tensor
-    """s B, `[E, out, r]`."""
-
-
+Factors = tuple[torch.Tensor, torch.Tensor]
+"""The adapters of one fused parameter `[E, out, in]`: A `[E, r, in]` and s B `[E, out, r]`."""
 Lora = dict[str, Factors]
 """Fused parameter -> its adapters."""
 
@@ -51,7 +44,7 @@ def find_lora(experts: nn.Module) -> tuple[nn.Module, Lora]:
                 module.scaling[name] * module.lora_B[name].weight.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
                 for name in names
             ]
-            factors = Factors(torch.cat(a, dim=1), torch.cat(b, dim=2))
+            factors = torch.cat(a, dim=1), torch.cat(b, dim=2)
             lora[module.parameter_name] = of_rank(factors, module.parameter_name, module.get_param())
         module = module.base_layer
     return module, lora
@@ -70,9 +63,9 @@ def of_rank(factors: Factors, name: str, weight: torch.Tensor) -> Factors:
     a, b = (_AllReduceBackward.apply(factor, mesh.get_group()) for factor in factors)
     num_ranks, rank = mesh.size(), mesh.get_local_rank()
     if name == "down_proj":
-        return Factors(a.chunk(num_ranks, dim=2)[rank], b)
+        return a.chunk(num_ranks, dim=2)[rank], b
     parts = b.unflatten(1, (len(EXPERT_WEIGHTS[name]), num_ranks, -1))  # [E, parts, ranks, F / ranks, r]
-    return Factors(a, parts[:, :, rank].flatten(1, 2))
+    return a, parts[:, :, rank].flatten(1, 2)
 
 
 def lora_experts_forward(

@@ -376,7 +376,7 @@ SAID = CHAT["messages"]
         ("sft_debug", [CHAT] * 9, ["--model_config", '{"num_expert": 4}'], "GrinMoeConfig has no field num_expert"),
         ("sft_debug", [CHAT] * 9, ["--model_config", '{"eos_token_id": 7}'], r"eos_token_id is 3 .*endoftext.* and 7"),
         ("sft_debug", [CHAT] * 9, ["--model_config", "[1]"], r"--model_config.*: invalid json_object value: '\[1\]'"),
-        ("sft_debug", [CHAT] * 9, ["--model_name_or_path", "output/sft_dbug"], "path=output/sft_dbug: no such folder"),
+        ("sft_debug", [CHAT] * 9, ["--model_name_or_path", "output/sft_dbug"], "error: output/sft_dbug, as a folder"),
         ("sft_debug", [CHAT] * 9, ["--train_split", "train_sft"], "splits and configurations are of datas"),
 
         ("sft_debug", [CHAT] * 9, ["--lora_alpha", "64"], "lora_alpha=64 needs LoRA: set lora_r"),

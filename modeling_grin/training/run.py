@@ -38,13 +38,12 @@ CHAT_SETTINGS = ("tools", "chat_template_kwargs")  # TRL reads these columns bes
 
 
 @contextmanager
-def prefix_errors(argument: str, name: str) -> Iterator[None]:
-    """Put the argument and its value, the model or tokenizer `name`, before errors of loading it, in one line."""
+def name_in_errors(name: str) -> Iterator[None]:
+    """Put the name of a checkpoint before errors of loading it, which often lack it."""
     try:
         yield
     except (ValueError, OSError) as error:
-        place = "" if Path(name).exists() else "no such folder here, and as a model of the Hub: "
-        raise ValueError(f"{argument}={name}: {place}{' '.join(str(error).split())}") from error
+        raise ValueError(f"{name}, as a folder here and as a name on the Hub: {error}") from error
 
 
 @contextmanager
@@ -54,7 +53,7 @@ def exit_on_error() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         get_error_handler().record_exception(error)  # a launcher reports it as the rank's
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
 
 
 # ---- Data ----
@@ -91,18 +90,17 @@ def select_columns(dataset: Dataset, columns: Sequence[str]) -> Dataset:
 
 def load_tokenizer(arguments: RecipeArguments) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the arguments name, or the model's."""
-    argument = "tokenizer_name_or_path" if arguments.tokenizer_name_or_path else "model_name_or_path"
-    name = getattr(arguments, argument)
+    name = arguments.tokenizer_name_or_path or arguments.model_name_or_path
     if name is None:
         raise ValueError("model_name_or_path must be the folder or the Hub name of a checkpoint; got none")
-    with prefix_errors(argument, name):
+    with name_in_errors(name):
         return AutoTokenizer.from_pretrained(name)
 
 
 def load_config(arguments: RecipeArguments) -> GrinMoeConfig:
     """Load the checkpoint's configuration, with `model_config` applied; quick, for checks before the weights."""
     name = str(arguments.model_name_or_path)
-    with prefix_errors("model_name_or_path", name):
+    with name_in_errors(name):
         return GrinMoeConfig.from_pretrained(name, **arguments.config_overrides)
 
 
@@ -111,10 +109,9 @@ def distributed_config_from_accelerate(
 ) -> DistributedConfig | None:
     """Return FSDP2 and tensor parallelism as the config file of `accelerate launch` sets them; None for neither.
 
-    transformers then spreads the model while it loads: each rank reads its own part, FSDP2 and tensor parallelism go
-    together, and CPUs will do. The settings are taken out of the environment, or accelerate would shard the model a
-    second time. In bfloat16 training FSDP2 gathers bfloat16 copies of its float32 weights, and reduces gradients in
-    float32.
+    transformers then spreads the model while it loads: each rank reads its own part. The settings are taken out of the
+    environment, or accelerate would shard the model a second time. In bfloat16 training FSDP2 gathers bfloat16 copies
+    of its float32 weights, and reduces gradients in float32.
 
     Args:
         pipeline_parallel_size: more than 1: the layout's tensor-parallel size is a stage's, and the number of
@@ -185,14 +182,13 @@ def load_model(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=arguments.dtype,
         )  # fmt: skip
-    with prefix_errors("model_name_or_path", name):
-        if arguments.pipeline_parallel_size == 1:
-            return GrinMoeForCausalLM.from_pretrained(name, config=config, distributed_config=layout, **settings)
-        return pipeline_model(
-            name if Path(name).is_dir() else snapshot_download(name), config,
-            pp_size=arguments.pipeline_parallel_size, tp_size=1 if layout is None else layout.tp_size,
-            schedule=arguments.pipeline_schedule, **settings,
-        )  # fmt: skip
+    if arguments.pipeline_parallel_size == 1:
+        return GrinMoeForCausalLM.from_pretrained(name, config=config, distributed_config=layout, **settings)
+    return pipeline_model(
+        name if Path(name).is_dir() else snapshot_download(name), config,
+        pp_size=arguments.pipeline_parallel_size, tp_size=1 if layout is None else layout.tp_size,
+        schedule=arguments.pipeline_schedule, **settings,
+    )  # fmt: skip
 
 
 def make_model(

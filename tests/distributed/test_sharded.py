@@ -42,7 +42,8 @@ DENSE = {"max_steps": 2, "config": {"router_estimator": "dense"}}  # each slot b
 PLAIN = {"run": "train_plain", "optim": "sgd", "learning_rate": 0.1, "config": NO_NOISE, "max_steps": 1,
          "accumulation": 2}  # fmt: skip
 ROUTES = torch.rand(2, runs.LENGTH, 2, 6, generator=torch.Generator().manual_seed(0)).argsort(dim=-1)[..., :2]
-REPLAY = {"run": "replay", "routes": ROUTES.tolist(), "config": {"router_sampling": False, "input_jitter_noise": 0.0, "router_aux_loss_coef": 0.0}}  # fmt: skip
+REPLAY = {"run": "replay", "routes": ROUTES.tolist(),
+          "config": {"router_sampling": False, "input_jitter_noise": 0.0, "router_aux_loss_coef": 0.0}}  # fmt: skip
 # The largest loss, which is the first step's: the best model is not the last one.
 BEST = {"run": "train_best", "greater_is_better": True}
 
