@@ -81,7 +81,8 @@ def parse(argv: list[str] | None = None) -> tuple[EvaluatorConfig, dict[str, Any
 
 def identify(model_args: dict[str, Any]) -> str:
     """Hash what a cached answer depends on beside its prompt: the weights, and how they are loaded."""
-    name, files = model_args["pretrained"], sorted(Path(model_args["pretrained"]).glob("*"))
+    name = model_args["pretrained"]
+    files = sorted(file for file in Path(name).glob("*") if file.suffix in (".safetensors", ".json", ".jinja"))
     state: Any = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     if not files:
         state = AutoConfig.from_pretrained(name, revision=model_args.get("revision"))._commit_hash

@@ -92,12 +92,11 @@ def test_the_suite_is_table_2_and_the_harness_has_it(registry, at_root):
         assert len({config["task"] for config in leaf_configs(registry, name)}) == number
 
 
-def test_rows_are_chosen_by_name(at_root, capsys):
+def test_rows_are_chosen_by_name(at_root):
     config, group = evaluate.parse(["--config", str(PAPER), "--rows", "MATH", "PIQA", "--limit", "0.5"])
     assert list(group["metadata"]["rows"]) == ["PIQA", "MATH"] and len(group["task"]) == 2 and config.limit == 0.5
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="--rows must be of MMLU, HellaSwag"):
         evaluate.parse(["--config", str(PAPER), "--rows", "wrod"])
-    assert "error: --rows must be of MMLU, HellaSwag" in capsys.readouterr().err
 
 
 # ---- A tiny model on tasks of our own ----
@@ -211,6 +210,7 @@ def workdir(trained_tokenizer, tmp_path_factory):
         patch.chdir(folder)
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
         patch.setattr("lm_eval.tasks.TaskManager", quick_manager)
+        patch.setattr(evaluate, "TaskManager", quick_manager)
         generator = torch.Generator().manual_seed(7)
         words = sorted(word for word in trained_tokenizer.get_vocab() if word.isalpha())
 
@@ -291,7 +291,7 @@ def test_choices_are_ranked_as_by_plain_forward_passes(evaluated, reference, wor
     assert result["score"] == pytest.approx(100 * sum(right) / 16)
     assert right != correct_by_sum, "lengths matter"
     assert result["stderr"] == pytest.approx(100 * math.sqrt(squares / (total - 2) / total)), "of the pooled variance"
-    assert (result["num_samples"], result["shots"], result["paper"]) == (16, [2], 40.0)
+    assert (result["shots"], result["paper"]) == ([2], 40.0)
 
 
 def test_answers_are_greedy_and_end_at_the_end_of_turn(evaluated, reference, workdir):
