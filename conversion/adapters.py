@@ -34,9 +34,7 @@ def find_base(adapter: Path, base: Path | None) -> Path:
 def read_adapter(folder: Path) -> dict[str, StoredTensor]:
     """Return an adapter's tensors, unread, by the names that peft gives them."""
     if not (folder / ADAPTER_FILE).is_file():
-        raise ConversionError(
-            f"{folder} has no {ADAPTER_FILE}: load the adapter with peft and save it again with safe_serialization"
-        )
+        raise ConversionError(f"{folder} has no {ADAPTER_FILE}: load the adapter with peft, and save it again")
     return read_tensors(folder / ADAPTER_FILE)
 
 

@@ -61,8 +61,7 @@ def open_checkpoint(path: Path, *, config: Path | None = None, weights_only: boo
     """
     if not path.is_dir():
         raise ConversionError(
-            f"{path} is not a folder: give the folder of a checkpoint; `hf download OWNER/NAME --local-dir FOLDER` "
-            "fetches one from the Hub"
+            f"{path} is not a folder: `hf download OWNER/NAME --local-dir FOLDER` fetches a checkpoint"
         )
     if (path / ADAPTER_CONFIG_FILE).is_file() and not (path / CONFIG_FILE).is_file():
         raise ConversionError(f"{path} holds an adapter, which needs its base model: give it with --base FOLDER")

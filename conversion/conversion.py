@@ -216,7 +216,7 @@ def change_experts(checkpoint: Checkpoint, request: Request, report: Report) -> 
         return upcycle(checkpoint, wanted, request.top_k or 2)
     if request.calibration is None or request.top_k is not None:
         raise ConversionError(
-            f"of {present} experts the {wanted} most used on a text are kept: give --calibration FILE, and no --top-k"
+            f"of {present} experts the {wanted} most used are kept: give --calibration, and no --top-k"
         )
     load = calibrate(checkpoint, request.calibration).load
     kept = load.topk(min(wanted, present), dim=1).values.sum(dim=1)
@@ -240,10 +240,7 @@ def calibrate(checkpoint: Checkpoint, path: Path) -> verify.Calibration:
     if len(ids) == 0:
         raise ConversionError(f"{path} is empty: give a text like those that the model is for")
     if ids.max() >= config.vocab_size:
-        raise ConversionError(
-            f"{checkpoint.path}: the tokenizer gives id {ids.max()}, the model has vocab_size={config.vocab_size}: it "
-            "is another model's tokenizer"
-        )
+        raise ConversionError(f"{checkpoint.path}: the tokenizer has id {ids.max()}; vocab_size={config.vocab_size}")
     rows = list(ids.split(min(CALIBRATION_ROW, config.max_position_embeddings)))
     return verify.calibrate(verify.load_model(checkpoint), rows)
 

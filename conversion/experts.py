@@ -31,9 +31,8 @@ def upcycle(checkpoint: Checkpoint, num_experts: int, top_k: int) -> Checkpoint:
     config = checkpoint.config
     if not 1 <= top_k <= num_experts or num_experts < 2 or inference_rule(config) not in WEIGHT_OF_ONE:
         raise ConversionError(
-            f"upcycling needs num_experts >= 2, top_k from 1 to num_experts, and a router_estimator that infers as "
-            f"{' or '.join(sorted(WEIGHT_OF_ONE))}, which weight experts by 1; got {num_experts}, {top_k}, "
-            f"{config.router_estimator}"
+            f"upcycling needs num_experts >= 2, top_k from 1 to num_experts, and the rule of sparsemixer_v2; "
+            f"got {num_experts}, {top_k}, {config.router_estimator}"
         )
 
     def make_copy(name: str) -> StoredTensor:
@@ -63,10 +62,7 @@ def prune(checkpoint: Checkpoint, load: torch.Tensor, num_experts: int) -> Check
     """
     present, top_k = checkpoint.config.num_local_experts, checkpoint.config.num_experts_per_tok
     if not top_k <= num_experts < present:
-        raise ConversionError(
-            f"num_experts must be at least num_experts_per_tok={top_k} and less than the {present} of "
-            f"{checkpoint.path}; got {num_experts}"
-        )
+        raise ConversionError(f"num_experts must be at least top_k={top_k} and less than {present}; got {num_experts}")
     kept = load.sort(dim=1, descending=True, stable=True).indices[:, :num_experts].sort(dim=1).values
 
     def choose(name: str) -> StoredTensor:

@@ -105,10 +105,8 @@ def released_tensors(
     layers, experts = config.num_hidden_layers, config.num_local_experts
     has_experts = experts <= len(found) or any(tensor.shape[:1] == (experts,) for tensor in found.values())
     if layers > len(found) or not has_experts:  # checked before the model, which may be absurdly large, is described
-        raise ConversionError(
-            f"{where}: the config says num_hidden_layers={layers} and num_local_experts={experts}, but there are only "
-            f"{len(found)} tensors"
-        )
+        sizes = f"num_hidden_layers={layers} and num_local_experts={experts}"
+        raise ConversionError(f"{where}: the config says {sizes}, but there are only {len(found)} tensors")
     model_class = model_class_of(found)
     forms = {form: list_groups(form, config, model_class) for form in ("hub", "fused")}
     form = max(forms, key=lambda form: len(found.keys() & forms[form].keys()))  # knows most of the names
@@ -119,8 +117,7 @@ def released_tensors(
         embeddings = next(tensor for name, tensor in found.items() if name.endswith("embed_tokens.weight"))
         if not torch.equal(head.read(), embeddings.read()):
             raise ConversionError(
-                f"{where}: lm_head.weight differs from model.embed_tokens.weight though the config ties them: set "
-                "tie_word_embeddings to false to keep the head"
+                f"{where}: lm_head.weight differs from model.embed_tokens.weight: untie them in the config"
             )
     tensors: dict[str, StoredTensor] = {}
     for name, (_, parts) in groups.items():

@@ -172,10 +172,8 @@ class Target:
                     stored = gguf.dequantize(data, self.type)
                     error, whole = float(np.linalg.norm(stored - values)), float(np.linalg.norm(values))
                 if not math.isfinite(error):
-                    raise ConversionError(
-                        f"{source.where} cannot be stored as {self.type.name} ({self.place.name}): its largest value "
-                        f"is {np.abs(values).max():.4g}; choose another type, or repair it if it is not finite"
-                    )
+                    largest = f"its largest value is {np.abs(values).max():.4g}"
+                    raise ConversionError(f"{source.where} cannot be stored as {self.type.name}: {largest}")
                 self.squares = self.squares[0] + error**2, self.squares[1] + whole**2
                 yield np.ascontiguousarray(data).view(np.uint8).reshape(-1).data
 

@@ -63,17 +63,13 @@ def llama_scores(vocabulary: dict[str, int], merges: list[list[str]]) -> dict[in
             pair = (piece[:split], piece[split:])
             if vocabulary.keys() >= {*pair} and pair not in pairs:
                 raise ConversionError(
-                    f"tokenizer.json has {piece!r} but no merge of {pair}, which llama.cpp would merge; "
-                    "GGUF needs a tokenizer that was converted from SentencePiece"
+                    f"tokenizer.json has {piece!r} but no merge of {pair}, which llama.cpp would merge"
                 )
     scores: dict[int, float] = {}
     rank = 0
     for piece, length in runs:
         if vocabulary[piece] in scores:
-            raise ConversionError(
-                f"the merges of tokenizer.json come back to {piece!r}, which no scores can express; "
-                "GGUF needs a tokenizer that was converted from SentencePiece"
-            )
+            raise ConversionError(f"the merges of tokenizer.json come back to {piece!r}, which no scores express")
         scores[vocabulary[piece]] = -float(rank)
         rank += length
     return scores
@@ -130,10 +126,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> tu
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_merges([f"{left} {right}" for left, right in model["merges"]])
     else:
-        raise ConversionError(
-            f"{path}: llama.cpp has no tokenizer like this BPE; it has Llama's with byte fallback, and byte-level BPE "
-            "that splits text as GPT-2's"
-        )
+        raise ConversionError(f"{path}: llama.cpp has no tokenizer like this BPE; it has Llama's and GPT-2's")
     writer.add_token_list([f"[PAD{i}]" if token is None else token for i, token in enumerate(tokens)])
     writer.add_token_types(token_types(tokenizer, tokens))
     add_special_tokens(writer, tokenizer)

@@ -63,10 +63,7 @@ def find_tensors(path: Path) -> dict[str, StoredTensor]:
             names = ", ".join(file.name for file in chosen[:5])
             raise ConversionError(f"{path} has {len(chosen)} weight files ({names}) and no {INDEX_FILE}: fetch that")
         if any(file.suffix in PICKLE_SUFFIXES for file in path.iterdir()):
-            raise ConversionError(
-                f"{path} has its weights in pickle files, which can run code: give --weights-only to read nothing but "
-                "tensors from them"
-            )
+            raise ConversionError(f"{path} has its weights in pickles, which can run code: --weights-only runs none")
         raise ConversionError(f"{path} has no weights: no {INDEX_FILE}, {WEIGHTS_FILE} or other safetensors file")
 
     listed = read_json(index, MAX_INDEX_BYTES)
@@ -76,7 +73,7 @@ def find_tensors(path: Path) -> dict[str, StoredTensor]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", file):
             raise ConversionError(
-                f"{index} puts tensor {name!r:.120} in {file!r:.120}, not a safetensors file in its own folder"
+                f"{index} puts {name!r:.120} in {file!r:.120}, not a safetensors file in its own folder"
             )
     places = {name: path / file for name, file in weight_map.items()}
     if path / WEIGHTS_FILE in set(safetensors) - set(places.values()):
@@ -118,10 +115,7 @@ def read_config(folder: Path) -> GrinMoeConfig:
     values = read_json(path)
     values = {name: value for name, value in values.items() if name.removeprefix("_") not in RUNTIME_FIELDS}
     if values.get("quantization_config") is not None:
-        raise ConversionError(
-            f"{path} has a quantization_config: dequantize the model with the library that made it, and convert what "
-            "that saves"
-        )
+        raise ConversionError(f"{path} has a quantization_config: dequantize the model, save it, and convert that")
     labels = values.get("num_labels")
     if isinstance(labels, (int, float)) and labels > MAX_LABELS:
         raise ConversionError(f"{path}: num_labels must be at most {MAX_LABELS}; got {labels!r:.120}")

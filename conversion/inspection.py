@@ -151,10 +151,8 @@ def inspect_gguf(path: Path, verify: bool, progress: Progress) -> Inspection:
     architecture = str(metadata.get("general.architecture"))
     top_k, num_experts = (metadata.get(f"{architecture}.expert{key}_count", 0) for key in ("_used", ""))
     if not (type(top_k) is type(num_experts) is int and 0 <= top_k <= num_experts):
-        raise ConversionError(
-            f"{path}: {architecture}.expert_used_count and expert_count must be counts of experts; got {top_k!r:.50} "
-            f"and {num_experts!r:.50}"
-        )
+        got = f"got {top_k!r:.50} and {num_experts!r:.50}"
+        raise ConversionError(f"{path}: expert_used_count and expert_count must be counts of experts; {got}")
     found = Inspection.of_weights(
         ((tensor.name, tensor.tensor_type.name, int(tensor.n_elements)) for tensor in tensors),
         top_k or 1,

@@ -228,10 +228,8 @@ class ShardedTensor(NamedTuple):
             meets = ((starts[:, None] < ends) & (starts < ends[:, None])).all(dim=-1)
             if meets.sum() == len(shards):  # each meets itself
                 return
-        raise ConversionError(
-            f"{self.where}: its parts do not cover shape {list(self.shape)} exactly once ({stored} elements): "
-            "files of some ranks are missing, or of another save; copy the whole folder again"
-        )
+        covered = f"do not cover shape {list(self.shape)} exactly once ({stored} elements)"
+        raise ConversionError(f"{self.where}: its parts {covered}: copy the files of all ranks, of one save")
 
     def load(self) -> torch.Tensor:
         """Read the whole tensor, shard by shard."""
@@ -239,10 +237,7 @@ class ShardedTensor(NamedTuple):
         for shard in self.shards:
             part = shard.load()
             if part.shape != shard.sizes or part.dtype != self.dtype:
-                raise ConversionError(
-                    f"{self.where}: a part is {part.dtype} {list(part.shape)}, the index says {self.dtype} "
-                    f"{list(shard.sizes)}; the files are of different saves, copy the whole folder again"
-                )
+                raise ConversionError(f"{self.where}: the index describes another part: copy the whole folder again")
             tensor[tuple(map(slice, shard.offsets, shard.ends))] = part
         return tensor
 
@@ -323,9 +318,7 @@ def find_part(info: dict[str, Any], folder: Path, name: str, nbytes: int) -> Cal
     if not isinstance(file_name, str) or Path(file_name).name != file_name or not file_name.endswith(DEFAULT_SUFFIX):
         raise ConversionError(f"names {file_name!r:.120}, which is not a {DEFAULT_SUFFIX} file beside it")
     if info.get("transform_descriptors"):
-        raise ConversionError(
-            f"says that {name} is encoded ({info['transform_descriptors']!r:.120}): save without extensions"
-        )
+        raise ConversionError(f"says that {name} is encoded: save without extensions")
     path = folder / file_name
     if not path.is_file():
         raise ConversionError(f"names {file_name}, which is missing: copy the files of all ranks")

@@ -125,8 +125,6 @@ def compare(before: Layers, after: Layers, tolerance: float = TOLERANCE) -> floa
         largest = (after[name] - expected).abs().max()
         difference = 0.0 if largest == 0 else (largest / expected.abs().max()).item()
         if not difference <= tolerance:  # NaN included
-            raise ConversionError(
-                f"the check failed: the converted model differs first in {name}, by {difference:.2g} (relative, up to "
-                f"{tolerance:g} would be rounding); nothing has been written"
-            )
+            relative = f"{difference:.2g} relative, and up to {tolerance:g} would be rounding"
+            raise ConversionError(f"the result differs first in {name} ({relative}): nothing has been written")
     return difference

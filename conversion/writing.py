@@ -75,9 +75,7 @@ def staged(destination: Path, plan: dict[str, Any], resume: bool) -> Iterator[Pa
         was_interrupted = (folder / PLAN).exists()
         if was_interrupted:
             if not resume:
-                raise ConversionError(
-                    f"{folder} is left of a conversion that was interrupted: continue it with --resume, or delete it"
-                )
+                raise ConversionError(f"{folder} was interrupted: continue it with --resume, or delete it")
             begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))
             as_json = json.loads(json.dumps(plan))  # tuples are lists there
             if changed := [key for key, value in as_json.items() if begun.get(key) != value]:
@@ -109,9 +107,8 @@ def publish(result: Path, destination: Path) -> None:
             os.link(result, destination)  # a rename would replace what is there
     except OSError as error:
         if destination.exists():
-            raise ConversionError(
-                f"{destination} has appeared meanwhile: move it away, and give {result}, which is complete, its name"
-            ) from error
+            advice = f"move it away, and give {result}, which is complete, its name"
+            raise ConversionError(f"{destination} has appeared meanwhile: {advice}") from error
         result.rename(destination)  # on a disk without hard links
 
 
@@ -153,9 +150,7 @@ def checked_chunks(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[torch.T
         cast = chunk.to(dtype)
         if cast is not chunk and not is_finite(cast):
             largest = chunk.abs().max().item()
-            raise ConversionError(
-                f"{tensor.where} holds {largest:g}, beyond the range of {dtype}: use bfloat16 or float32"
-            )
+            raise ConversionError(f"{tensor.where} holds {largest:g}, beyond the range of {dtype}: use bfloat16")
         yield cast
 
 

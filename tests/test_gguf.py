@@ -6,9 +6,6 @@ llama.cpp is there by `pip install llama-cpp-python`, which builds it (CMAKE_ARG
 import json
 import random
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -24,7 +21,7 @@ from conversion.gguf_export import estimate_router_std, export_gguf
 from conversion.gguf_simulate import load_gguf
 from conversion.tensors import ConversionError, StoredTensor
 from conversion.verify import Calibration, calibrate, load_model
-from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeTokenizer
+from modeling_grin import GrinMoeConfig, GrinMoeTokenizer
 from modeling_grin.tokenization_grinmoe import RELEASED_CHAT_TEMPLATE
 
 SIZES = {
@@ -35,7 +32,7 @@ SIZES = {
 EXACT_SHIFT = Calibration([2.0**20] * 2, 0.0, torch.ones(2, 1))
 
 
-def make_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Checkpoint:
+def make_checkpoint(folder, seed=0, **overrides):
     """A random model whose layers keep the scale of what they read, so that an error stays in proportion."""
     config = released_config(**{**SIZES, **overrides})
     tensors = released_tensors(config, seed)
@@ -46,7 +43,7 @@ def make_checkpoint(folder: Path, seed: int = 0, **overrides: Any) -> Checkpoint
     return open_checkpoint(folder, GrinMoeConfig.from_dict(config), tensors)
 
 
-def open_checkpoint(folder: Path, config: GrinMoeConfig, tensors: dict[str, torch.Tensor]) -> Checkpoint:
+def open_checkpoint(folder, config, tensors):
     stored = {
         name: StoredTensor(tuple(tensor.shape), tensor.dtype, name, lambda tensor=tensor: tensor)
         for name, tensor in tensors.items()
@@ -54,34 +51,34 @@ def open_checkpoint(folder: Path, config: GrinMoeConfig, tensors: dict[str, torc
     return Checkpoint(folder, "hub", config, stored)
 
 
-def read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def read_tensors(checkpoint):
     return {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
 
 
-def reference(checkpoint: Checkpoint, dtype: torch.dtype = torch.float64) -> GrinMoeForCausalLM:
+def reference(checkpoint, dtype=torch.float64):
     model = load_model(checkpoint, dtype)
     model.set_experts_implementation("eager")
     return model
 
 
-def random_ids(config: GrinMoeConfig, rows: int, length: int, seed: int = 1) -> torch.Tensor:
+def random_ids(config, rows, length, seed=1):
     return torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def relative_error(values: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(values, expected):
     return ((values.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def agreement(logits: torch.Tensor, expected: torch.Tensor) -> float:
+def agreement(logits, expected):
     """Of the best tokens."""
     return (logits.argmax(dim=-1) == expected.argmax(dim=-1)).double().mean().item()
 
 
 @pytest.fixture
-def naive(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def naive(monkeypatch):
     """Called, it turns the folds off."""
 
-    def turn_off() -> None:
+    def turn_off():
         monkeypatch.setattr(gguf_export, "choose_factor", lambda *_: 1.0)
         monkeypatch.setattr(gguf_export, "CENTRED", {})
 
@@ -105,7 +102,7 @@ FORMS = {
 
 @pytest.mark.parametrize("overrides", FORMS.values(), ids=FORMS)
 @torch.inference_mode()
-def test_folds_are_exact(tmp_path: Path, overrides: dict) -> None:
+def test_folds_are_exact(tmp_path, overrides):
     """llama.cpp's graph in float64 on the file's F32 tensors, with routers scaled further than float32 allows."""
     checkpoint = make_checkpoint(tmp_path, **overrides)
     report = export_gguf(checkpoint, tmp_path / "model", file_type="f32", calibration=EXACT_SHIFT)
@@ -121,7 +118,7 @@ def test_folds_are_exact(tmp_path: Path, overrides: dict) -> None:
 
 @pytest.mark.parametrize("scale", [2.0**-9, 1.0, 37.0])
 @torch.inference_mode()
-def test_router_shift_follows_the_weights(tmp_path: Path, scale: float) -> None:
+def test_router_shift_follows_the_weights(tmp_path, scale):
     """Whatever the routers' scale, the file's routers have the same: float32 has room for their softmax."""
     checkpoint = make_checkpoint(tmp_path)
     tensors = read_tensors(checkpoint)
@@ -144,7 +141,7 @@ def test_router_shift_follows_the_weights(tmp_path: Path, scale: float) -> None:
     assert calibrated.near_tie_rate == 0
 
 
-def test_router_std_is_that_of_a_large_sample() -> None:
+def test_router_std_is_that_of_a_large_sample():
     generator = torch.Generator().manual_seed(0)
     gate, weight = torch.randn(7, 64, generator=generator) + 3, 1 + 0.3 * torch.randn(64, generator=generator)
     bias = 0.5 * torch.randn(64, generator=generator)
@@ -153,7 +150,7 @@ def test_router_std_is_that_of_a_large_sample() -> None:
     assert estimate_router_std(gate, weight, bias) == pytest.approx(spread, rel=0.02)
 
 
-def test_near_ties_are_those_of_the_keep_set(tmp_path: Path) -> None:
+def test_near_ties_are_those_of_the_keep_set(tmp_path):
     """The rule of the release written out: the second choice looks at what the first has left."""
     checkpoint = make_checkpoint(tmp_path, num_local_experts=6, router_jitter_noise=0.1)
     model = reference(checkpoint)
@@ -177,15 +174,15 @@ def test_near_ties_are_those_of_the_keep_set(tmp_path: Path) -> None:
 # --- The file -------------------------------------------------------------------------------------------------------
 
 
-def stored_tensors(path: Path) -> dict[str, Any]:
+def stored_tensors(path):
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
 
-def metadata(path: Path) -> dict[str, Any]:
+def metadata(path):
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
-def test_metadata(tmp_path: Path) -> None:
+def test_metadata(tmp_path):
     checkpoint = make_checkpoint(tmp_path)
     report = export_gguf(checkpoint, tmp_path / "model", file_type="bf16")
     expected = {
@@ -205,7 +202,7 @@ def test_metadata(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("window", "positions", "limit"), [(2047, 4096, 2048), (None, 4096, 4096), (5000, 4096, 4096), (7, 9, 8)]
 )
-def test_context_ends_with_the_window(tmp_path: Path, window: int | None, positions: int, limit: int) -> None:
+def test_context_ends_with_the_window(tmp_path, window, positions, limit):
     checkpoint = make_checkpoint(tmp_path, sliding_window=window, max_position_embeddings=positions)
     report = export_gguf(checkpoint, tmp_path / "model", file_type="f32")
     assert report.context_length == metadata(tmp_path / "model")["phimoe.context_length"] == limit
@@ -213,7 +210,7 @@ def test_context_ends_with_the_window(tmp_path: Path, window: int | None, positi
 
 
 @pytest.mark.parametrize("file_type", gguf_export.FILE_TYPES)
-def test_types(tmp_path: Path, file_type: str) -> None:
+def test_types(tmp_path, file_type):
     """Matrices have the type, or F16 where rows of 40 are no blocks; the report has the errors of what is stored."""
     checkpoint = make_checkpoint(tmp_path, intermediate_size=40)
     report = export_gguf(checkpoint, tmp_path / "model", file_type=file_type)
@@ -238,7 +235,7 @@ def test_types(tmp_path: Path, file_type: str) -> None:
     assert noted == (file_type[0] == "q")
 
 
-def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_show(tmp_path, monkeypatch):
     checkpoint = make_checkpoint(tmp_path)
     export_gguf(checkpoint, tmp_path / "whole", file_type="q8_0")
     monkeypatch.setattr(gguf_export, "CHUNK_ELEMENTS", 300)
@@ -254,7 +251,7 @@ def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         np.testing.assert_allclose(*dequantised, rtol=1e-6, atol=1e-9)
 
 
-def test_an_interrupted_file_does_not_load_and_is_begun_anew(tmp_path: Path) -> None:
+def test_an_interrupted_file_does_not_load_and_is_begun_anew(tmp_path):
     checkpoint, left = make_checkpoint(tmp_path), iter(range(20))
     report = export_gguf(checkpoint, tmp_path / "whole", file_type="q8_0")
     with pytest.raises(StopIteration):
@@ -282,14 +279,14 @@ def test_an_interrupted_file_does_not_load_and_is_begun_anew(tmp_path: Path) -> 
         ({"num_local_experts": 1025}, "num_local_experts=1025 .* at most 1024"),
     ],
 )
-def test_what_llama_cpp_does_not_compute_is_refused(tmp_path: Path, overrides: dict, message: str) -> None:
+def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, overrides, message):
     config = GrinMoeConfig.from_dict(released_config(**{**SIZES, **overrides}))
     with pytest.raises(ConversionError, match=message):
         export_gguf(open_checkpoint(tmp_path, config, {}), tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-def test_other_models_are_refused(tmp_path: Path) -> None:
+def test_other_models_are_refused(tmp_path):
     checkpoint = make_checkpoint(tmp_path)
     tensors = read_tensors(checkpoint)
     decoder = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if "lm_head" not in name}
@@ -312,12 +309,12 @@ NORM = "model.layers.0.post_attention_layernorm.weight"
         ("f16", NORM, float("inf")),
     ],
 )
-def test_values_out_of_range_are_refused(tmp_path: Path, file_type: str, name: str, value: float) -> None:
+def test_values_out_of_range_are_refused(tmp_path, file_type, name, value):
     checkpoint = make_checkpoint(tmp_path)
     tensors = read_tensors(checkpoint)
     tensors[name].view(-1)[7] = value
     stored_as = "F32" if name == NORM else file_type.upper()
-    with pytest.raises(ConversionError, match=f"^{name} cannot be stored as {stored_as} "):
+    with pytest.raises(ConversionError, match=f"^{name} cannot be stored as {stored_as}: "):
         export_gguf(open_checkpoint(tmp_path, checkpoint.config, tensors), tmp_path / "model", file_type=file_type)
 
 
@@ -325,20 +322,20 @@ def test_values_out_of_range_are_refused(tmp_path: Path, file_type: str, name: s
 
 
 @pytest.fixture(params=["released", "trained"])
-def tokenizer_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def tokenizer_folder(request, tmp_path):
     if request.param == "released":
         return request.getfixturevalue("real_tokenizer_dir")
     request.getfixturevalue("trained_tokenizer").save_pretrained(tmp_path / "trained")
     return tmp_path / "trained"
 
 
-def small_checkpoint(folder: Path, **overrides: Any) -> Checkpoint:
+def small_checkpoint(folder, **overrides):
     """With as many embeddings as the folder's tokenizer has tokens, and some more."""
     tokens = max(GrinMoeTokenizer.from_pretrained(folder).get_vocab().values()) + 1
     return make_checkpoint(folder, **{"vocab_size": tokens + 5, "hidden_size": 32, **overrides})
 
 
-def test_vocabulary(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_vocabulary(tokenizer_folder, tmp_path):
     report = export_gguf(small_checkpoint(tokenizer_folder), tmp_path / "model")
     tokenizer = GrinMoeTokenizer.from_pretrained(tokenizer_folder)
     written = metadata(tmp_path / "model")
@@ -360,7 +357,7 @@ def test_vocabulary(tokenizer_folder: Path, tmp_path: Path) -> None:
     assert report.notes == []
 
 
-def edit_tokenizer(folder: Path, tokenizer: GrinMoeTokenizer, edit: Callable[[dict], None]) -> Path:
+def edit_tokenizer(folder, tokenizer, edit):
     tokenizer.save_pretrained(folder)
     parts = json.loads((folder / "tokenizer.json").read_text())
     edit(parts)
@@ -368,7 +365,7 @@ def edit_tokenizer(folder: Path, tokenizer: GrinMoeTokenizer, edit: Callable[[di
     return folder
 
 
-def add_llama_parts(parts: dict, merges: list[list[str]]) -> None:
+def add_llama_parts(parts, merges):
     """Make it Llama's, of the pieces a, b, ab, aa, aab, and with these merges."""
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["a", "b", "ab", "aa", "aab"]
     special = len(parts["added_tokens"])
@@ -400,15 +397,13 @@ BEGIN_WITH_BOS = {
         (lambda parts: parts.update(model={"type": "Nonsense"}), r"tokenizer.json cannot be read"),
     ],
 )
-def test_other_tokenizers_are_refused(
-    trained_tokenizer: GrinMoeTokenizer, tmp_path: Path, edit: Callable[[dict], None], message: str
-) -> None:
+def test_other_tokenizers_are_refused(trained_tokenizer, tmp_path, edit, message):
     checkpoint = make_checkpoint(edit_tokenizer(tmp_path, trained_tokenizer, edit), vocab_size=1024)
     with pytest.raises(ConversionError, match=message):
         export_gguf(checkpoint, tmp_path / "model")
 
 
-def test_llama_merges_become_scores(trained_tokenizer: GrinMoeTokenizer, tmp_path: Path) -> None:
+def test_llama_merges_become_scores(trained_tokenizer, tmp_path):
     folder = edit_tokenizer(tmp_path, trained_tokenizer, lambda parts: add_llama_parts(parts, MERGES))
     export_gguf(make_checkpoint(folder, vocab_size=300), tmp_path / "model")
     written = metadata(tmp_path / "model")
@@ -417,7 +412,7 @@ def test_llama_merges_become_scores(trained_tokenizer: GrinMoeTokenizer, tmp_pat
     assert scores["a"] == scores["<0x00>"] == scores["<|end|>"] < -1000
 
 
-def test_more_tokens_than_embeddings_are_refused(trained_tokenizer: GrinMoeTokenizer, tmp_path: Path) -> None:
+def test_more_tokens_than_embeddings_are_refused(trained_tokenizer, tmp_path):
     trained_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(
         ConversionError, match=r"token '.*' has the id \d+, and the model only vocab_size=131 embeddings"
@@ -431,13 +426,13 @@ def test_more_tokens_than_embeddings_are_refused(trained_tokenizer: GrinMoeToken
 class Llama:
     """llama.cpp's model of a file, with a cache in float32, so that it does not hide errors behind its own."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path):
         llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
         types = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
         settings = {"n_ctx": 256, "n_batch": 256, "n_threads": 1, "n_threads_batch": 1, "logits_all": True}
         self.llama = llama_cpp.Llama(str(path), **settings, **types, verbose=False)
 
-    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, input_ids):
         """`[batch, sequence]` -> `[batch, sequence, vocab_size]`."""
         rows = []
         for row in input_ids.tolist():
@@ -446,11 +441,11 @@ class Llama:
             rows.append(torch.tensor(self.llama.scores[: len(row)]))
         return torch.stack(rows)
 
-    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+    def tokenize(self, text, add_special=True):
         return self.llama.tokenize(text.encode(), add_bos=add_special, special=True)
 
 
-def margins(model: GrinMoeForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
+def margins(model, input_ids):
     """`[batch]`: by how much a router logit would have to change, at the least, for a row to get another expert."""
     router_logits = torch.stack(model(input_ids, output_router_logits=True).router_logits)
     top_k = model.config.num_experts_per_tok
@@ -460,7 +455,7 @@ def margins(model: GrinMoeForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 @pytest.mark.slow
-def test_llama_cpp_computes_the_model(tmp_path: Path, naive: Callable[[], None]) -> None:
+def test_llama_cpp_computes_the_model(tmp_path, naive):
     """Rows in which a choice of experts hangs by less than float32's softmax can tell are compared by themselves."""
     checkpoint = make_checkpoint(tmp_path)
     model = reference(checkpoint, torch.float32)
@@ -483,7 +478,7 @@ def test_llama_cpp_computes_the_model(tmp_path: Path, naive: Callable[[], None])
 @pytest.mark.parametrize("name", ["one expert", "top-3 of 5", "heads of 10", "GShard", "other theta and eps"])
 @torch.inference_mode()
 @pytest.mark.slow
-def test_llama_cpp_computes_every_form(tmp_path: Path, name: str) -> None:
+def test_llama_cpp_computes_every_form(tmp_path, name):
     checkpoint = make_checkpoint(tmp_path, **FORMS[name])
     export_gguf(checkpoint, tmp_path / "model", file_type="f32")
     ids = random_ids(checkpoint.config, 2, 24)
@@ -492,7 +487,7 @@ def test_llama_cpp_computes_every_form(tmp_path: Path, name: str) -> None:
 
 @torch.inference_mode()
 @pytest.mark.slow
-def test_llama_cpp_up_to_the_window(tmp_path: Path) -> None:
+def test_llama_cpp_up_to_the_window(tmp_path):
     checkpoint = make_checkpoint(tmp_path, sliding_window=15)
     limit = export_gguf(checkpoint, tmp_path / "model", file_type="f32").context_length
     ids = random_ids(checkpoint.config, 4, 20)
@@ -507,7 +502,7 @@ def test_llama_cpp_up_to_the_window(tmp_path: Path) -> None:
 )
 @torch.inference_mode()
 @pytest.mark.slow
-def test_llama_cpp_reads_every_type(tmp_path: Path, file_type: str, bound: float) -> None:
+def test_llama_cpp_reads_every_type(tmp_path, file_type, bound):
     """A random model is hard on types, because a choice of experts that turns is a large error: the median counts."""
     checkpoint = make_checkpoint(tmp_path)
     export_gguf(checkpoint, tmp_path / "model", file_type=file_type)
@@ -520,7 +515,7 @@ def test_llama_cpp_reads_every_type(tmp_path: Path, file_type: str, bound: float
     assert errors[0] < 2 * errors[1]
 
 
-def hard_texts(seed: int, count: int) -> list[str]:
+def hard_texts(seed, count):
     """Pieces of hard texts beside each other, without what llama.cpp does not know: that an added token takes in white
     space beyond ASCII, too."""
     rng = random.Random(seed)
@@ -534,7 +529,7 @@ def hard_texts(seed: int, count: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_llama_cpp_tokenizes_alike(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_llama_cpp_tokenizes_alike(tokenizer_folder, tmp_path):
     export_gguf(small_checkpoint(tokenizer_folder), tmp_path / "model", file_type="f32")
     llama = Llama(tmp_path / "model")
     raw = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))

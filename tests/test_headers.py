@@ -83,7 +83,7 @@ def test_a_file_that_changes_after_it_was_opened(tmp_path):
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        *(({"a": file}, f"puts tensor 'a' in |{file.strip()}|not a safetensors file in its own folder") for file in (
+        *(({"a": file}, f"puts 'a' in |{file.strip()}|not a safetensors file in its own folder") for file in (
             "../x.safetensors", "/x.safetensors", "sub/x.safetensors", "c:x.safetensors", "..", "x.bin")),
         ({"a": r"..\x.safetensors"}, "its own folder"),
         ({"a": 1}, "'a' in 1"),
