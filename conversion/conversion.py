@@ -250,7 +250,7 @@ def write_folder(checkpoint: Checkpoint, request: Request, folder: Path, report:
     config = config_for(checkpoint, request.to, request.torch_dtype)
     groups = list_groups(request.to, checkpoint.config, checkpoint.model_class)
     made = outputs(groups, checkpoint.tensors, request.torch_dtype)
-    report.nbytes = sum(output.nbytes for output in made.values())
+    report.nbytes = sum(tensor.nbytes for tensor, _ in made.values())
     if request.engine is not None:
         check_engine(checkpoint.config, request.engine)
     elif request.to == "phimoe":

@@ -17,9 +17,7 @@ from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, GrinMoeForSequenceC
 from modeling_grin.layout_grinmoe import EXPERT_WEIGHTS
 from modeling_grin.modeling_grinmoe import GrinMoePreTrainedModel
 
-from .tensors import ConversionError, StoredTensor
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights that are not quantised
+from .tensors import DTYPE_NAMES, ConversionError, StoredTensor
 
 Shape = tuple[int, ...]
 Groups = Mapping[str, tuple[Shape, Mapping[str, Shape]]]
@@ -85,9 +83,9 @@ def check_fit(found: Mapping[str, StoredTensor], shapes: Mapping[str, Shape], wh
             problems.append(f"{tensor.where} is not part of the model that the config describes")
         elif tensor.shape != shapes[name]:
             problems.append(f"{tensor.where} has shape {list(tensor.shape)}, the config says {list(shapes[name])}")
-        elif tensor.dtype not in DTYPES:
+        elif tensor.dtype not in DTYPE_NAMES:
             problems.append(
-                f"{tensor.where} has dtype {tensor.dtype}; it must be one of {', '.join(map(str, DTYPES))}"
+                f"{tensor.where} has dtype {tensor.dtype}; it must be one of {', '.join(map(str, DTYPE_NAMES))}"
             )
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")

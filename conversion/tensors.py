@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from modeling_grin.safetensors_header import read_header
 
+# Of weights that are not quantised: safetensors' names.
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 CHUNK_BYTES = 2**21  # read, checked and written at a time: fits a processor's caches
 
 

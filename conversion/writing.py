@@ -6,12 +6,10 @@ Killed at any moment, a conversion leaves no destination or a whole one, and bes
 import errno
 import fcntl
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +21,14 @@ from modeling_grin.safetensors_header import encode_header
 
 from .forms import Groups
 from .headers import INDEX_FILE
-from .tensors import ConversionError, StoredTensor, is_finite
+from .tensors import DTYPE_NAMES, ConversionError, StoredTensor, is_finite
 
 LOCK = "lock"  # held by the process that writes in the folder
 PLAN = "plan.json"  # what is made of what: only the same conversion is continued
 RESULT = "result"
 
-DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
+Output = tuple[torch.Tensor, list[StoredTensor]]
+"""A tensor to be written, without memory, and the parts that follow one another in its bytes."""
 Progress = Callable[[int, int], None]
 """Called with the bytes that have been written since the last call, and with those in all."""
 
@@ -154,19 +152,6 @@ def checked_chunks(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[torch.T
         yield cast
 
 
-@dataclass(frozen=True)
-class Output:
-    """A tensor to be written: the `parts` follow one another in its memory."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    parts: Sequence[StoredTensor]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 def outputs(groups: Groups, tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> dict[str, Output]:
     """Return the tensors of a form, made of the released ones."""
     made = {}
@@ -174,45 +159,38 @@ def outputs(groups: Groups, tensors: Mapping[str, StoredTensor], dtype: torch.dt
         stored = [tensors[part] for part in parts]
         if dtype is None and len(dtypes := {part.dtype for part in stored}) > 1:
             raise ConversionError(f"{name} would be made of {', '.join(map(str, dtypes))}: choose one with --dtype")
-        made[name] = Output(shape, dtype or stored[0].dtype, stored)
+        made[name] = torch.empty(shape, dtype=dtype or stored[0].dtype, device="meta"), stored
     return made
 
 
-def write_safetensors(
-    tensors: Mapping[str, Output], folder: Path, max_shard_size: int | str, progress: Progress
-) -> None:
+def write_safetensors(made: Mapping[str, Output], folder: Path, max_shard_size: int | str, progress: Progress) -> None:
     """Write safetensors files as `save_pretrained` names and splits them; files that are there are complete."""
-    described = {name: torch.empty(made.shape, dtype=made.dtype, device="meta") for name, made in tensors.items()}
-    split = split_torch_state_dict_into_shards(described, max_shard_size=max_shard_size)
-    total = sum(made.nbytes for made in tensors.values())
-
-    def advance(nbytes: int) -> None:
-        progress(nbytes, total)
-
+    tensors = {name: tensor for name, (tensor, _) in made.items()}
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    total = sum(tensor.nbytes for tensor in tensors.values())
     for file_name, names in split.filename_to_tensors.items():
         if (folder / file_name).exists():
-            advance(sum(tensors[name].nbytes for name in names))
+            progress(sum(tensors[name].nbytes for name in names), total)
             continue
         with replacing(folder / file_name) as part:
-            write_file({name: tensors[name] for name in names}, part, advance)
+            write_file({name: made[name] for name in names}, part, lambda nbytes: progress(nbytes, total))
     if split.is_sharded:
-        parameters = sum(math.prod(made.shape) for made in tensors.values())
-        metadata = {"total_parameters": parameters, "total_size": total}
+        metadata = {"total_parameters": sum(tensor.numel() for tensor in tensors.values()), "total_size": total}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         write_whole(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_file(tensors: Mapping[str, Output], path: Path, advance: Callable[[int], None]) -> None:
+def write_file(made: Mapping[str, Output], path: Path, advance: Callable[[int], None]) -> None:
     """Write one safetensors file, chunk by chunk; safetensors itself writes whole tensors only."""
     header: dict[str, Any] = {}
     end = 0
-    for name, made in tensors.items():
-        begin, end = end, end + made.nbytes
-        header[name] = {"dtype": DTYPE_NAMES[made.dtype], "shape": made.shape, "data_offsets": [begin, end]}
+    for name, (tensor, _) in made.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
     with path.open("wb") as file:
         file.write(encode_header(header))
-        for made in tensors.values():
-            for tensor in made.parts:
-                for chunk in checked_chunks(tensor, made.dtype):
+        for tensor, parts in made.values():
+            for part in parts:
+                for chunk in checked_chunks(part, tensor.dtype):
                     file.write(chunk.view(torch.uint8).numpy().data)
                     advance(chunk.nbytes)
