@@ -3,13 +3,15 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoints import released_config, released_tensors
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
 from modeling_grin.training import GrinMoeTrainer
@@ -88,6 +90,33 @@ def train_case(folder, name, config=None, **arguments) -> dict[str, torch.Tensor
     trainer = make_trainer(folder / f"{name}-run", make_model(**(config or {})), **arguments)
     trainer.train()
     return parameters(trainer)
+
+
+class Gradients(TrainerCallback):
+    """The gradients of the first step, whole."""
+
+    def __init__(self):
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if not self.gradients:
+            named = getattr(model, "module", model).named_parameters()
+            self.gradients = {name: whole(parameter.grad) for name, parameter in named if parameter.grad is not None}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def balance_gradients(make: Callable[[float, Gradients], Trainer]) -> dict[str, torch.Tensor]:
+    """What the load-balance loss adds to the gradients of the first step: with coefficient 1 and without, by trainers
+    that `make` builds with a coefficient and a callback."""
+    found = []
+    for coefficient in (1.0, 0.0):
+        callback = Gradients()
+        make(coefficient, callback).train()
+        found.append(callback.gradients)
+    return {name: found[0][name] - found[1][name] for name in found[0]}
 
 
 # Sampling and dropout on, rows shuffled, AdamW, a learning rate that changes, saved in the middle of an epoch.

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, PeftType, PromptTuningConfig, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer
 from transformers.utils import logging
 
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM
@@ -209,11 +209,6 @@ def test_trainers_pass_the_warning_on(tmp_path, caplog):
 V = 3  # virtual tokens, in SETTINGS
 
 
-class Gradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.values = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def prompted(method, coefficient):
     model = runs.make_model(router_aux_loss_coef=coefficient)
     torch.manual_seed(0)
@@ -225,21 +220,6 @@ def rows_of_a_step(task):
     for row in dataset.rows:
         row |= {"task_ids": torch.tensor(0)} if task else {}
     return dataset
-
-
-def balance_gradients(tmp_path, method, accumulation, exact):
-    """What the coefficient adds to the gradients of a step of 8 rows."""
-    found = []
-    for coefficient in (1.0, 0.0):
-        callback = Gradients()
-        trainer = runs.make_trainer(
-            tmp_path, prompted(method, coefficient), accumulation=accumulation, micro_batch=8 // accumulation,
-            callbacks=[callback], exact_balance=exact, max_steps=1, remove_unused_columns=False,
-        )  # fmt: skip
-        trainer.train_dataset.rows = rows_of_a_step(method.value in NEED_A_TASK).rows
-        trainer.train()
-        found.append(callback.values)
-    return {name: found[0][name] - found[1][name] for name in found[0]}
 
 
 def expected_balance_gradients(method):
@@ -269,7 +249,16 @@ def expected_balance_gradients(method):
 )
 def test_virtual_tokens_are_tokens_of_the_step(tmp_path, method, accumulation):
     """In the balance loss they are counted where the step's tokens are."""
-    actual = balance_gradients(tmp_path, method, accumulation, exact=accumulation > 1)
+
+    def make(coefficient, callback):
+        trainer = runs.make_trainer(
+            tmp_path, prompted(method, coefficient), accumulation=accumulation, micro_batch=8 // accumulation,
+            callbacks=[callback], exact_balance=accumulation > 1, max_steps=1, remove_unused_columns=False,
+        )  # fmt: skip
+        trainer.train_dataset.rows = rows_of_a_step(method.value in NEED_A_TASK).rows
+        return trainer
+
+    actual = runs.balance_gradients(make)
     expected = expected_balance_gradients(method)
     scale = max(float(tensor.norm()) for tensor in expected.values())
     assert scale > 1e-4

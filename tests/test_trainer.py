@@ -403,29 +403,14 @@ def test_other_optimizers_resume(tmp_path, optim):
 # ---- The balance loss under every way to compute the loss ----
 
 
-class Gradients(TrainerCallback):
-    """The gradients of the first step."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 0:
-            self.values = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def gradients(tmp_path, coefficient, *, scaler=None, compute_loss_func=None, **arguments):
-    callback = Gradients()
+def make_balanced(tmp_path, coefficient, callback, *, scaler=None, compute_loss_func=None, **arguments):
+    """A trainer of one step of two micro-batches, on eight rows."""
     model = runs.make_model(router_aux_loss_coef=coefficient)
     trainer = runs.make_trainer(tmp_path, model, accumulation=2, micro_batch=4, callbacks=[callback], max_steps=1,
                                 exact_balance=True, **arguments)  # fmt: skip
     trainer.compute_loss_func = compute_loss_func
     trainer.accelerator.scaler = scaler
-    trainer.train()
-    return callback.values
-
-
-def balance_gradients(tmp_path, **arguments):
-    """What the coefficient adds to the gradients."""
-    with_balance, without = (gradients(tmp_path, coefficient, **arguments) for coefficient in (1.0, 0.0))
-    return {name: with_balance[name] - without[name] for name in with_balance}
+    return trainer
 
 
 def assert_same_gradients(actual, expected):
@@ -451,32 +436,28 @@ def definition(batch, **config):
     }
 
 
-def first_batch():
-    rows = [runs.Rows()[i] for i in range(8)]
-    return {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}
-
-
 @pytest.fixture(scope="module")
-def expected_balance_gradients():
-    return definition(first_batch())
+def first_batch():
+    """Eight rows."""
+    rows = runs.Rows().rows[:8]
+    return {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "attention_mask")}
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        {},
-        {"label_smoothing_factor": 0.1},
-        {"compute_loss_func": mean_of_logits},
-    ],
+    [{}, {"label_smoothing_factor": 0.1}, {"compute_loss_func": mean_of_logits}],
     ids=["plain", "label smoothing", "compute_loss_func"],
 )
-def test_the_coefficient_acts_whatever_the_loss(tmp_path, expected_balance_gradients, arguments):
-    assert_same_gradients(balance_gradients(tmp_path, **arguments), expected_balance_gradients)
+def test_the_coefficient_acts_whatever_the_loss(tmp_path, first_batch, arguments):
+    actual = runs.balance_gradients(lambda *given: make_balanced(tmp_path, *given, **arguments))
+    assert_same_gradients(actual, definition(first_batch))
 
 
 def test_the_balance_loss_is_scaled_as_float16_losses_are(tmp_path):
-    expected = gradients(tmp_path, 1.0)
-    scaled = gradients(tmp_path, 1.0, scaler=torch.amp.GradScaler("cpu", init_scale=64.0))
+    found = [runs.Gradients(), runs.Gradients()]
+    for callback, scaler in zip(found, (None, torch.amp.GradScaler("cpu", init_scale=64.0)), strict=True):
+        make_balanced(tmp_path, 1.0, callback, scaler=scaler).train()
+    expected, scaled = (callback.gradients for callback in found)
     assert_same_gradients({name: tensor / 64 for name, tensor in scaled.items()}, expected)
 
 
@@ -522,71 +503,49 @@ def trl_arguments(tmp_path, **more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("source", "arguments"), [("config", {"label_smoothing_factor": 0.1}), ("argument", {})])
-def test_sft_has_the_same_balance_gradient(tmp_path, trained_tokenizer, arguments, source):
+def make_sft(trainer_class, tmp_path, tokenizer, rows, model, callback, *, settings=None, **arguments):
     from trl import SFTConfig
 
+    given = {**trl_arguments(tmp_path), "dataset_kwargs": {"skip_prepare_dataset": True}, **(settings or {})}
+    return trainer_class(
+        model=model, args=SFTConfig(**given, gradient_checkpointing=False), train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer, callbacks=[callback], **arguments,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "arguments"), [("config", {"label_smoothing_factor": 0.1}), ("argument", {})])
+def test_sft_has_the_same_balance_gradient(tmp_path, trained_tokenizer, first_batch, arguments, source):
     from modeling_grin.training.trl_trainers import GrinMoeSFTTrainer
 
-    rows = runs.Rows()
-    real = [row["attention_mask"].bool() for row in rows.rows]
-    dataset = Dataset.from_dict(
-        {key: [row[key][mask].tolist() for row, mask in zip(rows.rows, real, strict=True)]
-         for key in ("input_ids", "labels")}
-    )  # fmt: skip
-    found = []
-    for coefficient in (1.0, 0.0):
-        callback = Gradients()
+    size = {"vocab_size": len(trained_tokenizer)}
+    real = [(row, row["attention_mask"].bool()) for row in runs.Rows().rows]
+    rows = {key: [row[key][mask].tolist() for row, mask in real] for key in ("input_ids", "labels")}
+
+    def make(coefficient, callback):
         in_config, argument = (coefficient, None) if source == "config" else (7.0, coefficient)
-        trainer = GrinMoeSFTTrainer(
-            model=runs.make_model(router_aux_loss_coef=in_config, vocab_size=len(trained_tokenizer)),
-            args=SFTConfig(**trl_arguments(tmp_path, router_aux_loss_coef=argument, **arguments),
-                           dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False),
-            train_dataset=dataset, processing_class=trained_tokenizer, callbacks=[callback], exact_balance=True,
-        )  # fmt: skip
-        trainer.train()
+        model = runs.make_model(router_aux_loss_coef=in_config, **size)
+        settings = {"router_aux_loss_coef": argument, **arguments}
+        trainer = make_sft(GrinMoeSFTTrainer, tmp_path, trained_tokenizer, rows, model, callback, settings=settings,
+                           exact_balance=True)  # fmt: skip
         assert trainer.model.config.router_aux_loss_coef == coefficient
-        found.append(callback.values)
-    expected = definition(first_batch(), vocab_size=len(trained_tokenizer))
-    assert_same_gradients({name: found[0][name] - found[1][name] for name in found[0]}, expected)
+        return trainer
+
+    assert_same_gradients(runs.balance_gradients(make), definition(first_batch, **size))
 
 
-def test_plain_trl_does_not_add_a_second_balance_loss(tmp_path, trained_tokenizer, expected_balance_gradients):
+def test_plain_trl_does_not_add_a_second_balance_loss(tmp_path, trained_tokenizer, first_batch):
     """TRL computes Mixtral's of the router logits that it is given; they carry no gradient while ours acts."""
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
-    rows = runs.Rows()
-    dataset = Dataset.from_dict({key: [row[key].tolist() for row in rows.rows] for key in ("input_ids", "labels")})
-    found = []
-    for coefficient in (1.0, 0.0):
-        callback = Gradients()
-        settings = {**trl_arguments(tmp_path), "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
-        trainer = SFTTrainer(
-            model=runs.make_model(router_aux_loss_coef=coefficient),
-            args=SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False),
-            train_dataset=dataset, processing_class=trained_tokenizer, callbacks=[callback],
-        )  # fmt: skip
-        trainer.train()
-        found.append(callback.values)
-    batch = {key: torch.stack([row[key] for row in rows.rows[:8]]) for key in ("input_ids", "attention_mask")}
-    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])  # the rows are given with their padding
-    assert_same_gradients({name: found[0][name] - found[1][name] for name in found[0]}, definition(batch))
+    rows = {key: [row[key].tolist() for row in runs.Rows().rows] for key in ("input_ids", "labels")}
+    settings = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
 
+    def make(coefficient, callback):
+        model = runs.make_model(router_aux_loss_coef=coefficient)
+        return make_sft(SFTTrainer, tmp_path, trained_tokenizer, rows, model, callback, settings=settings)
 
-def preferences(trained_tokenizer):
-    words = ["def", "return", "import", "class", "self", "value", "index", "range", "list", "yield"]
-    generator = random.Random(0)
-
-    def text(n):
-        return " ".join(generator.choice(words) for _ in range(n))
-
-    rows = range(8)
-    columns = {
-        "prompt": [text(3) for _ in rows],
-        "chosen": [text(4) for _ in rows],
-        "rejected": [text(7) for _ in rows],
-    }
-    return Dataset.from_dict(columns)
+    whole = {**first_batch, "attention_mask": torch.ones_like(first_batch["attention_mask"])}  # with their padding
+    assert_same_gradients(runs.balance_gradients(make), definition(whole))
 
 
 def test_dpo_has_the_balance_gradient_and_no_noise(tmp_path, trained_tokenizer):
@@ -596,26 +555,31 @@ def test_dpo_has_the_balance_gradient_and_no_noise(tmp_path, trained_tokenizer):
     from modeling_grin.training.trl_trainers import GrinMoeDPOTrainer
 
     config = {"vocab_size": len(trained_tokenizer), "router_sampling": False, "router_jitter_noise": 0.1}
-    dataset = preferences(trained_tokenizer)
-    found, batches = [], []
-    for coefficient in (1.0, 0.0):
-        callback = Gradients()
-        trainer = GrinMoeDPOTrainer(
+    generator = random.Random(0)
+    words = ["def", "return", "import", "class", "self", "value", "index", "range", "list", "yield"]
+    lengths = {"prompt": 3, "chosen": 4, "rejected": 7}
+    columns = {key: [" ".join(generator.choices(words, k=n)) for _ in range(8)] for key, n in lengths.items()}
+    trainers = []
+
+    def make(coefficient, callback):
+        trainers.append(GrinMoeDPOTrainer(
             model=runs.make_model(router_aux_loss_coef=coefficient, **config), ref_model=runs.make_model(**config),
             args=DPOConfig(**trl_arguments(tmp_path), gradient_checkpointing=False),
-            train_dataset=dataset, processing_class=trained_tokenizer, callbacks=[callback], exact_balance=True,
-        )  # fmt: skip
-        batches = [trainer.data_collator([trainer.train_dataset[i] for i in range(4 * j, 4 * j + 4)]) for j in (0, 1)]
-        trainer.train()
-        assert trainer.state.log_history[0]["rewards/margins"] == 0.0
-        found.append(callback.values)
+            train_dataset=Dataset.from_dict(columns), processing_class=trained_tokenizer, callbacks=[callback],
+            exact_balance=True,
+        ))  # fmt: skip
+        return trainers[-1]
+
+    actual = runs.balance_gradients(make)
+    assert [trainer.state.log_history[0]["rewards/margins"] for trainer in trainers] == [0, 0]
+    rows = list(trainers[0].train_dataset)
+    batches = [trainers[0].data_collator(part) for part in (rows[:4], rows[4:])]
     length = max(batch["input_ids"].shape[1] for batch in batches)
     whole = {
         key: torch.cat([torch.nn.functional.pad(batch[key], (0, length - batch[key].shape[1])) for batch in batches])
         for key in ("input_ids", "attention_mask")
     }
-    difference = {name: found[0][name] - found[1][name] for name in found[0]}
-    assert_same_gradients(difference, definition(whole, **config))
+    assert_same_gradients(actual, definition(whole, **config))
 
 
 # ---- Errors ----

@@ -48,26 +48,10 @@ def describe(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
     return "whole", tuple(tensor.shape)
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
 def parameters(trainer) -> dict[str, torch.Tensor]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: full(tensor) for name, tensor in tensors.items() if "inv_freq" not in name}
-
-
-class FirstGradients(TrainerCallback):
-    """The gradients of the first step, whole."""
-
-    def __init__(self):
-        self.gradients: dict[str, torch.Tensor] = {}
-
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        if not self.gradients:
-            named = getattr(model, "module", model).named_parameters()
-            self.gradients = {name: full(parameter.grad) for name, parameter in named if parameter.grad is not None}
+    return {name: runs.whole(tensor) for name, tensor in tensors.items() if "inv_freq" not in name}
 
 
 def count_forwards(layer: torch.nn.Module) -> list[None]:
@@ -165,7 +149,7 @@ def train(
     layer, recomputation included, of the `chunked` loss, and what `GradientCounts` counted.
     `noise_of_rank`: a mistake, each rank with routing noise of its own. `saved`: `save_model`, too.
     """
-    first, fsdp = FirstGradients(), GradientCounts()
+    first, fsdp = runs.Gradients(), GradientCounts()
     set_seed(5)
     trainer = make_trainer(folder, name, callbacks=[first, fsdp], **case)
     if noise_of_rank:  # the trainer itself refuses ranks with seeds of their own
@@ -204,7 +188,7 @@ def train_best(folder: Path, name: str, **case) -> dict[str, Any]:
 def train_plain(folder: Path, name: str, **case) -> dict[str, Any]:
     """Train with transformers' own Trainer, which announces no steps to the model; the first step's `gradients`."""
     set_seed(5)
-    first = FirstGradients()
+    first = runs.Gradients()
     make_trainer(folder, name, trainer_class=Trainer, callbacks=[first], **case).train()
     return {"gradients": first.gradients}
 
@@ -219,9 +203,9 @@ def infer(folder: Path, name: str, checkpoint: str, layout: dict[str, int] | Non
     classifier = load(folder, checkpoint, layout, GrinMoeForSequenceClassification, num_labels=3, **settings)
     classifier.eval()
     return {
-        "logits": full(model(ids).logits),
+        "logits": runs.whole(model(ids).logits),
         "generated": model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None),
-        "hidden": full(classifier.model(ids).last_hidden_state),
+        "hidden": runs.whole(classifier.model(ids).last_hidden_state),
         "classified": tuple(classifier(ids).logits.shape),
         "placements": {name: describe(parameter) for name, parameter in model.named_parameters()},
     }
@@ -234,7 +218,7 @@ def replay(folder: Path, name: str, checkpoint, layout, routes: list, config: di
     with model.replay_routing(experts):
         outputs = model(ids, labels=ids, output_selected_experts=True)
     outputs.loss.backward()
-    gradients = {name: full(parameter.grad) for name, parameter in model.named_parameters()}
+    gradients = {name: runs.whole(parameter.grad) for name, parameter in model.named_parameters()}
     return {"gradients": gradients, "experts": torch.stack(outputs.selected_experts, dim=1)}
 
 
