@@ -127,14 +127,6 @@ def test_adapters_far_below_the_resolution_of_bfloat16_weights_act(implementatio
 
 
 @IMPLEMENTATIONS
-def test_it_is_what_peft_computes_with_w_plus_ba(implementation):
-    block = make_block(implementation, torch.float32)
-    actual, expected = run(block, run_experts, torch.float32), run(block, lambda experts, *rest: experts(*rest),
-                                                                  torch.float32)  # fmt: skip
-    assert_close(actual, {name: value.double() for name, value in expected.items()}, 1e-6)
-
-
-@IMPLEMENTATIONS
 def test_disabled_and_merged_adapters(implementation):
     tokens, index, weights, _ = make_inputs(torch.float32)
     block = make_block(implementation, torch.float32)

@@ -61,9 +61,9 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
             where the model is spread over ranks, and off otherwise, when `Trainer` saves the optimizer.
 
     Raises:
-        ValueError: a tokenizer with ids without an embedding, noise in passes that are compared; from `train`, a step
-            without labels, ids without an embedding, a sequence that is too long, context or sequence parallelism, and
-            the checkpoints above.
+        ValueError: a tokenizer with ids without an embedding, noise in passes that are compared, settings that would
+            be wrong in silence; from `train`, a step without labels, ids without an embedding, a sequence that is too
+            long, and the checkpoints above.
     """
 
     label_smoother: Any  # Trainer's, or None
@@ -118,6 +118,8 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
         multiplies = self.get_tp_size() > 1 and not args.average_tokens_across_devices
         has_head = model.get_output_embeddings() is not None
         for is_refused, reason in (
+            (self.get_cp_size() * self.get_sp_size() > 1,
+             "context or sequence parallelism, which split rows: routing noise is a function of whole rows"),
             (self.is_deepspeed_enabled, "DeepSpeed, whose loss scale and checkpoints differ: use FSDP"),
             (self.exact_balance and not has_head, f"exact_balance with {type(model).__name__}, no language model"),
             (has_spread_adapters, "adapters spread over ranks: make them with add_lora, without modules_to_save"),
@@ -164,11 +166,6 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
 
         Raises ValueError on all ranks alike for batches that cannot be used.
         """
-        if self.get_cp_size() * self.get_sp_size() > 1:
-            raise ValueError(
-                "context and sequence parallelism split rows, and routing noise is a function of whole rows: use "
-                "data or tensor parallelism"
-            )
         config, device = self._grin_model.config, self.args.device
         num_virtual, num_embedded = count_virtual_tokens(self._grin_model)
         num_tokens: Any = 0

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -232,32 +233,28 @@ def test_every_rank_has_a_slice_of_every_expert_and_all_routers(result, rank):
     assert placements["model.embed_tokens.weight"][1] == (66 - rank, 32)
 
 
+LINEAR = {"_experts_implementation": "linear"}
+
+
 @pytest.mark.parametrize(
-    ("tp_size", "sizes", "field"),
+    ("sizes", "layout", "message"),
     [
-        (3, {}, "num_attention_heads=4"),
-        (4, {}, "num_key_value_heads=2"),
-        (2, {"intermediate_size": 25}, "mediate_size=25"),
+        ({}, {"tp_size": 3}, "num_attention_heads=4 is not divisible by tp_size=3"),
+        ({}, {"tp_size": 4}, "num_key_value_heads=2 is not divisible by tp_size=4"),
+        ({"intermediate_size": 25}, TP, "intermediate_size=25 is not divisible by tp_size=2"),
+        # Experts are dealt out whole, in equal numbers: 6 to 4 ranks are 2, 2, 2 and none.
+        ({"num_local_experts": 6}, {"fsdp_size": 4}, "num_local_experts=6 gives.*3 of fsdp_size=4"),
+        ({"num_local_experts": 6}, {"fsdp_size": 3}, None),
+        ({"num_local_experts": 16}, {"fsdp_size": 12}, "num_local_experts=16 gives.*8 of fsdp_size=12"),
+        ({"num_local_experts": 16}, {"fsdp_size": 8}, None),
+        (LINEAR, TP, "load without quantization_config and experts_implementation"),
     ],
 )
-def test_sizes_that_tensor_parallelism_cannot_divide(tp_size, sizes, field):
-    with pytest.raises(ValueError, match=f"{field} is not divisible by tp_size={tp_size}"):
-        check_parallel_sizes(GrinMoeConfig(**released_config(**sizes)), tp_size=tp_size)
-
-
-@pytest.mark.parametrize(("num_experts", "fsdp_size", "needed"), [(6, 4, 3), (16, 12, 8)])
-def test_experts_that_are_too_few_for_fsdp(num_experts, fsdp_size, needed):
-    """They are dealt out whole, in equal numbers: 6 to 4 ranks are 2, 2, 2 and none."""
-    config = GrinMoeConfig(**released_config(num_local_experts=num_experts))
-    with pytest.raises(ValueError, match=f"num_local_experts={num_experts} gives.*{needed} of fsdp_size={fsdp_size}"):
-        check_parallel_sizes(config, fsdp_size=fsdp_size)
-    check_parallel_sizes(config, fsdp_size=needed)
-
-
-def test_linear_experts_are_refused():
-    model = GrinMoeForCausalLM._from_config(GrinMoeConfig(**released_config()), experts_implementation="linear")
-    with pytest.raises(ValueError, match="load without quantization_config and experts_implementation"):
-        check_parallel_sizes(model.config, tp_size=2)
+def test_sizes_that_a_layout_cannot_have(sizes, layout, message):
+    config = GrinMoeConfig(**released_config(**{name: sizes[name] for name in sizes if name not in LINEAR}))
+    config._experts_implementation = sizes.get("_experts_implementation")
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_parallel_sizes(config, **layout)
 
 
 # ---- Checkpoints ----
