@@ -1,5 +1,6 @@
 """vLLM's plugin, the entry point `grin_moe` of the group `vllm.general_plugins`, which all processes of vLLM load."""
 
+from functools import partial
 from typing import Any
 
 from .lazy import ARCHITECTURES, register
@@ -8,7 +9,7 @@ MODEL = "grin_moe_serving.vllm_model:GrinMoeForCausalLM"
 
 
 class StopTokens:
-    """vLLM's hook on a new `ModelConfig`: chats stop at the end of a turn, as `GrinMoeForCausalLM.generate` does."""
+    """vLLM's hooks on a new config: chats stop at the end of a turn, as `GrinMoeForCausalLM.generate` does."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -17,8 +18,6 @@ class StopTokens:
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Add <|end|> to what `try_get_generation_config` returns, if that stops at <|endoftext|> alone."""
-        from functools import partial
-
         model_config.try_get_generation_config = partial(add_end_of_turn, model_config.try_get_generation_config)
 
 

@@ -94,24 +94,27 @@ def gather(logits, ids):
 
 
 @torch.no_grad()
-def expected(model, ids):
-    """The same by a forward pass in float64. With other seeds, rounding to float32 may turn a router's choice."""
+def expected(folder, ids, dtype=torch.float64):
+    """The same by a forward pass. With other seeds, rounding to float32 may turn a router's choice."""
+    model = GrinMoeForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     return gather(model(torch.tensor([ids])).logits[0], ids)
+
+
+def assert_exact(llm, folder, lengths=LENGTHS):
+    """vLLM's log-probabilities are those of float64, as are transformers' in float32."""
+    for length in lengths:
+        ids = random_ids(length)
+        exact = expected(folder, ids)
+        error, own = ((found - exact).abs().max() for found in (score(llm, ids), expected(folder, ids, torch.float32)))
+        print(f"{length} tokens: {error:.1e}, transformers {own:.1e}")
+        assert max(error, own) < LIMIT
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_log_probabilities_equal_float64(name, tmp_path):
     folder, config, tensors = write(tmp_path, **CASES[name])
-    model, in_float32 = (
-        GrinMoeForCausalLM.from_pretrained(folder, dtype=dtype).eval() for dtype in (torch.float64, torch.float32)
-    )
     llm = start(folder)
-    for length in LENGTHS:
-        ids = random_ids(length)
-        error = (score(llm, ids) - expected(model, ids)).abs().max()
-        own = (expected(in_float32, ids) - expected(model, ids)).abs().max()
-        print(f"{name}, {length} tokens: {error:.1e}, transformers {own:.1e}")
-        assert max(error, own) < LIMIT
+    assert_exact(llm, folder)
     if config.get("router_estimator") is None:
         ids = random_ids(LENGTHS[0])
         by_loops = gather(reference_logits(config, tensors, ids), ids)
@@ -145,17 +148,14 @@ def test_routers_record_the_experts_that_they_choose(tmp_path):
 def test_prefix_cache_chunks_and_compilation_change_nothing(tmp_path):
     """vLLM's defaults: compiled, prompts in chunks, prefixes reused."""
     folder, *_ = write(tmp_path)
-    model = GrinMoeForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     llm = start(folder, enforce_eager=False, enable_prefix_caching=True, max_num_batched_tokens=256)
-    ids = random_ids(600)
-    ask(llm, [ids], SCORE)
-    assert (score(llm, ids) - expected(model, ids)).abs().max() < LIMIT
-    again = ask(llm, [[*ids, 3]], SamplingParams(logprobs=0, max_tokens=1, temperature=0.0, detokenize=False))[0]
-    with torch.no_grad():
-        logits = model(torch.tensor([[*ids, 3]])).logits[0, -1].log_softmax(-1)
+    ids = [*random_ids(600), 3]
+    ask(llm, [ids[:-1]], SCORE)
+    assert_exact(llm, folder, [600])
+    again = ask(llm, [ids], SamplingParams(logprobs=0, max_tokens=1, temperature=0.0, detokenize=False))[0]
     assert again.num_cached_tokens > 500
     token = again.outputs[0].token_ids[0]
-    assert abs(again.outputs[0].logprobs[0][token].logprob - logits[token]) < LIMIT
+    assert abs(again.outputs[0].logprobs[0][token].logprob - expected(folder, [*ids, token])[-1]) < LIMIT
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason="vLLM binds each rank to a core")
@@ -163,13 +163,7 @@ def test_tensor_parallelism_on_two_ranks(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     folder, *_ = write(tmp_path, **NO_BIASES)
-    model = GrinMoeForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    llm = start(folder, tensor_parallel_size=2)
-    for length in LENGTHS:
-        ids = random_ids(length)
-        error = (score(llm, ids) - expected(model, ids)).abs().max()
-        print(f"two ranks, {length} tokens: {error:.1e}")
-        assert error < LIMIT
+    assert_exact(start(folder, tensor_parallel_size=2), folder)
 
 
 def test_longrope_as_far_as_vllm_has_it(tmp_path):
@@ -177,10 +171,8 @@ def test_longrope_as_far_as_vllm_has_it(tmp_path):
     rope = {**LONGROPE_SCALING, "short_factor": [1.0 + n / 9 for n in range(16)]}
     rope |= {"long_factor": [1.5 + n / 2 for n in range(16)], "original_max_position_embeddings": 64}
     folder, *_ = write(tmp_path, rope_scaling=rope, max_position_embeddings=512)
-    model = GrinMoeForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     for longest, length in ((64, 40), (512, 200)):
-        ids = random_ids(length)
-        assert (score(start(folder, max_model_len=longest), ids) - expected(model, ids)).abs().max() < LIMIT
+        assert_exact(start(folder, max_model_len=longest), folder, [length])
 
 
 @pytest.fixture

@@ -171,7 +171,8 @@ def weights_and_config(folder: Path, progress: Callable[[int, int], None]) -> di
     auto_map = {"AutoConfig": "configuration_grinmoe.GrinMoeConfig", auto_class: f"modeling_grinmoe.{found.model}"}
     values = {**config_for(checkpoint, "hub", None), "auto_map": auto_map}
     values.pop("_name_or_path", None)  # may be a path of this machine
-    return {**find_files(folder, [*found.files, INDEX_FILE]), CONFIG_FILE: as_json(values)}
+    weights = {name: folder / name for name in found.files}
+    return weights | find_files(folder, [INDEX_FILE]) | {CONFIG_FILE: as_json(values)}
 
 
 def as_json(values: dict[str, Any]) -> bytes:
