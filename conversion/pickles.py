@@ -317,8 +317,6 @@ def find_part(info: dict[str, Any], folder: Path, name: str, nbytes: int) -> Cal
     file_name, offset, length = info["relative_path"], info["offset"], info["length"]
     if not isinstance(file_name, str) or Path(file_name).name != file_name or not file_name.endswith(DEFAULT_SUFFIX):
         raise ConversionError(f"names {file_name!r:.120}, which is not a {DEFAULT_SUFFIX} file beside it")
-    if info.get("transform_descriptors"):
-        raise ConversionError(f"says that {name} is encoded: save without extensions")
     path = folder / file_name
     if not path.is_file():
         raise ConversionError(f"names {file_name}, which is missing: copy the files of all ranks")

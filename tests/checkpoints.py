@@ -105,6 +105,14 @@ def released_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.T
     return tensors
 
 
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same names, shapes, dtypes and bits."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert found[name].view(torch.uint8).equal(tensor.contiguous().view(torch.uint8)), name
+
+
 def write_release(
     folder: Path, num_shards: int = 1, **overrides: Any
 ) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:

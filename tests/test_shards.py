@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, save_fsdp_model
-from checkpoints import fused, released_config, released_tensors, write_checkpoint
+from checkpoints import assert_same, fused, released_config, released_tensors, write_checkpoint
 from distributed.launch import launch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
@@ -80,12 +80,9 @@ def copy(saved, tmp_path):
 
 
 def assert_released(checkpoint, expected: dict[str, torch.Tensor]) -> None:
-    assert checkpoint.tensors.keys() == expected.keys()
-    for name, tensor in checkpoint.tensors.items():
-        found = tensor.read()
-        assert (tensor.shape, tensor.dtype) == (found.shape, found.dtype)
-        assert (found.shape, found.dtype) == (expected[name].shape, expected[name].dtype)
-        assert torch.equal(found.view(torch.uint8), expected[name].view(torch.uint8)), name
+    found = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
+    assert all((t.shape, t.dtype) == (found[name].shape, found[name].dtype) for name, t in checkpoint.tensors.items())
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("name", SHARDS)
