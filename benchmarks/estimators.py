@@ -9,8 +9,8 @@ recorded when it ends, so an interrupted command continues. `routing_cost.py` me
     python -m benchmarks.estimators report --output-dir text    # table, CSV and plot
 
 `--scale large` is for one GPU: 118M parameters, 30M tokens of the installed packages' Python code, 25 minutes on an
-H200 by estimate. It has not run whole; with 4 steps a run it went from end to end on a CPU. Its stopping rule, written before: report the interval at the end and where the
-curves cross, whatever they are.
+H200 by estimate. It has not run whole; with 4 steps a run it went from end to end on a CPU. Its stopping rule, written
+before: report the interval at the end and where the curves cross, whatever they are.
 """
 
 import json

@@ -37,6 +37,12 @@ def read_standard_library() -> list[str]:
     return [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.py"))]
 
 
+def tiny_config(tokenizer: GrinMoeTokenizer) -> GrinMoeConfig:
+    """The demo's model, for a tokenizer's ids."""
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GrinMoeConfig(vocab_size=len(tokenizer), **special, **SIZES)
+
+
 def pack(texts: list[str], tokenizer: GrinMoeTokenizer) -> Dataset:
     """Cut one long stream of tokens, <|endoftext|> after each text, into rows of SEQUENCE_LENGTH."""
     stream = [
@@ -61,8 +67,7 @@ def main(
     console.rule("1  Tokenizer and model, in the layout of the release")
     texts = read_standard_library()
     tokenizer = GrinMoeTokenizer.train_from_iterator(texts, VOCAB_SIZE)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model = GrinMoeForCausalLM(GrinMoeConfig(vocab_size=len(tokenizer), **special, **SIZES))
+    model = GrinMoeForCausalLM(tiny_config(tokenizer))
     model.generation_config.eos_token_id = tokenizer.stop_token_ids
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)

@@ -109,6 +109,44 @@ def test_estimators_chooses_rates_resumes_and_reports(monkeypatch, trained_token
     assert report.exit_code == 0 and (tmp_path / "estimators.png").is_file()
 
 
+@pytest.mark.parametrize("forward", [False, True])
+def test_default_moe_is_the_dense_mixture_where_experts_are_constant(forward):
+    """If each expert's output is its running mean, the router's gradient is the dense one."""
+    generator = torch.Generator().manual_seed(0)
+    logits, means = (
+        torch.randn(6, 5, generator=generator),
+        torch.randn(1, 5, planted_router.HIDDEN, generator=generator),
+    )
+    logits.requires_grad_()
+    outputs = means.expand(6, -1, -1).clone()
+    defaults = planted_router.Defaults(1, 5, forward)
+    defaults.means = means
+    routing = planted_router.ROUTER_ESTIMATORS["gshard"](logits, 2, 0.1, None)
+    mixed = defaults.mix(logits, outputs, routing)
+    slope = torch.randn(mixed.shape, generator=generator)
+    (gradient,) = torch.autograd.grad((mixed * slope).sum(), logits)
+
+    probs = logits.softmax(-1)
+    dense = probs @ means[0]
+    total = probs.detach().topk(2).values.sum(-1, keepdim=True)
+    value = dense if forward else torch.stack([w @ means[0, e] for w, e in zip(*routing[:2], strict=True)])
+    (expected,) = torch.autograd.grad(((dense if forward else dense / total) * slope).sum(), logits)
+    torch.testing.assert_close(mixed, value)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_default_moe_moves_the_means_of_chosen_experts():
+    defaults = planted_router.Defaults(2, 3, True)
+    outputs = torch.arange(4 * 3 * planted_router.HIDDEN).float().reshape(4, 3, -1)
+    experts = torch.tensor([[0], [0], [1], [0]])
+    defaults.update(outputs, planted_router.Routing(torch.ones(4, 1), experts))
+    step = 1 - planted_router.DEFAULT_DECAY
+    torch.testing.assert_close(defaults.means[0, 0], step * (outputs[0, 0] + outputs[1, 0]) / 2)
+    torch.testing.assert_close(defaults.means[1, 0], step * outputs[3, 0])
+    torch.testing.assert_close(defaults.means[1, 1], step * outputs[2, 1])
+    assert not defaults.means[0, 1:].any() and not defaults.means[1, 2].any()
+
+
 def test_planted_router_trains_resumes_and_reports(monkeypatch, tmp_path, one_process):
     """Students of one seed start alike and see the same; a student that is the teacher has no error."""
     monkeypatch.setattr(planted_router, "STEPS", 20)
