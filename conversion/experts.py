@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -35,23 +36,13 @@ def upcycle(checkpoint: Checkpoint, num_experts: int, top_k: int) -> Checkpoint:
             f"got {num_experts}, {top_k}, {config.router_estimator}"
         )
 
-    def make_copy(name: str) -> StoredTensor:
-        if ROUTER_NAME.fullmatch(name):
-            gate, shape = checkpoint.tensors[name], (num_experts, config.hidden_size)
-            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")  # whatever is read before
+    def draw_router(name: str, gate: StoredTensor, rows: torch.Tensor) -> torch.Tensor:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")  # whatever is read before
+        noise = torch.randn((num_experts, config.hidden_size), generator=torch.Generator().manual_seed(seed))
+        return (config.initializer_range * noise).to(gate.dtype)
 
-            def draw() -> torch.Tensor:
-                noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-                return (config.initializer_range * noise).to(gate.dtype)
-
-            return replace(gate, shape=shape, read=draw)
-        if match := EXPERT_NAME.fullmatch(name):
-            experts, _, _, part = match.groups()
-            matrix = checkpoint.tensors[f"{experts}0.{part}.weight"]
-            return replace(matrix, read=lambda: matrix.read() / top_k) if part == "w2" else matrix
-        return checkpoint.tensors[name]
-
-    return with_experts(checkpoint, num_experts, top_k, make_copy)
+    copies = torch.zeros(config.num_hidden_layers, num_experts, dtype=torch.long)
+    return with_experts(checkpoint, copies, top_k, draw_router, divisor=top_k)
 
 
 def prune(checkpoint: Checkpoint, load: torch.Tensor, num_experts: int) -> Checkpoint:
@@ -65,23 +56,30 @@ def prune(checkpoint: Checkpoint, load: torch.Tensor, num_experts: int) -> Check
         raise ConversionError(f"num_experts must be at least top_k={top_k} and less than {present}; got {num_experts}")
     kept = load.sort(dim=1, descending=True, stable=True).indices[:, :num_experts].sort(dim=1).values
 
-    def choose(name: str) -> StoredTensor:
-        if match := ROUTER_NAME.fullmatch(name):
-            gate, rows = checkpoint.tensors[name], kept[int(match[1])]
-            return replace(gate, shape=(num_experts, gate.shape[1]), read=lambda: gate.read()[rows])
-        if match := EXPERT_NAME.fullmatch(name):
-            experts, layer, expert, part = match.groups()
-            return checkpoint.tensors[f"{experts}{kept[int(layer), int(expert)]}.{part}.weight"]
-        return checkpoint.tensors[name]
-
-    return with_experts(checkpoint, num_experts, top_k, choose)
+    return with_experts(checkpoint, kept, top_k, lambda name, gate, rows: gate.read()[rows])
 
 
 def with_experts(
-    checkpoint: Checkpoint, num_experts: int, top_k: int, tensor_of: Callable[[str], StoredTensor]
+    checkpoint: Checkpoint,
+    kept: torch.Tensor,
+    top_k: int,
+    read_router: Callable[[str, StoredTensor, torch.Tensor], torch.Tensor],
+    divisor: int = 1,
 ) -> Checkpoint:
-    """Return a checkpoint of form `experts`, made of `tensor_of` its released names."""
+    """Return a checkpoint of form `experts`: each layer has the experts `kept`, `[L, E]`, with divided w2."""
     config = copy.deepcopy(checkpoint.config)
-    config.num_local_experts, config.num_experts_per_tok = num_experts, top_k
-    tensors = {name: tensor_of(name) for name in list_groups("hub", config, checkpoint.model_class)}
+    config.num_local_experts, config.num_experts_per_tok = kept.shape[1], top_k
+    tensors = {}
+    for name in list_groups("hub", config, checkpoint.model_class):
+        if match := EXPERT_NAME.fullmatch(name):
+            experts, layer, expert, part = match.groups()
+            matrix = checkpoint.tensors[f"{experts}{kept[int(layer), int(expert)]}.{part}.weight"]
+            if part == "w2" and divisor > 1:
+                matrix = replace(matrix, read=partial(lambda stored: stored.read() / divisor, matrix))
+            tensors[name] = matrix
+            continue
+        tensors[name] = tensor = checkpoint.tensors[name]
+        if match := ROUTER_NAME.fullmatch(name):
+            read = partial(read_router, name, tensor, kept[int(match[1])])
+            tensors[name] = replace(tensor, shape=(kept.shape[1], config.hidden_size), read=read)
     return replace(checkpoint, form="experts", is_standard=False, config=config, tensors=tensors)
