@@ -276,7 +276,10 @@ def find_sources(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     sources = dict(checkpoint.tensors)
     if checkpoint.config.tie_word_embeddings:
         sources["lm_head.weight"] = sources["model.embed_tokens.weight"]
-    for name in (name for place in list_places(checkpoint.config) for name in place.sources):
+    wanted = [name for place in list_places(checkpoint.config) for name in place.sources]
+    for name in sources.keys() - set(wanted):
+        raise ConversionError(f"{sources[name].where} has no place in a GGUF file: llama.cpp has no such layer")
+    for name in wanted:
         if name not in sources:
             length = sources[name.removesuffix("bias") + "weight"].shape[0]
             sources[name] = StoredTensor((length,), torch.float32, f"{name}, zeros", partial(torch.zeros, length))

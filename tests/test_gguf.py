@@ -293,6 +293,9 @@ def test_other_models_are_refused(tmp_path):
     for other in (decoder, tensors | {"score.weight": torch.zeros(2, 128)}):
         with pytest.raises(ConversionError, match=r"holds a GrinMoe\w+: llama.cpp has GrinMoeForCausalLM alone"):
             export_gguf(open_checkpoint(tmp_path, checkpoint.config, other), tmp_path / "model")
+    more = tensors | {"model.layers.0.more.weight": torch.zeros(2)}
+    with pytest.raises(ConversionError, match=r"more\.weight has no place"):
+        export_gguf(open_checkpoint(tmp_path, checkpoint.config, more), tmp_path / "model")
 
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
