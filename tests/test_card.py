@@ -307,7 +307,7 @@ def test_the_snippet_with_the_library_runs(method, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder.parent)
     snippet, remote = blocks(folder / "README.md", "python")
     assert ("messages" in snippet) == (method == "SFT") and '"tiny-sft"' in snippet
-    assert remote.replace(", trust_remote_code=True", "") == snippet.split("\n", 1)[1], "as test_push.py loads it"
+    assert remote.replace(", trust_remote_code=True", "") == snippet.split("\n", 1)[1], "as test_hub.py loads it"
     exec(snippet.replace("max_new_tokens=100", "max_new_tokens=3"), {})
     assert capsys.readouterr().out.startswith("Once upon a time") == (method == "pretraining")
 
