@@ -46,13 +46,8 @@ def python_string(value: Any) -> Markup:
     return Markup('"' + "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) + '"')
 
 
-def shell_word(value: Any) -> Markup:
-    """Make an argument of a command line, which cannot end a block of code."""
-    return Markup(quote(one_line(value)))
-
-
 def render(template: Path, **values: Any) -> str:
     """Render a template of a Markdown file; `| python` makes a Python string of a value, `| shell` an argument."""
     environment = Environment(autoescape=True, finalize=escape)
-    environment.filters |= {"python": python_string, "shell": shell_word}
+    environment.filters |= {"python": python_string, "shell": lambda value: Markup(quote(one_line(value)))}
     return environment.from_string(template.read_text(encoding="utf-8")).render(values)
