@@ -43,7 +43,7 @@ def cell(value: Any) -> Markup:
 def python_string(value: Any) -> Markup:
     """Make a Python string literal on one line, which cannot end a block of code."""
     text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return Markup('"' + "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) + '"')
+    return Markup('"' + "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) + '"').replace("`", r"\x60")
 
 
 def render(template: Path, **values: Any) -> str:
