@@ -85,14 +85,10 @@ class GrinMoeLoadingMixin(PreTrainedModel):
             kwargs["quantization_config"] = exclude_router_from_quantization(kwargs["quantization_config"])
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        except CheckpointMismatch:
-            raise
         except Exception as error:  # damaged files end in many types: SafetensorError, JSONDecodeError, KeyError, ...
-            if pretrained_model_name_or_path is not None and (
-                damaged := find_damaged_files(pretrained_model_name_or_path, **kwargs)
-            ):
+            if damaged := ", ".join(find_damaged_files(pretrained_model_name_or_path, **kwargs)):
                 raise ValueError(
-                    f"{', '.join(damaged)}: damaged ({type(error).__name__}: {error}). Download or copy it again."
+                    f"{damaged}: damaged ({type(error).__name__}: {error}). Download or copy it again."
                 ) from error
             raise
         model = loaded[0] if kwargs.get("output_loading_info") else loaded

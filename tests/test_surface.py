@@ -189,9 +189,6 @@ def test_a_batch_without_rows_or_tokens_is_refused_by_a_sentence(call, shape, ch
         calls[call]()
 
 
-# Skipped logits
-
-
 # Quantisers
 
 
@@ -223,6 +220,8 @@ def test_a_decoder_that_the_file_has_under_another_name_is_an_error(checkpoint):
 
     with pytest.raises(ValueError, match=r"backbone\.embed_tokens\.weight is missing"):
         Renamed.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match=r"layers\.1\.\S+ is not part of the model"):
+        GrinMoeModel.from_pretrained(checkpoint, num_hidden_layers=1)
 
 
 @torch.no_grad()
