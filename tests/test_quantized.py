@@ -162,10 +162,8 @@ def test_quantized_while_loading(checkpoint, config, tensors, settings, tmp_path
     again = load(tmp_path / "saved")
     assert torch.equal(greedy_logits(again), logits)
     again.save_pretrained(tmp_path / "again")
-    saved, twice = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "again"))
-    assert saved.keys() == twice.keys()
-    for name, tensor in saved.items():  # as bytes, because bytes stored as floats may be NaN
-        assert torch.equal(tensor.reshape(-1).view(torch.uint8), twice[name].reshape(-1).view(torch.uint8)), name
+    saved, twice = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("saved", "again"))
+    assert saved == twice
 
 
 def write_published(folder, config, tensors, settings, skipped):

@@ -1,7 +1,7 @@
 """The tokenizer against `tokenizer.json` read by the `tokenizers` library, and against the released chat template.
 
 Most tests run twice: with the release's own files, and with a tokenizer trained on the spot whose files are given the
-release's form (`released_layout`), so that they run where the release is absent.
+release's form (`folder`), so that they run where the release is absent.
 """
 
 import inspect
@@ -81,31 +81,24 @@ CHATS = [
 ]
 
 
-def released_layout(folder: Path) -> Path:
-    """Add to a folder with `tokenizer.json` what the release says beside it, `LlamaTokenizer` included."""
-    tokenizer_config = {
-        **{"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False, "padding_side": "left"},
-        **{"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<unk>"},
-        **{"model_max_length": 4096, "chat_template": RELEASED_CHAT_TEMPLATE},
-    }
-    auto_map = {"AutoConfig": "configuration_grinmoe.GRINMoEConfig"}  # remote code that this project does without
-    config = {"model_type": "grinmoe", "architectures": ["GRIN-MoE"], "auto_map": auto_map}
-    if not (folder / "tokenizer_config.json").exists():
-        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.fixture(scope="module", params=["released", "trained"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder in the release's layout, as far as a tokenizer is concerned."""
+    """A model folder in the release's layout, `LlamaTokenizer` included, as far as a tokenizer is concerned."""
     path = tmp_path_factory.mktemp(request.param)
     if request.param == "released":
-        for file in request.getfixturevalue("real_tokenizer_dir").iterdir():
-            shutil.copyfile(file, path / file.name)
+        shutil.copytree(request.getfixturevalue("real_tokenizer_dir"), path, dirs_exist_ok=True)
     else:
         request.getfixturevalue("trained_tokenizer").backend_tokenizer.save(str(path / "tokenizer.json"))
-    return released_layout(path)
+        tokenizer_config = {
+            **{"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False, "padding_side": "left"},
+            **{"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<unk>"},
+            **{"model_max_length": 4096, "chat_template": RELEASED_CHAT_TEMPLATE},
+        }
+        (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    auto_map = {"AutoConfig": "configuration_grinmoe.GRINMoEConfig"}  # remote code that this project does without
+    config = {"model_type": "grinmoe", "architectures": ["GRIN-MoE"], "auto_map": auto_map}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +122,6 @@ def added_tokens(tokenizer: GrinMoeTokenizer) -> list[str]:
     return [repr(token) for _, token in sorted(tokenizer.added_tokens_decoder.items())]
 
 
-def assert_same_ids(ids: list[list[int]], expected: list[list[int]], texts: list[str]) -> None:
-    wrong = [(text, ours, theirs) for text, ours, theirs in zip(texts, ids, expected, strict=True) if ours != theirs]
-    assert not wrong
-
-
 # --- Token ids ------------------------------------------------------------------------------------------------------
 
 
@@ -148,9 +136,9 @@ def test_ids_are_those_of_tokenizer_json(folder: Path, tmp_path: Path, loader: t
     loaded = loader.from_pretrained(source)
     assert type(loaded) is GrinMoeTokenizer
     expected = raw_ids(folder, HARD_TEXTS)
-    assert_same_ids(loaded(HARD_TEXTS)["input_ids"], expected, HARD_TEXTS)
-    assert_same_ids([loaded.encode(text) for text in HARD_TEXTS], expected, HARD_TEXTS)
-    assert_same_ids(raw_ids(source, HARD_TEXTS), expected, HARD_TEXTS)
+    assert loaded(HARD_TEXTS)["input_ids"] == expected
+    assert [loaded.encode(text) for text in HARD_TEXTS] == expected
+    assert raw_ids(source, HARD_TEXTS) == expected
 
 
 def test_decoding_is_that_of_tokenizer_json(folder: Path, tokenizer: GrinMoeTokenizer) -> None:
@@ -173,7 +161,7 @@ def test_tokenizer_config_cannot_change_ids(folder: Path, tmp_path: Path) -> Non
     contradiction = {end_id: {"content": "<|end|>", "rstrip": False, "lstrip": True}, 9: {"content": "world"}}
     (copy / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": contradiction}))
     loaded = AutoTokenizer.from_pretrained(copy)
-    assert_same_ids(loaded(HARD_TEXTS)["input_ids"], raw_ids(folder, HARD_TEXTS), HARD_TEXTS)
+    assert loaded(HARD_TEXTS)["input_ids"] == raw_ids(folder, HARD_TEXTS)
 
 
 # --- Defaults -------------------------------------------------------------------------------------------------------
