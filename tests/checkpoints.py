@@ -134,6 +134,13 @@ def fused(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str,
     return tensors
 
 
+def changed(tensors: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """With other tensors, and without what begins with the names that are None."""
+    lost = tuple(name for name, tensor in changes.items() if tensor is None)
+    kept = {name: tensor for name, tensor in tensors.items() if not lost or not name.startswith(lost)}
+    return kept | {name: tensor for name, tensor in changes.items() if tensor is not None}
+
+
 def write_checkpoint(
     folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], num_shards: int = 1
 ) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import fused, released_config, released_tensors, write_checkpoint
+from checkpoints import changed, fused, released_config, released_tensors, write_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.core_model_loading import revert_weight_conversion
@@ -24,13 +24,6 @@ EXPERTS = EXPERT.rpartition(".")[0]
 IDS = torch.arange(2, 26).reshape(2, 12)
 FUSED = fused(TENSORS, CONFIG)
 DOWN = f"{EXPERTS}.down_proj"
-
-
-def changed(tensors, changes):
-    """With other tensors, and without what begins with the names that are None."""
-    lost = tuple(name for name, tensor in changes.items() if tensor is None)
-    kept = {name: tensor for name, tensor in tensors.items() if not lost or not name.startswith(lost)}
-    return kept | {name: tensor for name, tensor in changes.items() if tensor is not None}
 
 
 def read_files(folder):

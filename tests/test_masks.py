@@ -40,6 +40,16 @@ def make_cache(kind, model, length):
     return kind(config=model.config, **({"max_cache_len": length} if kind is StaticCache else {}))
 
 
+def attend(query, key, value, window, padding=None, scale=None):
+    """Attention of `[batch, heads, sequence, head_dim]`, by its definition: `window` keys before the query's own."""
+    query_length, key_length = query.shape[2], key.shape[2]
+    distance = torch.arange(key_length - query_length, key_length)[:, None] - torch.arange(key_length)
+    visible = (distance >= 0) & (distance <= (key_length if window is None else window))
+    if padding is not None:
+        visible = visible & padding[:, None, None, -key_length:].bool()
+    return scaled_dot_product_attention(query, key, value, visible, scale=scale, enable_gqa=True).transpose(1, 2), None
+
+
 class FlashAttentionStandIn:
     """FlashAttention's contract on a CPU: the mask is None or 2-D padding, the window comes as an argument.
 
@@ -53,22 +63,14 @@ class FlashAttentionStandIn:
         self.calls = []
 
     def __call__(self, module, query, key, value, attention_mask, scaling, sliding_window, **kwargs):
-        query_length, key_length = query.shape[2], key.shape[2]
         flash_kwargs = _process_flash_attention_kwargs(
-            query_length=query_length, key_length=key_length, is_causal=True, sliding_window=sliding_window,
+            query_length=query.shape[2], key_length=key.shape[2], is_causal=True, sliding_window=sliding_window,
             supports_mapping=defaultdict(bool, window_size=True),
         )  # fmt: skip
-        window_size = flash_kwargs.get("window_size")
-        self.calls.append({"sliding_window": sliding_window, "window_size": window_size, **kwargs})
-        distance = torch.arange(key_length - query_length, key_length)[:, None] - torch.arange(key_length)
-        visible = distance >= 0
-        if window_size is not None:
-            visible = visible & (distance <= window_size[0])
-        if attention_mask is not None:
-            assert attention_mask.dim() == 2
-            visible = visible & attention_mask[:, None, None, -key_length:].bool()
-        output = scaled_dot_product_attention(query, key, value, visible, scale=scaling, enable_gqa=True)
-        return output.transpose(1, 2), None
+        window, _ = flash_kwargs.get("window_size", (None, None))
+        self.calls.append({"sliding_window": sliding_window, "window": window, **kwargs})
+        assert attention_mask is None or attention_mask.dim() == 2
+        return attend(query, key, value, window, attention_mask, scaling)
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def test_flash_attention_gets_the_window_and_the_positions_that_mark_packed_sequ
     logits = build(flash_stand_in.name, sliding_window=window)(ids, position_ids=positions).logits
     visible = None if window is None else window + 1
     assert [call["sliding_window"] for call in flash_stand_in.calls] == [visible] * 2
-    assert all(call["window_size"] is None or call["window_size"][0] == window for call in flash_stand_in.calls)
+    assert all(call["window"] in (None, window) for call in flash_stand_in.calls)
     assert all(torch.equal(call["position_ids"], positions) for call in flash_stand_in.calls)
     assert_close(logits, build("eager", sliding_window=window)(ids).logits)
 
@@ -229,10 +231,7 @@ def torchs_flash(
     """FlashAttention's contract: `[batch, sequence, heads, head_dim]`, the window as keys beside the query's own."""
     assert (cum_q, cum_k, max_q, max_k) == (None, None, query.shape[1], key.shape[1])
     assert (dropout, is_causal, debug, window_size_right) == (0.0, True, False, 0)
-    distance = torch.arange(max_q)[:, None] - torch.arange(max_k)
-    visible = (distance >= 0) & (distance <= window_size_left)
-    states = (t.transpose(1, 2) for t in (query, key, value))
-    return scaled_dot_product_attention(*states, visible, scale=scale, enable_gqa=True).transpose(1, 2), None
+    return attend(*(t.transpose(1, 2) for t in (query, key, value)), window_size_left, scale=scale)
 
 
 @pytest.fixture

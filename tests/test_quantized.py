@@ -7,7 +7,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes import functional
-from checkpoints import fused, released_config, released_tensors, write_checkpoint
+from checkpoints import changed, fused, released_config, released_tensors, write_checkpoint
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from reference import reference_logits
 from safetensors.torch import load_file
@@ -296,19 +296,15 @@ def quantized_checkpoint(tmp_path_factory, checkpoint):
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2"
 
 
-def without(tensors, prefix):
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-
-
 def test_checkpoints_that_do_not_fit_are_errors(config, tensors, quantized_checkpoint, tmp_path):
     quantized = json.loads((quantized_checkpoint / "config.json").read_text())
     unlisted = {**quantized["quantization_config"], "llm_int8_skip_modules": ["lm_head"]}
-    lacking = write_checkpoint(tmp_path / "lacking", config, without(tensors, EXPERT))
+    lacking = write_checkpoint(tmp_path / "lacking", config, changed(tensors, {EXPERT: None}))
     with pytest.raises(ValueError, match=rf"{re.escape(EXPERT)}\.weight is missing"):
         load_quantized(lacking, NF4)
     stored = load_file(quantized_checkpoint / "model.safetensors")
     for name, given, changes, message in (
-        ("lacking-4-bit", without(stored, EXPERT), {}, rf"{re.escape(EXPERT)}\.weight is missing"),
+        ("lacking-4-bit", changed(stored, {EXPERT: None}), {}, rf"{re.escape(EXPERT)}\.weight is missing"),
         ("surplus", stored, {"num_hidden_layers": 1}, r"layers\.1\..* is not part of the model"),
         ("wider", stored, {"intermediate_size": 128}, r"from shape \[96, 64\], the config says \[128, 64\]|quantised"),
         ("unlisted", stored, {"quantization_config": unlisted}, r"not quantised: list 'gate'"),
@@ -316,7 +312,7 @@ def test_checkpoints_that_do_not_fit_are_errors(config, tensors, quantized_check
         with pytest.raises(ValueError, match=message):
             load(write_checkpoint(tmp_path / name, {**quantized, **changes}, given))
     for part in ("weight.absmax", "weight.quant_state.bitsandbytes__nf4"):
-        kept = {name: tensor for name, tensor in stored.items() if name != f"{EXPERT}.{part}"}
+        kept = changed(stored, {f"{EXPERT}.{part}": None})
         folder = write_checkpoint(tmp_path / f"without-{part}", quantized, kept)
         with pytest.raises((ValueError, RuntimeError)):
             load(folder)
