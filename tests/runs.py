@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from checkpoints import released_config, released_tensors
 from torch.distributed.tensor import DTensor
@@ -117,6 +118,36 @@ def balance_gradients(make: Callable[[float, Gradients], Trainer]) -> dict[str, 
         make(coefficient, callback).train()
         found.append(callback.gradients)
     return {name: found[0][name] - found[1][name] for name in found[0]}
+
+
+# Stock Phimoe and GRIN-MoE of the same tensors route alike: without a keep set there is nothing to sample.
+ROUTED_ALIKE = {
+    "torch_dtype": "float32",
+    "router_jitter_noise": 0.0,
+    "input_jitter_noise": 0.0,
+    "sliding_window": None,
+}
+PHIMOE = {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"], "rope_scaling": None}
+TIMES = ("train_", "total_flos", "step_time", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+
+
+def train_stock(trainer) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """What a trainer logs in training except times, and the parameters after it, by Phimoe's names."""
+    set_seed(7)
+    trainer.train()
+    logged = [{k: v for k, v in log.items() if not k.startswith(TIMES)} for log in trainer.state.log_history]
+    named = trainer.model.named_parameters()
+    names = {name: name.replace(".block_sparse_moe.", ".mlp.").replace(".gate.", ".router.") for name, _ in named}
+    return logged, {names[name]: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+
+
+def assert_trained_alike(actual, expected, rtol=1e-4, atol=2e-5) -> None:
+    """Two results of `train_stock`: every logged number, and every parameter."""
+    for log, expected_log in zip(actual[0], expected[0], strict=True):
+        assert log == pytest.approx(expected_log, rel=rtol, abs=atol, nan_ok=True)
+    assert actual[1].keys() == expected[1].keys()
+    for name, parameter in actual[1].items():
+        torch.testing.assert_close(parameter, expected[1][name], rtol=rtol, atol=atol, msg=name)
 
 
 # Sampling and dropout on, rows shuffled, AdamW, a learning rate that changes, saved in the middle of an epoch.

@@ -4,10 +4,11 @@ import importlib
 import random
 
 import pytest
+import runs
 import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
 from trl.trainer.base_trainer import _TELEMETRY_TRAINERS
 
@@ -85,13 +86,11 @@ def folder(trained_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trl")
     special = {f"{kind}_token_id": getattr(trained_tokenizer, f"{kind}_token_id") for kind in ("bos", "eos")}
     special["pad_token_id"] = None  # the end's, for whose embedding Phimoe would have no gradient
-    config = released_config(torch_dtype="float32", router_jitter_noise=0.0, input_jitter_noise=0.0,
-                             sliding_window=None, vocab_size=len(trained_tokenizer), **special)  # fmt: skip
+    config = released_config(**runs.ROUTED_ALIKE, vocab_size=len(trained_tokenizer), **special)
     tensors = released_tensors(config)
-    phimoe = {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"], "rope_scaling": None}
     kept = {"router_sampling": False, "router_jitter_noise": 0.3}
     gshard = {"router_estimator": "gshard"}
-    forms = {"grinmoe": {"router_sampling": False}, "phimoe": phimoe, "keep set": kept, "gshard": gshard}
+    forms = {"grinmoe": {"router_sampling": False}, "phimoe": runs.PHIMOE, "keep set": kept, "gshard": gshard}
     for name, fields in forms.items():
         trained_tokenizer.save_pretrained(write_checkpoint(folder / name, config | fields, tensors))
     return folder
@@ -120,21 +119,6 @@ def make_trainer(name, folder, tokenizer, output_dir, model_type="grinmoe", with
     )  # fmt: skip
 
 
-def train(trainer):
-    """What the trainer logs except times, and the parameters after training, by Phimoe's names."""
-    set_seed(7)
-    trainer.train()
-    timed = ("train_", "step_time", "total_flos")
-    logged = [{k: v for k, v in log.items() if not k.startswith(timed)} for log in trainer.state.log_history]
-    names = {".block_sparse_moe.": ".mlp.", ".gate.": ".router."}
-    parameters = {}
-    for name, parameter in trainer.model.named_parameters():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        parameters[name] = parameter.detach()
-    return logged, parameters
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_stock_ours_and_the_mixin_train_alike(folder, trained_tokenizer, tmp_path, name):
     """A step on two micro-batches: every logged number and every weight; 0 where passes are compared.
@@ -152,19 +136,14 @@ def test_stock_ours_and_the_mixin_train_alike(folder, trained_tokenizer, tmp_pat
 
     if name not in ONLINE:
         trainers[-1].model.model.register_forward_pre_hook(count, with_kwargs=True)
-    runs = [train(trainer) for trainer in trainers]
+    expected, *others = map(runs.train_stock, trainers)
     assert len(passed) == (0 if name in ONLINE else 2)
     assert trainers[-1]._announced["num_tokens"] == (None if name in ONLINE else sum(passed))
-    (expected_logs, expected), *others = runs
-    assert len(expected_logs) == 2 and "loss" in expected_logs[0]
-    for logs, parameters in others:
-        for log, expected_log in zip(logs, expected_logs, strict=True):
-            assert log == pytest.approx(expected_log, rel=1e-4, abs=2e-5, nan_ok=True)
-        assert parameters.keys() == expected.keys()
-        for key, parameter in parameters.items():
-            torch.testing.assert_close(parameter, expected[key], rtol=1e-4, atol=2e-5, msg=key)
+    assert len(expected[0]) == 2 and "loss" in expected[0][0]
+    for actual in others:
+        runs.assert_trained_alike(actual, expected)
     for key in CASES[name][3]:
-        assert runs[-1][0][0][key] == pytest.approx(0, abs=1e-6 if key == "loss" else 0), key
+        assert others[-1][0][0][key] == pytest.approx(0, abs=1e-6 if key == "loss" else 0), key
 
 
 @pytest.mark.parametrize("name", ["GRPO", "RLOO"])
@@ -173,7 +152,7 @@ def test_ratios_are_one_where_nothing_is_learnt(folder, trained_tokenizer, tmp_p
     trainer = make_trainer(
         name, folder, trained_tokenizer, tmp_path, "keep set", learning_rate=0.0, epsilon=1e-5, max_steps=4
     )  # fmt: skip
-    logs, _ = train(trainer)
+    logs, _ = runs.train_stock(trainer)
     assert len(logs) == 5
     for log in logs[:4]:
         assert log["clip_ratio/region_mean"] == 0 and log.get("kl", 0) == 0
@@ -214,7 +193,7 @@ def test_rules_of_every_trainer(name):
 
 def test_estimators_without_noise_are_not_refused(folder, trained_tokenizer, tmp_path):
     """trl loads the reference from the model's folder: what was set while loading the model is not in there."""
-    logs, _ = train(make_trainer("DPO", folder, trained_tokenizer, tmp_path, "gshard"))
+    logs, _ = runs.train_stock(make_trainer("DPO", folder, trained_tokenizer, tmp_path, "gshard"))
     assert logs[0]["rewards/margins"] == 0
     with pytest.raises(ValueError, match=r"reference model has router_estimator=sparsemixer_v2 and the .*=gshard"):
         make_trainer("DPO", folder, trained_tokenizer, tmp_path, config={"router_estimator": "gshard"})
@@ -228,7 +207,7 @@ def test_plain_trl_is_told_once(folder, trained_tokenizer, tmp_path, caplog):
         trainer = make_trainer(name, folder, trained_tokenizer, tmp_path, with_mixin=False, config=released)
         caplog.clear()
         with caplog.at_level("WARNING", logger="transformers"):
-            train(trainer)
+            runs.train_stock(trainer)
         told = [
             record.getMessage() for record in caplog.records if "compared with another pass" in record.getMessage()
         ]
