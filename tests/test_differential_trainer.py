@@ -12,7 +12,7 @@ import runs
 import torch
 from checkpoints import released_config, released_tensors, write_checkpoint
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_grin.training import GrinMoeTrainer
 
@@ -129,7 +129,6 @@ def train(model, trainer_class, rows, output_dir, arguments):
         "disable_tqdm": True, "use_cpu": True,
     }  # fmt: skip
     model = copy.deepcopy(model)
-    set_seed(7)
     args = TrainingArguments(output_dir=output_dir, **{**defaults, **arguments})
     trainer = trainer_class(
         model, args, collate, rows, eval_dataset=rows.select(range(7)) if args.eval_strategy != "no" else None,

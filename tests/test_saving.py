@@ -51,9 +51,7 @@ def save_and_die(model, folder, moment, **settings):
 
         def count(event, arguments):
             nonlocal left
-            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(folder) in str(
-                arguments[0]
-            ):
+            if event in FILE_EVENTS and str(folder) in str(arguments[0]):
                 left -= 1
                 if left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)

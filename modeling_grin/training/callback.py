@@ -12,8 +12,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from ..analysis.routing import RoutingSums, routing_sums
 from ..files import replacing
 
-MAX_PENDING_STEPS = 256  # kept on the device; then they are added up, even if the next log is far away
-
 
 def drop_lines_after(step: int, path: Path) -> None:
     """Remove the steps after `step`, which will be taken again, and a torn line from `layers.jsonl`."""
@@ -85,7 +83,8 @@ class RoutingCallback(TrainerCallback):
         self._decoder = decoder
         self._sums = torch.zeros(config.num_hidden_layers, 2 * config.num_local_experts + 4, device=model.device)
         self._measures_gradients = config.router_aux_loss_coef > 0 and not args.torch_compile
-        self._start_window()
+        self._steps: list[torch.Tensor] = []  # of each step since the last log, `[L, 2E + 4]`
+        self._lengths = None
         self._folder = Path(args.output_dir) / "routing"
         if state.is_world_process_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -113,17 +112,17 @@ class RoutingCallback(TrainerCallback):
         gradients, self._decoder.router_gradients = self._decoder.router_gradients, None
         if gradients is not None:
             self._lengths = reduce(gradients, "sum").flatten(2).norm(dim=-1).cpu().double()  # [L, 2]
-        self._pending.append(self._sums.clone())
-        if len(self._pending) == MAX_PENDING_STEPS:
-            self._gather()
+        self._steps.append(self._sums.clone())
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        if "loss" not in logs or not (self._pending or self._balance_losses):
+        if "loss" not in logs or not self._steps:
             return  # evaluation, the summary at the end, or a trainer's extra lines
-        lengths = self._lengths
-        load, metrics = self._close_window()
+        steps = reduce(torch.stack(self._steps), "sum").cpu().double()  # [S, L, 2E + 4], over all ranks
+        self._steps = []
+        lengths, self._lengths = self._lengths, None
+        load, metrics = summarize(steps, lengths)
         scalars = {f"routing/{name}": values.mean().item() for name, values in metrics.items()}
         scalars["routing/dead_experts"] = metrics["dead_experts"].sum().item()
         for name in ("load_max", "balance_loss"):
@@ -143,38 +142,23 @@ class RoutingCallback(TrainerCallback):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._decoder.routing_observer = self._decoder.router_gradients = None
 
-    def _start_window(self) -> None:
-        self._pending: list[torch.Tensor] = []
-        self._total = torch.zeros(self._sums.shape, dtype=torch.float64)
-        self._balance_losses: list[torch.Tensor] = []
-        self._lengths = None
 
-    def _gather(self) -> None:
-        """Add the pending steps' sums over all ranks to the window."""
-        steps = reduce(torch.stack(self._pending), "sum").cpu().double()  # [S, L, 2E + 4]
-        self._pending.clear()
-        self._total += steps.sum(dim=0)
-        # Step by step, as the loss acts.
-        self._balance_losses.extend(RoutingSums.from_columns(steps).balance_loss())
-
-    def _close_window(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The load `[L, E]` (rows sum to 1) and the metrics by layer, each `[L]`, since the last call."""
-        if self._pending:
-            self._gather()
-        sums = RoutingSums.from_columns(self._total)
-        if not sums.tokens.all():
-            raise ValueError("RoutingCallback saw no token: the trainer's loss does not come from its model's decoder")
-        metrics = {
-            "load_max": sums.load_max(),
-            "max_vio": sums.load_max() - 1,
-            "load_entropy": sums.load_entropy(),
-            "dead_experts": (sums.choices == 0).double().sum(dim=-1),
-            "router_entropy": sums.router_entropy(),
-            "near_tie_rate": sums.near_tie_rate(),
-            "non_argmax_rate": sums.other_draws / sums.choices.sum(dim=-1),
-            "balance_loss": torch.stack(self._balance_losses).mean(dim=0),
-        }
-        if self._lengths is not None:
-            metrics["balance_to_task"] = self._lengths[:, 1] / self._lengths[:, 0]
-        self._start_window()
-        return sums.load(), metrics
+def summarize(steps: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The load `[L, E]` (rows sum to 1) and the metrics by layer, each `[L]`, of the sums of steps, `[S, L, 2E + 4]`,
+    and of `_lengths`."""
+    sums = RoutingSums.from_columns(steps.sum(dim=0))
+    if not sums.tokens.all():
+        raise ValueError("RoutingCallback saw no token: the trainer's loss does not come from its model's decoder")
+    metrics = {
+        "load_max": sums.load_max(),
+        "max_vio": sums.load_max() - 1,
+        "load_entropy": sums.load_entropy(),
+        "dead_experts": (sums.choices == 0).double().sum(dim=-1),
+        "router_entropy": sums.router_entropy(),
+        "near_tie_rate": sums.near_tie_rate(),
+        "non_argmax_rate": sums.other_draws / sums.choices.sum(dim=-1),
+        "balance_loss": RoutingSums.from_columns(steps).balance_loss().mean(dim=0),  # step by step, as it acts
+    }
+    if lengths is not None:
+        metrics["balance_to_task"] = lengths[:, 1] / lengths[:, 0]
+    return sums.load(), metrics
