@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from .writing import Progress, check_destination, check_space, fingerprint, outp
 FOLDERS = ("hub", "fused", "phimoe")
 TARGETS = (*FOLDERS, "gguf")
 MAX_SHARD_SIZE = "5GB"
+SHARD_SIZE = re.compile(r"[1-9]\d*(\.\d+)?([KMGT]B)?")
 CALIBRATION_ROW = 2048  # tokens of a text in one forward pass
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -122,6 +124,8 @@ class Request:
             raise ConversionError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         if self.to == "gguf" and self.destination.suffix != ".gguf":
             raise ConversionError(f"{self.destination}: GGUF is one file, give it a name that ends with .gguf")
+        if self.max_shard_size is not None and not SHARD_SIZE.fullmatch(str(self.max_shard_size)):
+            raise ConversionError(f"max_shard_size must be a size such as 500MB or 5GB; got {self.max_shard_size!r}")
         changes = self.num_experts is not None
         for name, has_effect, reason in (
             ("max_shard_size", self.to in FOLDERS, "the result is one file"),
@@ -215,9 +219,7 @@ def change_experts(checkpoint: Checkpoint, request: Request, report: Report) -> 
     if present == 1:
         return upcycle(checkpoint, wanted, request.top_k or 2)
     if request.calibration is None or request.top_k is not None:
-        raise ConversionError(
-            f"of {present} experts the {wanted} most used are kept: give --calibration, and no --top-k"
-        )
+        raise ConversionError(f"the {wanted} most used of {present} experts need --calibration, and no --top-k")
     load = calibrate(checkpoint, request.calibration).load
     kept = load.topk(min(wanted, present), dim=1).values.sum(dim=1)
     report.notes.append(f"the experts that are kept had {kept.min():.1%} to {kept.max():.1%} of a layer's load")
