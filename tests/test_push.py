@@ -286,6 +286,12 @@ def test_what_is_refused(hub, model, spoil):
     assert len(report.problems) == 1 and re.search(message, report.problems[0])
 
 
+@pytest.mark.parametrize("pattern", ["/etc/host*", "../*"])
+def test_an_include_outside_the_folder_is_refused(model, pattern):
+    report = push(model, "me/x", include=[pattern], dry_run=True)
+    assert report.problems == [f"include must name files below {model}; got {pattern}"]
+
+
 @pytest.mark.parametrize(
     ("kind", "secret"),
     [

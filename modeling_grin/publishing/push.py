@@ -102,6 +102,7 @@ def push(
         progress: called with the bytes of weights checked since the last call, and with the total.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         ValueError: the folder has problems (all are named), the repository or the token is wrong, or the connection
             failed.
     """
@@ -117,7 +118,7 @@ def push(
         lambda: tokenizer_files(folder),
         lambda: companion_files(folder),
         lambda: card_files(folder, report.notes) if card else {},
-        lambda: find_files(folder, include),
+        lambda: included_files(folder, include),
     ):
         try:
             sources = part() | sources
@@ -213,6 +214,17 @@ def find_files(folder: Path, patterns: Sequence[str]) -> dict[str, Source]:
     """Files of the folder by name."""
     files = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     return {path.relative_to(folder).as_posix(): path for path in files}
+
+
+def included_files(folder: Path, patterns: Sequence[str]) -> dict[str, Source]:
+    """Files of the folder that the user names.
+
+    Raises:
+        ValueError: a pattern leads out of the folder.
+    """
+    if outside := [pattern for pattern in patterns if Path(pattern).is_absolute() or ".." in Path(pattern).parts]:
+        raise ValueError(f"include must name files below {folder}; got {outside[0]}")
+    return find_files(folder, patterns)
 
 
 def card_files(folder: Path, notes: list[str]) -> dict[str, Source]:
