@@ -46,10 +46,11 @@ CACHED_TENSORS = 2  # a layer's released matrices, which are asked for one by on
 # The opcodes that torch and DCP write, except `GETS` and `PUTS`.
 REUSABLE = {"BINUNICODE", "SHORT_BINUNICODE", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ"}
 PUTS, GETS = {"MEMOIZE", "BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
-OPCODES = REUSABLE | {
+TUPLES = {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+OPCODES = REUSABLE | TUPLES | {
     "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1",
-    "BINFLOAT", "SHORT_BINBYTES", "BINBYTES", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST",
-    "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS", "BUILD", "BINPERSID",
+    "BINFLOAT", "SHORT_BINBYTES", "BINBYTES", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS",
+    "BUILD", "BINPERSID",
 }  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def unpickle(data: bytes) -> Any:
     twice, 60 times over, takes 120 bytes, and 2^60 steps to hash.
     """
     memo: dict[Any, bool] = {}  # entry -> whether it may be used again
-    depths: list[int | None] = []  # of each object on the stack; None is a mark
+    depths: list[int] = []  # of each object on the stack; a mark has -1
     before = ""
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
@@ -112,16 +113,17 @@ def unpickle(data: bytes) -> Any:
             raise ValueError("an object that is there twice and is no string, class or record")
         elif name not in OPCODES | GETS:
             raise ValueError(f"the opcode {name}")
-        taken = []
+        depth = 0
         for item in reversed(opcode.stack_before):
-            while item is pickletools.stackslice and depths[-1] is not None:
-                taken.append(depths.pop())
+            while item is pickletools.stackslice and depths[-1] >= 0:
+                depth = max(depth, depths.pop())
             if item is not pickletools.stackslice:
-                taken.append(depths.pop())
-        depth = max((depth for depth in taken if depth is not None), default=0) + ("TUPLE" in name)
+                depth = max(depth, depths.pop())
+        depth += name in TUPLES
         if depth > MAX_DEPTH:
             raise ValueError(f"tuples nested more than {MAX_DEPTH} times")
-        depths += [None if item is pickletools.markobject else depth for item in opcode.stack_after]
+        if opcode.stack_after:
+            depths.append(-1 if name == "MARK" else depth)
         before = name
     return Unpickler(io.BytesIO(data)).load()
 
