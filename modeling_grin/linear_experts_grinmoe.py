@@ -89,10 +89,9 @@ def exclude_router_from_quantization(quantization_config: Any) -> Any:
 def check_quantized(model: PreTrainedModel) -> None:
     """Raise ValueError if a quantiser has left experts as they were unasked, or has quantised the routers; or if a
     checkpoint's quantised matrices are missing, or have other shapes than the config says."""
-
-    def is_quantized(linear: Any) -> bool:
-        return type(linear) is not nn.Linear or type(linear.weight) not in (nn.Parameter, DTensor)
-
+    config = model.config.quantization_config
+    method = getattr(config.quant_method, "value", config.quant_method)
+    skipped = [pattern for field in SKIP_LISTS for pattern in getattr(config, field, None) or []]
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if type(module).__module__.startswith("bitsandbytes") and type(weight) is nn.Parameter:
@@ -106,23 +105,18 @@ def check_quantized(model: PreTrainedModel) -> None:
                 f"{name}.weight of the checkpoint was quantised from shape {list(state.shape)}, the config says "
                 f"{[module.out_features, module.in_features]}"
             )
-    if model.hf_quantizer.pre_quantized:
-        return
-    config = model.config.quantization_config
-    method = getattr(config.quant_method, "value", config.quant_method)
-    skipped = [pattern for field in SKIP_LISTS for pattern in getattr(config, field, None) or []]
-    for name, module in model.named_modules():
-        if isinstance(module, GrinMoeLinearExpert):
-            for part in ("w1", "w2", "w3"):
-                path = f"{name}.{part}"
-                if not is_quantized(getattr(module, part)) and should_convert_module(path, skipped):
-                    raise ValueError(
-                        f"quantization_config ({method}) has left {path} as it was: choose a method or a group size "
-                        f"that takes {module.w1.out_features} x {module.w1.in_features} matrices, or list the module "
-                        "among those to leave alone"
-                    )
-        elif name.endswith("block_sparse_moe.gate") and is_quantized(module):
+        if model.hf_quantizer.pre_quantized:
+            continue
+        is_quantized = type(module) is not nn.Linear or type(weight) not in (nn.Parameter, DTensor)
+        if name.endswith("block_sparse_moe.gate") and is_quantized:
             raise ValueError(f"quantization_config ({method}) has quantised the router {name}; it must be left alone")
+        is_of_expert = isinstance(model.get_submodule(name.rpartition(".")[0]), GrinMoeLinearExpert)
+        if is_of_expert and type(module) is nn.Linear and not is_quantized and should_convert_module(name, skipped):
+            raise ValueError(
+                f"quantization_config ({method}) has left {name} as it was: choose a method or a group size that "
+                f"takes {module.out_features} x {module.in_features} matrices, or list the module among those to "
+                "leave alone"
+            )
 
 
 def warn_of_partial_quantization(layer: nn.Module) -> None:

@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -60,14 +60,12 @@ class AtomicSavingMixin(PreTrainedModel):
                 replace_files(made, folder, ["config.json"], shard=re.compile(r"(?!incomplete).*\.safetensors"))
                 unreadable.unlink()
                 made.rmdir()
-        elif is_writer:
+        else:
             is_adapter = getattr(self, "_hf_peft_config_loaded", False)
             weights = "adapter_model.safetensors" if is_adapter else f"model{suffix}.safetensors"
             index = None if is_adapter else f"model.safetensors.index{suffix}.json"
-            with replacing_checkpoint(folder, weights, index) as made:
+            with replacing_checkpoint(folder, weights, index) if is_writer else nullcontext(folder) as made:
                 super().save_pretrained(made, **settings)
-        else:
-            super().save_pretrained(save_directory, **settings)
         self.barrier_after_gathered_checkpoint_save(layout)
 
 
