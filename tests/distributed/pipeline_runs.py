@@ -9,7 +9,6 @@ from datasets import Dataset
 from on_cpu import as_on_gpus
 from sharded_runs import adapt, count_chunked, count_forwards
 from tokenizers import Tokenizer, models
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 from trl import SFTConfig
 
@@ -21,19 +20,6 @@ from modeling_grin.training.trl_trainers import GrinMoeDPOTrainer, GrinMoeSFTTra
 
 STEPS = 3
 EVALUATION_ROWS, EVALUATION_BATCH = 6, 4  # the last batch is smaller
-
-
-class CountSends(TorchDispatchMode):
-    """The bytes of each floating-point tensor that this rank sends to another."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name() == "c10d::send" and args[0][0].is_floating_point():
-            self.sizes.append(args[0][0].nbytes)
-        return func(*args, **(kwargs or {}))
 
 
 def make_model(folder: Path, layout: dict[str, Any] | None, checkpoint: str, **settings: Any) -> GrinMoeForCausalLM:
@@ -76,9 +62,9 @@ def train(
         folder / f"{name}-run", model, eval_dataset=runs.Rows(EVALUATION_ROWS), **{**settings, **arguments}
     )
     forwards = count_forwards(next(layer for layer in model.get_decoder().layers if any(layer.children())))
-    with CountSends() as sends, count_chunked() as chunked:
+    with count_chunked() as chunked:
         trainer.train(None if resume_from is None else str(folder / resume_from))
-    return results(trainer, sends=sends.sizes, forwards=len(forwards), chunked=chunked.call_count)
+    return results(trainer, forwards=len(forwards), chunked=chunked.call_count)
 
 
 def sft(folder: Path, name: str, layout: dict[str, Any] | None, checkpoint: str, **arguments: Any) -> dict[str, Any]:
@@ -101,9 +87,8 @@ def sft(folder: Path, name: str, layout: dict[str, Any] | None, checkpoint: str,
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1"),
     )  # fmt: skip
-    with CountSends() as sends:
-        trainer.train()
-    return results(trainer, sends=sends.sizes)
+    trainer.train()
+    return results(trainer)
 
 
 def errors(folder: Path, name: str, checkpoint: str) -> dict[str, str]:
