@@ -53,7 +53,6 @@ def main(argv: list[str] | None = None) -> None:
             processing_class=tokenizer,
             exact_balance=arguments.exact_balance,
         )
-        data_checks.check_labels(trainer.train_dataset, "train_data")
 
     if arguments.pipeline_parallel_size == 1:
         trainer.add_callback(RoutingCallback(trainer))

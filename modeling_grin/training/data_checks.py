@@ -9,8 +9,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..routing_grinmoe import noise_settings
 
-IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
-
 
 def check_columns(dataset: Dataset, columns: Sequence[str], name: str) -> None:
     """Require rows and all of `columns`; `name` is what errors call the dataset."""
@@ -92,15 +90,6 @@ def check_sequence_length(length: int | None, config: PreTrainedConfig, field: s
         raise ValueError(
             f"{field}={length} is longer than the model's context of "
             f"max_position_embeddings={config.max_position_embeddings} tokens"
-        )
-
-
-def check_labels(dataset: Dataset, name: str) -> None:
-    """Require a token with a loss in the tokenized `dataset`; the first token of a row never has one."""
-    if not any(label != IGNORED for labels in dataset["labels"] for label in labels[1:]):
-        raise ValueError(
-            f"{name}: all labels are masked, so there is nothing to learn; max_length may be too short for the "
-            "prompts, or the loss be asked for on turns that are not there"
         )
 
 
