@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import zipfile
+from pathlib import Path
 
 import pytest
 import runs
@@ -103,13 +104,17 @@ def finished(tmp_path_factory):
     return folder, runs.parameters(trainer)
 
 
+@pytest.fixture
+def checkpoint(finished, tmp_path):
+    """A copy of the last one."""
+    return Path(shutil.copytree(finished[0] / "checkpoint-9", tmp_path / "checkpoint-9"))
+
+
 NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_a_file_that_is_missing_or_cut_off_is_named(finished, tmp_path, name):
-    checkpoint = tmp_path / "checkpoint-9"
-    shutil.copytree(finished[0] / "checkpoint-9", checkpoint)
+def test_a_file_that_is_missing_or_cut_off_is_named(checkpoint, name):
     content = (checkpoint / name).read_bytes()
     generator = random.Random(name)
     for size in [0, len(content) - 2] + [generator.randrange(len(content)) for _ in range(8)]:
@@ -121,18 +126,14 @@ def test_a_file_that_is_missing_or_cut_off_is_named(finished, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_an_archive_that_would_inflate_is_named(finished, tmp_path, name):
-    checkpoint = tmp_path / "checkpoint-9"
-    shutil.copytree(finished[0] / "checkpoint-9", checkpoint)
+def test_an_archive_that_would_inflate_is_named(checkpoint, name):
     with zipfile.ZipFile(checkpoint / name, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"0" * 2**20)
     assert find_problems(checkpoint) == [f"{name} has 'archive/data.pkl' compressed, which torch.save never does"]
 
 
-def test_what_makes_a_checkpoint_complete(finished, tmp_path):
+def test_what_makes_a_checkpoint_complete(checkpoint, tmp_path):
     """Shards, ranks, and a checkpoint of the model alone."""
-    checkpoint = tmp_path / "checkpoint-9"
-    shutil.copytree(finished[0] / "checkpoint-9", checkpoint)
     tensors = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
     runs.make_model().save_pretrained(checkpoint, max_shard_size="20KB")
@@ -182,9 +183,7 @@ def test_resume_takes_the_newest_complete_checkpoint_and_names_the_others(finish
         runs.make_killed_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_without_a_tensor_is_refused(finished, tmp_path):
-    checkpoint = tmp_path / "checkpoint-9"
-    shutil.copytree(finished[0] / "checkpoint-9", checkpoint)
+def test_a_checkpoint_without_a_tensor_is_refused(checkpoint, tmp_path):
     tensors = load_file(checkpoint / "model.safetensors")
     missing = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
     del tensors[missing]
@@ -358,10 +357,8 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(tmp_path, caplog, lora):
 # ---- Files of another run ----
 
 
-def test_files_of_another_run_are_refused_before_training(finished, tmp_path):
+def test_files_of_another_run_are_refused_before_training(checkpoint, tmp_path):
     """torch's fused AdamW would write beyond moments that are too small; a pickle would run its code."""
-    checkpoint = tmp_path / "checkpoint-8"
-    shutil.copytree(finished[0] / "checkpoint-8", checkpoint)
     trainer = runs.make_killed_trainer(tmp_path)
     steps = []
     trainer.model.register_forward_pre_hook(lambda *args: steps.append(1))

@@ -6,8 +6,7 @@ Private names of other packages that this one overrides or calls, and the versio
 
 - `transformers.Trainer`, 5.17 to 5.24: `_save`, `_save_checkpoint`, `_save_optimizer_and_scheduler`,
   `_get_output_dir`, `_push_from_checkpoint`, `_load_from_checkpoint`, `_load_optimizer_and_scheduler`,
-  `_load_rng_state`, `_determine_best_metric`, `_load_best_model` (`resuming.py`); `_get_grad_norm`,
-  `_prepare_inputs` (`trainer.py`).
+  `_determine_best_metric`, `_load_best_model` (`resuming.py`); `_get_grad_norm`, `_prepare_inputs` (`trainer.py`).
 - The same, 5.23 and 5.24: `_clip_grad_norm`, `_sync_replicated_trainable_parameters`, `_get_num_items_in_batch`; and a
   model's `_is_distributed_loading_by_transformers`, `_tp_size` (`pipeline_trainer.py`, `pipeline.py`).
 - torch's `PipelineStage`, 2.13: `_setup_forward_recv_info`, `_setup_backward_recv_info`, `_get_recv_ops`
