@@ -109,12 +109,10 @@ class ResumingTrainerMixin(_Base):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as Trainer does, into a folder that one rename then gives the checkpoint's name."""
-        self._check_weights(
-            f"after step {self.state.global_step}", "nothing is saved; resume from the last checkpoint"
-        )
+        step = self.state.global_step
+        self._check_weights(f"after step {step}", "nothing is saved; resume from the last checkpoint")
         run_dir = self._get_output_dir(trial)
-        staging = os.path.join(run_dir, STAGING_FOLDER)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging, name = os.path.join(run_dir, STAGING_FOLDER), f"{PREFIX_CHECKPOINT_DIR}-{step}"
         written, checkpoint = os.path.join(staging, name), os.path.join(run_dir, name)
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)  # a killed run left it; nothing could resume from it
@@ -181,7 +179,7 @@ class ResumingTrainerMixin(_Base):
             load_weights(self._grin_model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # Whatever the format: FSDP's own files were not looked into before.
+        # FSDP's own files were not looked into before.
         self._check_weights(f"in {resume_from_checkpoint}", "resume from an earlier checkpoint")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
