@@ -25,7 +25,7 @@ from transformers.utils import strtobool
 
 from ..compat_grinmoe import require_layouts
 from ..configuration_grinmoe import GrinMoeConfig
-from ..data import load_data
+from ..data import find_files, load_data
 from ..lora import add_lora
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from .arguments import FineTuningArguments, RecipeArguments
@@ -76,6 +76,7 @@ def load_train_and_eval(
     if not (arguments.eval_data or arguments.eval_split):
         return train, None
     name = arguments.eval_data or arguments.train_data
+    config = None if find_files(name) else config  # the training data's on the Hub
     held_out = load_data(name, split=arguments.eval_split, config=config, default_split="test")
     return train, select(held_out, f"eval_data={name}")
 
