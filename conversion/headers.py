@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from modeling_grin import GrinMoeConfig
@@ -119,9 +120,16 @@ def read_config(folder: Path) -> GrinMoeConfig:
     labels = values.get("num_labels")
     if isinstance(labels, (int, float)) and labels > MAX_LABELS:
         raise ConversionError(f"{path}: num_labels must be at most {MAX_LABELS}; got {labels!r:.120}")
+    # transformers sets unknown fields as attributes, even over its own methods.
+    if methods := [name for name in values if callable(getattr(GrinMoeConfig, name, None))]:
+        raise ConversionError(f"{path}: {methods[0]!r:.120} is not a field but a method of the config: remove it")
+    dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
+    if not isinstance(vars(torch).get(str(dtype)), torch.dtype):
+        raise ConversionError(f"{path}: dtype must be one of torch's, such as 'bfloat16'; got {dtype!r:.120}")
     try:
         json.dumps(values, allow_nan=False)
         config = GrinMoeConfig.from_dict(values)
+        json.dumps(config.to_dict())  # it can be copied and written
     except Exception as error:  # of any type, as above
         raise ConversionError(f"{path} is not a usable config: {explain(error)}") from error
     if count_parameters(config)[0] > MAX_PARAMETERS:

@@ -168,7 +168,7 @@ def test_how_a_model_was_run_is_not_taken_from_its_config(tmp_path):
     [
         ({"quantization_config": {"quant_method": "fp8"}}, "has a quantization_config: dequantize the model"),
         ({"num_labels": 10**6}, "num_labels must be at most 100000; got 1000000"),
-        ({"torch_dtype": "float33"}, "is not a usable config|float33"),
+        ({"torch_dtype": "float33"}, "dtype must be|float33"),
         ({"vocab_size": 10**13, "hidden_size": 128}, "more than 1e+14 parameters"),
         ({"num_experts_per_tok": 99}, "is not a usable config|num_experts_per_tok"),
     ],

@@ -80,10 +80,20 @@ def model(tmp_path):
     return write_release(tmp_path / "model", num_hidden_layers=1, num_local_experts=2)[0]
 
 
-def test_config(model):
+def test_config(model, tmp_path):
     known = {field.name for field in fields(GrinMoeConfig)} | {"text_config", "decoder", "auto_map", "num_experts"}
-    config = json.loads((model / "config.json").read_text())
-    check(model / "config.json", config, lambda: read_config(model), known - config.keys(), OTHERS[1::3])
+    known |= {"save_pretrained", "to_dict", "dtype", "id2label"}  # transformers sets what it does not know
+    values = json.loads((model / "config.json").read_text())
+
+    def read():
+        config = read_config(model)
+        config.save_pretrained(tmp_path / "saved")
+        assert config.dtype is None or torch.empty(1, dtype=getattr(torch, str(config.dtype).split(".")[-1])).nbytes
+
+    check(model / "config.json", values, read, known - values.keys(), OTHERS[1::3])
+    (model / "config.json").write_text(json.dumps({**values, "note": json.loads("[" * 500 + "]" * 500)}))
+    with pytest.raises(ConversionError, match=r"config\.json is not a usable config: RecursionError"):
+        read()
 
 
 def test_generation_config(model):
