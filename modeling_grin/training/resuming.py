@@ -144,11 +144,14 @@ class ResumingTrainerMixin(_Base):
         folder = output_dir or self.args.output_dir
         if not self.is_sharded:
             super()._save(output_dir, self._adapter_state() if state_dict is None else state_dict)
+            adapters = {}
             if pipeline := getattr(self.model, "pipeline", None):  # peft has saved this stage's
                 adapters = pipeline.gather(get_peft_model_state_dict(self._grin_model, self._adapter_state()))
-                if self.args.should_save:
+            if self.args.should_save:
+                if adapters:
                     save_file(adapters, Path(folder, ADAPTER_WEIGHTS), {"format": "pt"})
-            return give_umasks_mode(Path(folder))  # peft's adapters among them
+                give_umasks_mode(Path(folder))  # peft's adapters among them
+            return
         save_weights(self._grin_model, folder)
         if self.args.should_save:
             if self.processing_class is not None:
