@@ -67,6 +67,10 @@ def main(argv: list[str] | None = None) -> None:
         )
         left = f"train_data, without the rows whose prompt alone fills max_length={training.max_length},"
         data_checks.check_columns(trainer.train_dataset, [], left)
+        for name, rows in {"train_data": trainer.train_dataset, "evaluation data": trainer.eval_dataset}.items():
+            if training.max_length is None and rows is not None:
+                for answer in ("chosen_ids", "rejected_ids"):
+                    data_checks.check_longest(rows, ["prompt_ids", answer], config, name)
 
     trainer.add_callback(RoutingCallback(trainer))
     run_to_the_end(trainer, arguments, "DPO")

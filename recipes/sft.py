@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> None:
             processing_class=tokenizer,
             exact_balance=arguments.exact_balance,
         )
+        for name, rows in {"train_data": trainer.train_dataset, "evaluation data": trainer.eval_dataset}.items():
+            if training.max_length is None and rows is not None:
+                data_checks.check_longest(rows, ["input_ids"], config, name)
 
     if arguments.pipeline_parallel_size == 1:
         trainer.add_callback(RoutingCallback(trainer))

@@ -359,6 +359,7 @@ CHAT = {"messages": [{"role": "user", "content": "hello " * 20}, {"role": "assis
 BROKEN = ["{broken"]
 PAIR = {"prompt": "hello " * 20, "chosen": "yes", "rejected": "no"}
 SAID = CHAT["messages"]
+LONG = {"messages": [SAID[0], {"role": "assistant", "content": "a b " * 900}]}
 
 
 @pytest.mark.parametrize(
@@ -386,10 +387,12 @@ SAID = CHAT["messages"]
         ("dpo_debug", [{"chosen": "a", "rejected": "b"}] * 9, [], "has no column prompt; its columns are"),
         ("dpo_debug", [PAIR] * 9, ["--disable_dropout", "false"], "expert_dropout=0.1 is at odds"),
         ("pretrain_debug", [{"text": 3}] * 20, [], r"must hold text in text; got Value\('int64'\)"),
-        ("sft_debug", [CHAT] * 9, ["--load_in_4bit", "true"], "purely quantized models"),
+        ("sft_debug", [CHAT] * 9, ["--load_in_4bit", "true"], "load_in_4bit=True needs LoRA"),
         ("sft_debug", [CHAT] * 9, ["--max_step", "3"], "--max_step"),
         ("dpo_debug", [PAIR] * 9, ["--model_config", '{"router_sampling": true}'], "router_sampling=True is at odds"),
         ("dpo_debug", [PAIR] * 9, ["--max_length", "16"], "whose prompt alone fills max_length=16, is empty"),
+        ("dpo_debug", [PAIR, {**PAIR, "chosen": "a b " * 900}] * 5, ["--max_length", "none"], "tokens are more than the"),
+        ("sft_debug", [CHAT, LONG] * 9, ["--max_length", "none", "--packing", "0"], "tokens are more than the mod"),
         ("pretrain_debug", [{"text": "a"}] * 20, [], "block_size=64 tokens, is empty"),
         ("pretrain_debug", [{"text": "a"}], ["--tokenizer_name_or_path", "x"], "one of tokenizer_vocab_size and"),
         ("pretrain_debug", [{"text": "a"}] * 20, ["--model_config", '{"vocab_size": 99}'], "vocab_size is 99"),

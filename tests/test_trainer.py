@@ -583,7 +583,16 @@ def test_dpo_has_the_balance_gradient_and_no_noise(tmp_path, trained_tokenizer):
 
 
 def test_tokens_without_an_embedding_are_refused(tmp_path, trained_tokenizer):
-    model = runs.make_model()
+    """Before training where a tokenizer or a dataset says so, and else before the step."""
+    model, rows = runs.make_model(), Dataset.from_dict({"input_ids": [[0, 130], [131]]})
+    for dataset in (rows, rows.select([1])):
+        with pytest.raises(
+            ValueError, match=r"input_ids of train_dataset must be ids from 0 to 130 .*; got .* to 131"
+        ):
+            GrinMoeTrainer(model, train_dataset=dataset)
+        with pytest.raises(ValueError, match="input_ids of eval_dataset a must be"):
+            GrinMoeTrainer(model, eval_dataset={"a": dataset})
+    GrinMoeTrainer(model, train_dataset=rows.select([0]))
     with pytest.raises(ValueError, match=r"ids up to 1023, the model's vocab_size is 131: .*resize_token_embeddings"):
         GrinMoeTrainer(model, processing_class=trained_tokenizer)
     trainer = runs.make_trainer(tmp_path, model)

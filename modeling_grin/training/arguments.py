@@ -95,7 +95,11 @@ class FineTuningArguments(RecipeArguments):
         if self.freeze_router is not None:
             self.config_overrides["freeze_router"] = self.freeze_router
         for option in fields(self):
-            if option.name.startswith("lora_") and not self.lora_r and getattr(self, option.name) != option.default:
+            if (
+                option.name.startswith(("lora_", "load_in_4bit"))
+                and not self.lora_r
+                and getattr(self, option.name) != option.default
+            ):
                 raise ValueError(f"{option.name}={getattr(self, option.name)} needs LoRA: set lora_r")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, LargeList, List
+from pyarrow.compute import list_flatten, min_max
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..routing_grinmoe import noise_settings
@@ -91,6 +92,26 @@ def check_sequence_length(length: int | None, config: PreTrainedConfig, field: s
             f"{field}={length} is longer than the model's context of "
             f"max_position_embeddings={config.max_position_embeddings} tokens"
         )
+
+
+def check_rows(dataset: Any, config: PreTrainedConfig, name: str) -> None:
+    """Require an embedding for all `input_ids` of a tokenized `datasets.Dataset`; let other data pass."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return
+    for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000):
+        found = min_max(list_flatten(table["input_ids"])).as_py()
+        if found["max"] is not None:
+            check_token_ids(found["min"], found["max"], config, f"input_ids of {name}")
+
+
+def check_longest(dataset: Dataset, columns: Sequence[str], config: PreTrainedConfig, name: str) -> None:
+    """Require that rows of tokens, `columns` one after the other, fit the model's context."""
+    for row, parts in enumerate(zip(*(dataset[column] for column in columns), strict=True)):
+        if (length := sum(map(len, parts))) > config.max_position_embeddings:
+            raise ValueError(
+                f"{name}, row {row}: {length} tokens are more than the model's context of "
+                f"max_position_embeddings={config.max_position_embeddings}; set max_length to cut them"
+            )
 
 
 def check_preference_routing(config: PreTrainedConfig, *, dropout_is_disabled: bool = True) -> None:

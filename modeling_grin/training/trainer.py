@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from ..balance_grinmoe import count_experts, counted_tokens
 from ..compat_grinmoe import is_spread_over_ranks
 from ..configuration_grinmoe import GrinMoeConfig
-from .data_checks import check_sequence_length, check_token_ids, check_vocabulary
+from .data_checks import check_rows, check_sequence_length, check_token_ids, check_vocabulary
 from .pipeline import LOSS_INPUTS
 from .pipeline_trainer import PipelineTrainerMixin
 from .resuming import ResumingTrainerMixin
@@ -61,9 +61,9 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
             where the model is spread over ranks, and off otherwise, when `Trainer` saves the optimizer.
 
     Raises:
-        ValueError: a tokenizer with ids without an embedding, noise in passes that are compared, settings that would
-            be wrong in silence; from `train`, a step without labels, ids without an embedding, a sequence that is too
-            long, and the checkpoints above.
+        ValueError: a tokenizer or rows with ids without an embedding, noise in passes that are compared, settings that
+            would be wrong in silence; from `train`, a step without labels, ids without an embedding, a sequence that
+            is too long, and the checkpoints above.
     """
 
     label_smoother: Any  # Trainer's, or None
@@ -98,6 +98,10 @@ class GrinMoeTrainerMixin(ResumingTrainerMixin, PipelineTrainerMixin):
         check_reference(config, getattr(getattr(self, "ref_model", None), "config", None))
         if isinstance(self.processing_class, PreTrainedTokenizerBase):
             check_vocabulary(self.processing_class, config)
+        check_rows(self.train_dataset, config, "train_dataset")
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for name, rows in held_out.items():
+            check_rows(rows, config, f"eval_dataset {name}".rstrip())
 
     def _name_arguments(self, given: tuple, keywords: dict[str, Any]) -> dict[str, Any]:
         """The trainer's own arguments, by the names that the class behind the mixin gives them."""
