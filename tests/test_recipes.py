@@ -391,7 +391,7 @@ LONG = {"messages": [SAID[0], {"role": "assistant", "content": "a b " * 900}]}
         ("sft_debug", [CHAT] * 9, ["--max_step", "3"], "--max_step"),
         ("dpo_debug", [PAIR] * 9, ["--model_config", '{"router_sampling": true}'], "router_sampling=True is at odds"),
         ("dpo_debug", [PAIR] * 9, ["--max_length", "16"], "whose prompt alone fills max_length=16, is empty"),
-        ("dpo_debug", [PAIR, {**PAIR, "chosen": "a b " * 900}] * 5, ["--max_length", "none"], "tokens are more than the"),
+        ("dpo_debug", [{**PAIR, "chosen": "a b " * 900}] * 9, ["--max_length", "none"], "tokens are more than"),
         ("sft_debug", [CHAT, LONG] * 9, ["--max_length", "none", "--packing", "0"], "tokens are more than the mod"),
         ("pretrain_debug", [{"text": "a"}] * 20, [], "block_size=64 tokens, is empty"),
         ("pretrain_debug", [{"text": "a"}], ["--tokenizer_name_or_path", "x"], "one of tokenizer_vocab_size and"),
