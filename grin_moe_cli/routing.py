@@ -15,7 +15,6 @@ from .terminal import console, errors, escape
 if TYPE_CHECKING:
     import torch
 
-    from modeling_grin.analysis.report import RoutingStudy
     from modeling_grin.modeling_grinmoe import GrinMoeForCausalLM
 
 MODELS, COUNTING, REPORT = "Models", "Counting", "Report"
@@ -73,21 +72,6 @@ def parse_data(data: list[str]) -> dict[str, str]:
 def display_name(name: str) -> str:
     """The name of a model or of texts in the report: an absolute path loses its folders."""
     return Path(name).name if Path(name).is_absolute() else name
-
-
-def regret_table(study: "RoutingStudy") -> Table:
-    """The regret of each set, as means over the layers, in units of a thousandth of a nat."""
-    title = "Regret, in 0.001 nats a token of a layer: another expert in place of the last"
-    table = Table(title=title, title_justify="left", box=None)
-    table.add_column("set", overflow="fold")
-    for column in ("runner-up adds", "best saves", "worst layer", "some better", "near-ties", "best saves there"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, regret in study.regrets.items():
-        adds, saves, ties = 1e3 * regret.runner_up(), 1e3 * regret.regret(), 1e3 * regret.regret_of_near_ties()
-        figures = (f"{adds.mean():.2f}", f"{saves.mean():.2f}", f"{saves.max():.2f}", f"{regret.better().mean():.1%}",
-                   f"{regret.near_tie_rate().mean():.1%}", f"{ties.nanmean():.2f}")  # fmt: skip
-        table.add_row(escape(name), *figures)
-    return table
 
 
 def routing(
@@ -148,7 +132,7 @@ def routing(
     from transformers import AutoTokenizer
 
     from modeling_grin.analysis.regret import routing_regret
-    from modeling_grin.analysis.report import RoutingStudy, view_tokens, write_report
+    from modeling_grin.analysis.report import REGRET_COLUMNS, RoutingStudy, describe_regret, view_tokens, write_report
     from modeling_grin.analysis.routing import collect_routing, compare_routing
     from modeling_grin.data import batched, token_rows
 
@@ -199,5 +183,11 @@ def routing(
         table.add_row(escape(name), *figures)
     console.print(table)
     if study.regrets:
-        console.print(regret_table(study))
+        title = "Regret, in 0.001 nats a token of a layer: another expert in place of the last"
+        table = Table("set", title=title, title_justify="left", box=None)
+        for column in REGRET_COLUMNS:
+            table.add_column(column, justify="right", no_wrap=True)
+        for name, measured in study.regrets.items():
+            table.add_row(escape(name), *describe_regret(measured))
+        console.print(table)
     console.print(f"wrote {escape(output_dir / 'report.html')}, with pictures and tables beside it", highlight=False)

@@ -7,25 +7,25 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.table import Table
 
 from .terminal import console, escape
 
 
 def gradients(
-    output_dir: Annotated[Path, typer.Option(help="folder for gradients.csv and plots")] = Path("gradients"),
+    output_dir: Annotated[Path, typer.Option(help="folder for the table (CSV) and plots")] = Path("gradients"),
     over: Annotated[list[str] | None, typer.Option(help="variable to sweep; may be repeated; default: all")] = None,
-    layers: Annotated[int, typer.Option(min=1, help="random layers per point; quartiles are over them")] = 20,
+    layers: Annotated[int, typer.Option(min=1, help="random layers per point; quartiles are over them")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="tokens per batch for the signal-to-noise ratio (SNR)")] = 1024,
     target: Annotated[
         Literal["own", "deployed"],
         typer.Option(
-            help="own: each estimator's objective; deployed: the loss of its inference, over a population of tokens "
-            "(minutes; --tokens and --layers, then the number of populations, shorten it)"
+            help="own: each estimator's objective; deployed: the loss of its inference, over --populations of --tokens"
         ),
     ] = "own",
-    tokens: Annotated[int, typer.Option(min=100, help="tokens of a population")] = 40_000,
+    populations: Annotated[int, typer.Option(min=1, help="random layers and texts of --target deployed")] = 6,
+    tokens: Annotated[int, typer.Option(min=100, help="tokens of a population")] = 16_000,
 ) -> None:
     """Measure each router-gradient estimator exactly: bias, cosine, length, variance, signal-to-noise ratio (SNR).
 
@@ -34,7 +34,7 @@ def gradients(
     if target == "deployed":
         if over:
             raise ValueError("--over is of --target own; --target deployed has settings of its own")
-        return against_deployed(output_dir, tokens, min(layers, 3))
+        return against_deployed(output_dir, tokens, populations)
     from modeling_grin.analysis.gradients import FIGURES, SWEEPS, Setting, plot_sweep, sweep
     from modeling_grin.routing_grinmoe import ROUTER_ESTIMATORS
 
@@ -42,30 +42,26 @@ def gradients(
     points = sweep(variables, layers, batch)
     output_dir.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[dict]] = {variable: [] for variable in variables}
-    with Progress(console=console) as progress:
-        task = progress.add_task("measuring", total=sum(len(SWEEPS.get(variable, ())) for variable in variables))
-        for variable, measured in points:
-            rows[variable] += measured
-            progress.advance(task)
+    num_points = sum(len(SWEEPS.get(variable, ())) for variable in variables)
+    for variable, measured in track(points, "measuring", num_points, console=console):
+        rows[variable] += measured
 
-    everything = [{"sweep": variable, **row} for variable in variables for row in rows[variable]]
-    with (output_dir / "gradients.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(everything[0]))
-        writer.writeheader()
-        writer.writerows(everything)
-    for variable in variables:
-        plot_sweep(rows[variable], variable, output_dir / f"gradients_{variable}.png")
-
+    write_rows(
+        output_dir / "gradients.csv", [{"sweep": variable, **row} for variable in rows for row in rows[variable]]
+    )
     console.print("Gradient of the router logits; each estimator against its own objective, medians:")
     for variable in variables:
-        table = Table(title=f"over {variable}, default {getattr(Setting(), variable)}", title_justify="left")
-        for column in (variable, "estimator", "Eq.", "bias", "cosine", "length", "variance", "SNR", "up to scale"):
-            table.add_column(column, justify="left" if column == "estimator" else "right", no_wrap=True)
-        for row in rows[variable]:
-            if row["quantity"] == "router_logits" and ROUTER_ESTIMATORS[row["estimator"]].equation == row["equation"]:
-                figures = (f"{row[figure]:.2g}" for figure in FIGURES)
-                table.add_row(f"{row[variable]:g}", row["estimator"], str(row["equation"]), *figures)
-        Console(width=max(console.width, 110)).print(table)  # no column is cut off
+        plot_sweep(rows[variable], variable, output_dir / f"gradients_{variable}.png")
+        print_rows(
+            f"over {variable}, default {getattr(Setting(), variable)}",
+            [variable, "estimator", "equation", *FIGURES],
+            [
+                row
+                for row in rows[variable]
+                if row["quantity"] == "router_logits"
+                and ROUTER_ESTIMATORS[row["estimator"]].equation == row["equation"]
+            ],
+        )
     console.print("Only tokens with a choice have a router gradient; the column `choice` says how many that are.")
     if left_out := [name for name, e in ROUTER_ESTIMATORS.items() if e.sampled and e.end_probability is None]:
         console.print(f"left out, because their draws cannot be listed: {', '.join(left_out)}")
@@ -73,25 +69,44 @@ def gradients(
     console.print(f"{path} has all quantities, both equations and the quartiles; plots are beside it")
 
 
-def against_deployed(output_dir: Path, tokens: int, worlds: int) -> None:
+def against_deployed(output_dir: Path, tokens: int, populations: int) -> None:
     """Compare the estimators with the deployed loss's gradient, and draw how its length depends on r."""
-    from modeling_grin.analysis.deployed import compare_with_deployed, plot_share
+    from modeling_grin.analysis.deployed import FIGURES, compare_with_deployed, plot_share
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    table = Table(title=f"mean gradient against the deployed loss's, {worlds} populations", title_justify="left")
-    columns = ["top_k", "jitter_eps", "estimator", "inference", "cosine", "length", "ceiling"]
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("estimator", "inference") else "right", no_wrap=True)
-    with (output_dir / "deployed.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        writer.writeheader()
-        for top_k, jitter_eps in ((1, 0.1), (2, 0.1), (2, 0.01)):
-            for row in compare_with_deployed(top_k, jitter_eps, num_tokens=tokens, seeds=worlds):
-                writer.writerow(row)
-                table.add_row(*(f"{x:.2g}" if isinstance(x, float) else str(x) for x in row.values()))
+    rows: list[dict] = []
+    for top_k, jitter_eps in track(((1, 0.1), (2, 0.1), (2, 0.01)), "measuring", console=console):
+        rows += compare_with_deployed(top_k, jitter_eps, num_tokens=tokens, populations=populations)
+    write_rows(output_dir / "deployed.csv", rows)
     plot_share(output_dir / "gradients_share.png")
-    Console(width=max(console.width, 110)).print(table)
-    console.print("ceiling: the cosine between the deployed gradients of two halves of the tokens")
+    shown = [
+        {name: row[name] for name in ("top_k", "jitter_eps", "estimator", "inference")}
+        | {name: "{:.2g} ({:.2g} to {:.2g})".format(*(row[f"{name}{end}"] for end in ("", "_low", "_high")))
+           for name in FIGURES}
+        for row in rows
+    ]  # fmt: skip
+    title = f"mean gradient against the deployed loss's: median of {populations} populations, smallest to largest"
+    print_rows(title, list(shown[0]), shown)
+    console.print("ceiling: what a perfect estimate would reach, since the deployed gradient is known so well only")
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write a CSV file with the columns of the first row."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def print_rows(title: str, columns: list[str], rows: list[dict]) -> None:
+    """Print some columns of rows, floats with two digits."""
+    table = Table(title=title, title_justify="left", box=None)
+    for column in columns:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(f"{row[column]:.2g}" if isinstance(row[column], float) else str(row[column])
+                        for column in columns))  # fmt: skip
+    Console(width=max(console.width, 130)).print(table)  # no column is cut off
 
 
 MODEL, DEVICES, STEP, OUTPUT = "Model", "Devices", "Training step", "Output"

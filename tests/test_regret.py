@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -128,5 +129,11 @@ def test_command_prints_and_writes_the_regret(tiny_release, tmp_path, monkeypatc
     rows = list(csv.DictReader((tmp_path / "out" / "regret.csv").open()))
     assert [row["layer"] for row in rows] == [str(number) for number in range(len(rows))]
     assert all(row["tokens"] == "4" and float(row["regret"]) >= 0 for row in rows)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page[page.index("<h2>Routing regret") :])[:7]
+    saved, better = ([float(row[name]) for row in rows] for name in ("regret", "better"))
+    assert cells[0] == "code" and cells[2] == f"{1e3 * sum(saved) / len(rows):.2f}"
+    assert cells[4] == f"{sum(better) / len(rows):.1%}" and all(cell in result.output for cell in cells)
+    assert 'href="regret.csv"' in page and (tmp_path / "out" / "regret.png").read_bytes().startswith(b"\x89PNG")
     result = CliRunner().invoke(app, [*arguments, "--sequence", "16", "--output-dir", "out", "--json"])
     assert json.loads(result.stdout)["regret"]["code"] == pytest.approx([float(row["regret"]) for row in rows])

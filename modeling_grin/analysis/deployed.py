@@ -13,20 +13,15 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from ..routing_grinmoe import (
-    ROUTER_ESTIMATORS,
-    Mixture,
-    Noise,
-    RouterEstimator,
-    Routing,
-    RoutingNoise,
-    TokenKeys,
-    mix_outputs,
-)
+from ..routing_grinmoe import ROUTER_ESTIMATORS, Noise, RouterEstimator, RoutingNoise, TokenKeys, mix_outputs
+from .gradients import mixture_of
 
-HIDDEN, STEP = 8, 0.1  # of the differences, relative to the router's weights; shorter ones are noisier
+HIDDEN = (4, 8, 16)  # widths of the populations
+STEP = 0.1  # of the differences, relative to the router's weights; shorter ones are noisier
+DRAWS = 4  # of the sampled estimators, for each token
 WIDTHS = (0.01, 0.03, 0.1, 0.3)
 LOGITS = (1.0, 3.0, 10.0)
+FIGURES = ("cosine", "length", "ceiling")
 
 
 def deployed_share(jitter_eps: float, logit: float) -> float:
@@ -53,8 +48,8 @@ def measured_share(estimator: RouterEstimator, jitter_eps: float, logit: float, 
 
 
 @dataclass(frozen=True)
-class World:
-    """A population of tokens, random experts, a router, and targets that another router makes of the same experts."""
+class Population:
+    """Tokens, random experts, a router, and targets that another router makes of the same experts."""
 
     tokens: torch.Tensor
     """`[T, H]`."""
@@ -67,81 +62,87 @@ class World:
 
     def losses(self, router: torch.Tensor, estimator: RouterEstimator, top_k: int, eps: float, noise: Noise):
         """Half the squared distance to the targets, `[T]`."""
-        routing: Routing = estimator(self.tokens @ router.T, top_k, eps, noise)
-        mixture = routing.mixture or Mixture(routing.weights, routing.experts, routing.weights.detach())
-        slots = mixture.experts.unsqueeze(-1).expand(-1, -1, HIDDEN)
+        mixture = mixture_of(estimator(self.tokens @ router.T, top_k, eps, noise))
+        slots = mixture.experts.unsqueeze(-1).expand(-1, -1, self.outputs.shape[-1])
         return (mix_outputs(self.outputs.gather(1, slots), mixture) - self.targets).square().sum(-1) / 2
 
 
-def make_world(num_experts: int, top_k: int, num_tokens: int, seed: int) -> World:
-    """Draw a world; experts are tanh layers."""
+def make_population(num_experts: int, top_k: int, num_tokens: int, hidden: int, seed: int) -> Population:
+    """Draw a population; experts are tanh layers."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    tokens, experts = normal(num_tokens, HIDDEN), normal(HIDDEN, num_experts * HIDDEN) / math.sqrt(HIDDEN)
-    outputs = torch.tanh(tokens @ experts).reshape(num_tokens, num_experts, HIDDEN)
-    chosen = (tokens @ normal(num_experts, HIDDEN).T).topk(top_k).indices
-    targets = outputs.gather(1, chosen.unsqueeze(-1).expand(-1, -1, HIDDEN)).sum(dim=1)
-    return World(tokens, outputs, targets, normal(num_experts, HIDDEN) / math.sqrt(HIDDEN))
+    tokens, experts = normal(num_tokens, hidden), normal(hidden, num_experts * hidden) / math.sqrt(hidden)
+    outputs = torch.tanh(tokens @ experts).reshape(num_tokens, num_experts, hidden)
+    chosen = (tokens @ normal(num_experts, hidden).T).topk(top_k).indices
+    targets = outputs.gather(1, chosen.unsqueeze(-1).expand(-1, -1, hidden)).sum(dim=1)
+    return Population(tokens, outputs, targets, normal(num_experts, hidden) / math.sqrt(hidden))
 
 
 @torch.no_grad()
-def deployed_gradient(world: World, estimator: RouterEstimator, top_k: int, eps: float) -> torch.Tensor:
+def deployed_gradient(population: Population, estimator: RouterEstimator, top_k: int, eps: float) -> torch.Tensor:
     """Central differences of the deployed loss by the router's weights, for two halves of the tokens, `[2, E, H]`."""
-    gradient = torch.zeros(2, *world.router.shape, dtype=torch.float64)
-    step = STEP * world.router.std().item()
-    for index in range(world.router.numel()):
-        change = torch.zeros_like(world.router)
+    router = population.router
+    gradient, step = torch.zeros(2, *router.shape, dtype=torch.float64), STEP * router.std().item()
+    for index in range(router.numel()):
+        change = torch.zeros_like(router)
         change.view(-1)[index] = step
-        up, down = (world.losses(world.router + sign * change, estimator, top_k, eps, None) for sign in (1, -1))
+        up, down = (population.losses(router + sign * change, estimator, top_k, eps, None) for sign in (1, -1))
         gradient.view(2, -1)[:, index] = ((up - down) / (2 * step)).reshape(2, -1).mean(dim=1)
     return gradient
 
 
-def mean_estimate(world: World, estimator: RouterEstimator, top_k: int, eps: float, draws: int = 4) -> torch.Tensor:
-    """The estimator's gradient by the router's weights, mean over the tokens and several draws, `[E, H]`."""
-    router, generator = world.router.clone().requires_grad_(), torch.Generator().manual_seed(0)
+def mean_estimate(population: Population, estimator: RouterEstimator, top_k: int, eps: float) -> torch.Tensor:
+    """The estimator's gradient by the router's weights, mean over the tokens and `DRAWS` draws, `[E, H]`."""
+    router, generator = population.router.clone().requires_grad_(), torch.Generator().manual_seed(0)
     total = torch.zeros((), dtype=torch.float64)
-    for _ in range(draws if estimator.sampled else 1):
-        keys = torch.randint(-(2**62), 2**62, (len(world.tokens),), generator=generator) if estimator.sampled else None
-        total = total + world.losses(router, estimator, top_k, eps, TokenKeys(keys)).mean()
-    (gradient,) = torch.autograd.grad(total / (draws if estimator.sampled else 1), router)
+    for _ in range(DRAWS if estimator.sampled else 1):
+        keys = torch.randint(-(2**62), 2**62, population.tokens.shape[:1], generator=generator)
+        noise = TokenKeys(keys if estimator.sampled else None)
+        total = total + population.losses(router, estimator, top_k, eps, noise).mean()
+    (gradient,) = torch.autograd.grad(total / (DRAWS if estimator.sampled else 1), router)
     return gradient
 
 
 def compare_with_deployed(
-    top_k: int, jitter_eps: float, *, num_experts: int = 8, num_tokens: int = 40_000, seeds: int = 3
+    top_k: int, jitter_eps: float, *, num_experts: int = 8, num_tokens: int = 16_000, populations: int = 6
 ) -> Iterator[dict]:
-    """Every estimator against the loss of its own inference: a row for each, medians over `seeds` worlds.
+    """Every estimator against the loss of its own inference, over populations of the widths `HIDDEN` in turn.
 
     Yields:
-        `cosine` and `length` of the mean estimate relative to the deployed gradient, and `ceiling`, the cosine between
-        the two halves of the tokens, which says how well the deployed gradient is known.
+        A row for each estimator: `cosine` and `length` of the mean estimate relative to the deployed gradient, and
+        `ceiling`, the cosine that the scatter between halves of the tokens would leave a perfect estimate. Medians
+        over the populations, with `_low` and `_high` the smallest and largest.
     """
-    worlds = [make_world(num_experts, top_k, num_tokens, seed) for seed in range(seeds)]
-    known: dict[tuple[str, int], torch.Tensor] = {}
+    drawn = [make_population(num_experts, top_k, num_tokens, HIDDEN[seed % len(HIDDEN)], seed)
+             for seed in range(populations)]  # fmt: skip
+    known: dict[str, list[torch.Tensor]] = {}
     for name, estimator in ROUTER_ESTIMATORS.items():
         if top_k > (estimator.max_top_k or top_k):
             continue
         rule, figures = estimator.infers_as or name, []
-        for number, world in enumerate(worlds):
-            if (rule, number) not in known:
-                known[rule, number] = deployed_gradient(world, ROUTER_ESTIMATORS[rule], top_k, jitter_eps).flatten(1)
-            halves, estimate = known[rule, number], mean_estimate(world, estimator, top_k, jitter_eps).flatten()
-            whole = halves.mean(dim=0)
-            cosine = torch.cosine_similarity(estimate, whole, dim=0)
-            figures.append(
-                (cosine, estimate.norm() / whole.norm(), torch.cosine_similarity(halves[0], halves[1], dim=0))
-            )
-        medians = torch.tensor(figures).median(dim=0).values.tolist()
+        if rule not in known:
+            known[rule] = [deployed_gradient(one, ROUTER_ESTIMATORS[rule], top_k, jitter_eps).flatten(1)
+                           for one in drawn]  # fmt: skip
+        for population, halves in zip(drawn, known[rule], strict=True):
+            estimate, whole = mean_estimate(population, estimator, top_k, jitter_eps).flatten(), halves.mean(dim=0)
+            between = torch.cosine_similarity(halves[0], halves[1], dim=0).clamp(min=0)
+            ceiling = (2 * between / (1 + between)).sqrt()
+            figures.append((torch.cosine_similarity(estimate, whole, dim=0), estimate.norm() / whole.norm(), ceiling))
+        values = torch.tensor(figures)
+        spread = {"": values.quantile(0.5, dim=0), "_low": values.amin(dim=0), "_high": values.amax(dim=0)}
         yield {
             "top_k": top_k,
             "jitter_eps": jitter_eps,
             "estimator": name,
             "inference": rule,
-            **dict(zip(("cosine", "length", "ceiling"), medians, strict=True)),
+            **{
+                f"{figure}{suffix}": row[column].item()
+                for column, figure in enumerate(FIGURES)
+                for suffix, row in spread.items()
+            },
         }
 
 

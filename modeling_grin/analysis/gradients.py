@@ -25,6 +25,7 @@ from ..routing_grinmoe import (
     Mixture,
     Noise,
     RouterEstimator,
+    Routing,
     RoutingNoise,
     TokenKeys,
     draw_noise,
@@ -115,6 +116,11 @@ class Gradient:
     """`[E P]`."""
     input: torch.Tensor
     """`[H]`, through experts and router."""
+
+
+def mixture_of(routing: Routing) -> Mixture:
+    """What the layer computes."""
+    return routing.mixture or Mixture(routing.weights, routing.experts, routing.weights.detach())
 
 
 def ordered_choices(
@@ -260,7 +266,7 @@ def estimator_moments(layer: Layer, loss: Loss, top_k: int, jitter_eps: float, e
 
     logits = z.expand(len(probabilities), -1).clone().requires_grad_()
     routing = estimator(logits, top_k, jitter_eps, noise)
-    mixture = routing.mixture or Mixture(routing.weights, routing.experts, routing.weights.detach())
+    mixture = mixture_of(routing)
     chosen = outputs[mixture.experts].requires_grad_()  # [R, S, H]
     dz, d_chosen = torch.autograd.grad(loss(mix_outputs(chosen, mixture)).sum(), (logits, chosen))
 
@@ -367,7 +373,7 @@ def share_with_choice(setting: Setting, num_tokens: int = 50_000) -> float:
     return has_choice.float().mean().item()
 
 
-def measure(setting: Setting, num_layers: int = 20, batch: int = 1024) -> list[dict]:
+def measure(setting: Setting, num_layers: int = 200, batch: int = 1024) -> list[dict]:
     """Every estimator at one setting, against Equations 4 and 7: quartiles over `num_layers` random layers.
 
     Layers on which only one choice is possible have no router gradient to estimate; others are drawn in their place.
@@ -423,7 +429,7 @@ def measure(setting: Setting, num_layers: int = 20, batch: int = 1024) -> list[d
     return rows
 
 
-def sweep(variables: list[str], num_layers: int = 20, batch: int = 1024) -> Iterator[tuple[str, list[dict]]]:
+def sweep(variables: list[str], num_layers: int = 200, batch: int = 1024) -> Iterator[tuple[str, list[dict]]]:
     """`measure` along each of `variables`, one at a time around the default `Setting`: an iterator over the points.
 
     Raises:

@@ -28,7 +28,7 @@ ORDERS = ("clustered", "given")
 ALL_SETS = "all sets"  # their sum, in the tables
 TEMPLATE = "report.html"  # beside this file
 PICTURES = ("expert_load", "expert_load_by_set", "similarity", "specialization", "layers", "pairs", "agreement",
-            "load_difference")  # fmt: skip
+            "load_difference", "regret")  # fmt: skip
 TABLES = ("load", "layers", "pairs", "similarity", "specialization", "comparison", "load_difference", "regret")
 
 
@@ -137,7 +137,8 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
     pictures: dict[str, str] = {}
     sets = {name: describe_set(counts) for name, counts in study.sets.items()}
     summary: dict[str, Any] = {"model": study.model, "sets": sets}
-    context: dict[str, Any] = {"study": study, "total": total, "pictures": pictures, "summary": summary}
+    context: dict[str, Any] = {"study": study, "total": total, "pictures": pictures, "summary": summary,
+                               "regret_columns": REGRET_COLUMNS}  # fmt: skip
 
     def draw(name: str, figure: Figure) -> None:
         pictures[name] = write_figure(folder / f"{name}.png", figure)
@@ -168,6 +169,8 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
         summary["overlap"] = {name: c.overlap().tolist() for name, c in study.comparisons.items()}
     if study.regrets:
         summary["regret"] = {name: regret.regret().tolist() for name, regret in study.regrets.items()}
+        context["regrets"] = {name: describe_regret(regret) for name, regret in study.regrets.items()}
+        draw("regret", figures.draw_layers(regret_curves(study.regrets)))
         write_regret(folder, study.regrets)
     context["routing"] = [
         {"tokens": view.tokens, "experts": view.experts, "weights": view.weights} for view in study.views
@@ -187,6 +190,28 @@ def write_regret(folder: Path, regrets: Mapping[str, RoutingRegret]) -> None:
         rows += [(name, layer, num_tokens, *row) for layer, *row in by_layer(*values, regret.regret_of_near_ties())]
     columns = ["runner_up", "regret", "better", "near_tie_rate", "regret_of_near_ties"]
     write_table(folder / "regret.csv", ["set", "layer", "tokens", *columns], rows)
+
+
+REGRET_COLUMNS = ("runner-up adds", "best saves", "worst layer", "some better", "near-ties", "best saves there")
+
+
+def describe_regret(regret: RoutingRegret) -> list[str]:
+    """A set's `REGRET_COLUMNS`, means over the layers; losses in units of a thousandth of a nat."""
+    adds, saves, ties = (1e3 * nats for nats in (regret.runner_up(), regret.regret(), regret.regret_of_near_ties()))
+    losses = adds.mean(), saves.mean(), saves.max(), ties.nanmean()
+    shares = regret.better().mean(), regret.near_tie_rate().mean()
+    *before, last = (f"{value:.2f}" for value in losses)
+    return [*before, *(f"{share:.1%}" for share in shares), last]
+
+
+def regret_curves(regrets: Mapping[str, RoutingRegret]) -> dict[str, dict[str, torch.Tensor]]:
+    """The curves of `regret.png`, by layer."""
+    return {
+        "loss that the runner-up would add (0.001 nats)": {name: 1e3 * r.runner_up() for name, r in regrets.items()},
+        "loss that the best would save (0.001 nats)": {name: 1e3 * r.regret() for name, r in regrets.items()},
+        "share of tokens with a better expert": {name: r.better() for name, r in regrets.items()},
+        "share of tokens with a near-tie": {name: r.near_tie_rate() for name, r in regrets.items()},
+    }
 
 
 def describe_set(counts: RoutingCounts) -> dict[str, float]:
