@@ -52,6 +52,7 @@ def test_equals_the_formula_and_counts_the_dispatched_experts():
     assert loss.item() == pytest.approx(total / 3, rel=1e-5)
     grown = torch.cat([torch.ones(2, 3, dtype=torch.long), mask], dim=1)  # a mask that covers cached tokens, too
     assert load_balancing_loss(tuple(logits), tuple(experts), grown).item() == loss.item()
+    assert load_balancing_loss(tuple(logits), tuple(experts), torch.zeros_like(mask)) == 0, "padding alone"
 
 
 @pytest.fixture

@@ -120,9 +120,10 @@ def test_quantised_caches_are_transformers_own_and_know_no_window(monkeypatch):
     assert torch.equal(model.generate(ids, **settings), model.generate(ids, max_new_tokens=9))
 
 
-def test_flex_attention_with_a_static_cache_is_refused():
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_flex_attention_with_a_static_cache_is_refused(window):
     """`check_flex_attention` says why."""
-    model, ids = build("flex_attention"), random_ids(1, 5)
+    model, ids = build("flex_attention", sliding_window=window), random_ids(1, 5)
     with pytest.raises(ValueError, match="flex_attention cannot use a static cache"):
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=LENGTH))
     with pytest.raises(ValueError, match="flex_attention cannot use a static cache"):

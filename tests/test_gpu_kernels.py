@@ -93,12 +93,12 @@ def test_modes_and_estimators(kernels, estimator, settings, jitter_eps):
 @needs_interpreter
 @pytest.mark.parametrize("argmax_exception", [False, True])
 def test_points_of_the_rule(kernels, monkeypatch, argmax_exception):
-    """In programs of the size that a GPU runs, the last one with tokens to spare."""
+    """In programs of the size that a GPU runs, the last one with tokens to spare; of bfloat16 logits, in float32."""
     monkeypatch.undo()
-    logits, keys = make_logits(100, 12, seed=2), make_keys(100)
+    logits, keys = make_logits(100, 12, seed=2).bfloat16(), make_keys(100)
     settings = 2, 0.3, 0.25, argmax_exception
     experts, _, at_end = gpu.choose(logits, keys, *settings)
-    finite = logits.clamp(min=torch.finfo(torch.float32).min)
+    finite = logits.float().clamp(min=torch.finfo(torch.float32).min)
     expected = choose(finite, 2, 0.3, TokenKeys(keys), 0.25, argmax_exception)
     assert torch.equal(experts, expected.experts) and torch.equal(at_end, expected.at_end)
     assert at_end.any() and not at_end.all()

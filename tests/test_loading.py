@@ -255,10 +255,11 @@ def test_classification_with_eos_as_padding(tmp_path):
     tensors = {**released_tensors(config), "score.weight": torch.randn(3, 32)}
     model = AutoModelForSequenceClassification.from_pretrained(write_checkpoint(tmp_path, config, tensors))
     text = torch.tensor([[5, 6, 7, 0]])
-    with torch.no_grad():
-        scores = model.score(model.model(text).last_hidden_state)[0]
-    for mask, expected in (([1, 1, 1, 1], scores[3]), ([1, 1, 1, 0], scores[2]), (None, scores[2])):
-        torch.testing.assert_close(logits(model, text, attention_mask=mask and torch.tensor([mask]))[0], expected)
+    for mask, last in (([1, 1, 1, 1], 3), ([1, 1, 1, 0], 2), ([0, 0, 1, 1], 3), ([0, 1, 1, 0], 2), (None, 2)):
+        given = {"attention_mask": mask and torch.tensor([mask])}
+        with torch.no_grad():
+            expected = model.score(model.model(text, **given).last_hidden_state)[:, last]
+        torch.testing.assert_close(logits(model, text, **given), expected)
 
 
 def test_parameter_counts_are_the_papers():

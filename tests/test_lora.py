@@ -303,6 +303,16 @@ def test_bfloat16_weights_that_cannot_hold_the_adapters_are_refused(checkpoint):
         merge_lora(adapted_model(checkpoint, scale=scale, dtype="float32"))
 
 
+def test_adapters_that_are_not_finite_are_refused_and_nothing_is_merged(checkpoint):
+    model = adapted_model(checkpoint)
+    *_, last = (parameter for name, parameter in model.named_parameters() if "lora_B" in name)
+    last.data[0, 0] = torch.nan
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"the merge is refused: model.layers.1.block_sparse_moe.experts.* loses nan"):
+        merge_lora(model)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0, equal_nan=True)
+
+
 def test_adapters_merged_before_are_refused(checkpoint):
     model = adapted_model(checkpoint)
     model.merge_adapter()

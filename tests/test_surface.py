@@ -58,6 +58,24 @@ def test_forward_names_what_stock_names_in_its_order(stock, ours):
     assert list(inspect.signature(ours.forward).parameters)[: len(names)] == names
 
 
+def test_classifier_takes_positions_and_embeddings(checkpoint):
+    model = GrinMoeForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
+    mask, positions = torch.ones_like(IDS), 2 * torch.arange(IDS.shape[1]).expand_as(IDS)
+    embeddings = model.get_input_embeddings()(IDS)
+    expected = model.score(model.model(IDS, mask, positions).last_hidden_state[:, -1])
+    assert (model(IDS, mask).logits - expected).abs().max() > 1e-3
+    for ids, given in ((IDS, None), (None, embeddings)):
+        torch.testing.assert_close(model(ids, mask, positions, None, given).logits, expected)
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("configured", [False, True])
+def test_router_logits_are_returned_as_the_config_says(configured, asked, model):
+    model.config.output_router_logits = configured
+    outputs = model(IDS, output_router_logits=asked)
+    assert (outputs.router_logits is not None) == (configured if asked is None else asked)
+
+
 # Heads of one's own
 
 
