@@ -106,7 +106,7 @@ def print_rows(title: str, columns: list[str], rows: list[dict]) -> None:
     for row in rows:
         table.add_row(*(f"{row[column]:.2g}" if isinstance(row[column], float) else str(row[column])
                         for column in columns))  # fmt: skip
-    Console(width=max(console.width, 130)).print(table)  # no column is cut off
+    Console(width=max(console.width, 150)).print(table)  # no column is cut off
 
 
 MODEL, DEVICES, STEP, OUTPUT = "Model", "Devices", "Training step", "Output"
