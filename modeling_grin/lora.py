@@ -56,9 +56,9 @@ def add_lora(
         settings: other fields of `peft.LoraConfig`, such as `rank_pattern` or `use_rslora`.
 
     Raises:
-        ValueError: nothing was asked for; `router=True` with `config.freeze_router`; `lora_dropout`,
-            `layers_to_transform`, `layers_pattern` or `exclude_modules` with fused experts; or modules to train in
-            full in a model that is spread over ranks. The model is unchanged.
+        ValueError: nothing was asked for, or what `model` does not have; `router=True` with `config.freeze_router`;
+            `lora_dropout`, `layers_to_transform`, `layers_pattern` or `exclude_modules` with fused experts; or modules
+            to train in full in a model that is spread over ranks. The model is unchanged.
     """
     if router and model.config.freeze_router:
         raise ValueError("router=True trains the routers that config.freeze_router=True freezes; change one of them")
@@ -66,6 +66,13 @@ def add_lora(
     modules = ATTENTION_MODULES * attention + ROUTER_MODULES * router + EXPERT_MODULES * (experts and not fused)
     if not (modules or fused):
         raise ValueError("LoRA has nothing to adapt: set attention, router or experts to True")
+    names = [name for name, _ in model.named_modules()]
+    for module in modules:  # peft is content if others are there
+        if not any(name.endswith(f".{module}") for name in names):
+            raise ValueError(
+                f"no module of {type(model).__name__} is named {module}; load the model with GrinMoeForCausalLM, or "
+                "leave its group out (attention, router, experts)"
+            )
     for field in MODULE_SETTINGS if fused else ():
         if (value := settings.get(field)) is not None and (field, value) != ("lora_dropout", 0):
             raise ValueError(

@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
-from checkpoints import released_config, released_tensors, write_checkpoint
+from checkpoints import TINY_SIZES, released_config, released_tensors, write_checkpoint
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import Linear
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    PhimoeConfig,
+    PhimoeForCausalLM,
 )
 
 from modeling_grin import GrinMoeForCausalLM
@@ -138,6 +140,12 @@ def test_requests_that_contradict_are_refused(checkpoint, loaded, asked, message
     assert [name for name, _ in model.named_modules() if "lora" in name] == []
 
 
+def test_experts_of_another_class_are_refused():
+    """peft would adapt attention alone, in silence."""
+    with pytest.raises(ValueError, match="no module of PhimoeForCausalLM is named w1; load the model with GrinMoeFor"):
+        add_lora(PhimoeForCausalLM(PhimoeConfig(**TINY_SIZES, pad_token_id=None)))
+
+
 def test_linear_experts_take_what_fused_ones_cannot(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert add_lora(model, experts=False, lora_dropout=0.1).peft_config["default"].lora_dropout == 0.1
@@ -183,6 +191,10 @@ def test_adapters_are_saved_and_loaded_exactly(checkpoint, tmp_path, linear):
     base = AutoModelForCausalLM.from_pretrained(checkpoint, **layout)
     base.load_adapter(tmp_path / "adapter")
     assert torch.equal(logits(base), expected)
+    _, *others = load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()
+    save_file(dict(others), tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"differ in 1 tensor\(s\): .*lora_A"):
+        AutoModelForCausalLM.from_pretrained(checkpoint, **layout).load_adapter(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["fused to linear", "linear to fused"])
