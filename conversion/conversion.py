@@ -122,8 +122,8 @@ class Request:
         check_destination(self.destination, self.source)
         if self.to in FOLDERS and self.dtype is not None and self.dtype not in DTYPES:
             raise ConversionError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
-        if self.to == "gguf" and self.destination.suffix != ".gguf":
-            raise ConversionError(f"{self.destination}: GGUF is one file, give it a name that ends with .gguf")
+        if self.to == "gguf" and (self.destination.suffix != ".gguf" or self.destination.is_dir()):
+            raise ConversionError(f"{self.destination}: GGUF is one file, give it a new name that ends with .gguf")
         if self.max_shard_size is not None and not SHARD_SIZE.fullmatch(str(self.max_shard_size)):
             raise ConversionError(f"max_shard_size must be a size such as 500MB or 5GB; got {self.max_shard_size!r}")
         changes = self.num_experts is not None
@@ -231,8 +231,8 @@ def calibrate(checkpoint: Checkpoint, path: Path) -> verify.Calibration:
     config = checkpoint.config
     try:
         text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"{path} is not a text in UTF-8: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{path} is not a text file in UTF-8: {error}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, config=config)
     except Exception as error:  # of any type: `tokenizers` raises nothing more special

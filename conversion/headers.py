@@ -4,9 +4,11 @@ Every function checks what it reads and raises `ConversionError` for anything el
 name leads out of its folder, and time and memory are bounded by the size of the file.
 """
 
+import dataclasses
 import json
 import re
 import textwrap
+from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 MAX_CONFIG_BYTES = 2_000_000
 MAX_INDEX_BYTES = 20_000_000
 MAX_PARAMETERS = 10**14
-MAX_LABELS = 10**5  # transformers names each
+MAX_COUNTS = {"num_labels": 10**5, "max_position_embeddings": 10**9, "sliding_window": 10**9}  # labels have names
 # How to run a model is not part of the model, and transformers accepts a Hub repository here, whose code it would run.
 RUNTIME_FIELDS = {"attn_implementation", "experts_implementation", "transformers_weights"}
 
@@ -117,12 +119,14 @@ def read_config(folder: Path) -> GrinMoeConfig:
     values = {name: value for name, value in values.items() if name.removeprefix("_") not in RUNTIME_FIELDS}
     if values.get("quantization_config") is not None:
         raise ConversionError(f"{path} has a quantization_config: dequantize the model, save it, and convert that")
-    labels = values.get("num_labels")
-    if isinstance(labels, (int, float)) and labels > MAX_LABELS:
-        raise ConversionError(f"{path}: num_labels must be at most {MAX_LABELS}; got {labels!r:.120}")
-    # transformers sets unknown fields as attributes, even over its own methods.
-    if methods := [name for name in values if callable(getattr(GrinMoeConfig, name, None))]:
-        raise ConversionError(f"{path}: {methods[0]!r:.120} is not a field but a method of the config: remove it")
+    for name, most in MAX_COUNTS.items():
+        if isinstance(values.get(name), (int, float)) and values[name] > most:
+            raise ConversionError(f"{path}: {name} must be at most {most}; got {values[name]!r:.120}")
+    # transformers sets unknown fields as attributes, even over the methods and plans of its class.
+    known = {field.name for field in dataclasses.fields(GrinMoeConfig)} | {"model_type"}
+    for name in values.keys() - known:
+        if not isinstance(getattr_static(GrinMoeConfig, name, property()), property):
+            raise ConversionError(f"{path}: {name!r:.120} is not a field but part of the config's class: remove it")
     dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
     if not isinstance(vars(torch).get(str(dtype)), torch.dtype):
         raise ConversionError(f"{path}: dtype must be one of torch's, such as 'bfloat16'; got {dtype!r:.120}")

@@ -289,6 +289,8 @@ def test_a_head_that_is_tied_and_there(tmp_path):
         ("result", {"num_experts": 3}, "the 3 most used of 6 experts need --calibration"),
         ("result", {"config": "nowhere"}, "nowhere"),
         ("result", {"to": "gguf"}, "ends with .gguf"),
+        ("empty.gguf", {"to": "gguf"}, "ends with .gguf"),
+        ("x.gguf", {"to": "gguf", "calibration": "nowhere"}, "nowhere is not a text file"),
         ("result", {"max_shard_size": "5 apples"}, "max_shard_size must be a size such as"),
         ("x.gguf", {"to": "gguf", "max_shard_size": "1GB"}, "max_shard_size=1GB would have no effect"),
         ("result", {"base": "."}, "base=. would have no effect: the source is not an adapter"),
@@ -298,6 +300,7 @@ def test_a_head_that_is_tied_and_there(tmp_path):
 def test_arguments_that_are_wrong(tmp_path, source, destination, arguments, message):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("kept")
+    (tmp_path / "empty.gguf").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConversionError, match=message):
         convert(source, tmp_path / destination, **{"to": "hub", **arguments})

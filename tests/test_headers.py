@@ -168,6 +168,8 @@ def test_how_a_model_was_run_is_not_taken_from_its_config(tmp_path):
     [
         ({"quantization_config": {"quant_method": "fp8"}}, "has a quantization_config: dequantize the model"),
         ({"num_labels": 10**6}, "num_labels must be at most 100000; got 1000000"),
+        ({"sliding_window": 10**12}, "sliding_window must be at most 1000000000; got 1000000000000"),
+        ({"base_model_tp_plan": 3}, "'base_model_tp_plan' is not a field but part of the config's class"),
         ({"torch_dtype": "float33"}, "dtype must be|float33"),
         ({"vocab_size": 10**13, "hidden_size": 128}, "more than 1e+14 parameters"),
         ({"num_experts_per_tok": 99}, "is not a usable config|num_experts_per_tok"),
