@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from checkpoints import assert_same, fused, released_config, released_tensors, write_checkpoint, write_release
+from parity import LONGROPE_SCALING
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PhimoeForCausalLM, PhimoeForSequenceClassification
 
@@ -26,11 +27,16 @@ CONFIGS = {
     "no biases": {"attention_bias": False, "lm_head_bias": False},
     "tied head": {"tie_word_embeddings": True},
     "head_dim x heads != hidden_size": {"head_dim": 10, "sliding_window": 5},
+    "LongRoPE, its original length": {"rope_scaling": {**LONGROPE_SCALING, "original_max_position_embeddings": 64}},
     "one layer, one head, no window": {
         **{"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "sliding_window": None}
     },
 }
-REFUSED = {("top-1", "phimoe"): "num_experts_per_tok", ("head_dim x heads != hidden_size", "gguf"): "head_dim"}
+REFUSED = {
+    ("top-1", "phimoe"): "num_experts_per_tok",
+    ("head_dim x heads != hidden_size", "gguf"): "head_dim",
+    ("LongRoPE, its original length", "gguf"): "rope_parameters",
+}
 FORMS = ("hub", "fused", "phimoe", "dcp", "pickle")
 TARGETS = ("hub", "fused", "phimoe", "gguf")
 CASES = [(form, to, "released") for form in FORMS for to in TARGETS]

@@ -12,7 +12,7 @@ import torch
 from checkpoints import fused, released_config, released_tensors, write_checkpoint
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoUrl
 from safetensors.torch import load_file, save_file
-from test_hub import AUTO_CLASSES
+from test_hub import AUTO_CLASSES, MODELS
 from typer.testing import CliRunner
 
 import modeling_grin
@@ -178,6 +178,14 @@ def test_config_and_code_are_those_of_save_pretrained(hub, pushed, clean, tmp_pa
     sent, saved = json.loads(content[name]), json.loads((tmp_path / name).read_text())
     assert sent.keys() <= saved.keys() and str(clean) not in str(sent), "nor a tokenizer's paths"
     assert all(sent[name] == saved[name] for name in ("auto_map", "tokenizer_class"))
+
+
+@pytest.mark.parametrize("auto_class", MODELS)
+def test_the_config_names_the_class_of_the_model(auto_class, tmp_path):
+    model_class = MODELS[auto_class]
+    model_class(GrinMoeConfig.from_dict(released_config())).save_pretrained(tmp_path)
+    sent = json.loads(publishing.weights_and_config(tmp_path, lambda *_: None)["config.json"])
+    assert sent["auto_map"][auto_class] == f"modeling_grinmoe.{model_class.__name__}"
 
 
 def test_a_new_version_replaces_the_old_one(hub, model):
