@@ -65,10 +65,12 @@ def main(argv: list[str] | None = None) -> None:
             eval_dataset=held_out,
             processing_class=tokenizer,
         )
-        left = f"train_data, without the rows whose prompt alone fills max_length={training.max_length},"
-        data_checks.check_columns(trainer.train_dataset, [], left)
-        for name, rows in {"train_data": trainer.train_dataset, "evaluation data": trainer.eval_dataset}.items():
-            if training.max_length is None and rows is not None:
+        for rows, name in ((trainer.train_dataset, "train_data"), (trainer.eval_dataset, "evaluation data")):
+            if rows is None:
+                continue
+            left = f"{name}, without the rows whose prompt alone fills max_length={training.max_length},"
+            data_checks.check_columns(rows, [], left)
+            if training.max_length is None:
                 for answer in ("chosen_ids", "rejected_ids"):
                     data_checks.check_longest(rows, ["prompt_ids", answer], config, name)
 

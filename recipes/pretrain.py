@@ -104,7 +104,10 @@ def main(argv: list[str] | None = None) -> None:
                 None if texts is None else pack(texts, arguments.text_column, tokenizer, arguments.block_size)
                 for texts in (train_texts, eval_texts)
             )
-        data_checks.check_columns(rows, [], f"train_data, cut into rows of block_size={arguments.block_size} tokens,")
+        for packed, name in ((rows, "train_data"), (eval_rows, "evaluation data")):
+            if packed is not None:
+                cut = f"{name}, cut into rows of block_size={arguments.block_size} tokens,"
+                data_checks.check_columns(packed, [], cut)
         layout = run.distributed_config_from_accelerate(training, arguments.pipeline_parallel_size)
         if arguments.model_name_or_path is not None:
             model = run.load_model(arguments, config, layout)

@@ -41,6 +41,10 @@ def main(argv: list[str] | None = None) -> None:
                 wanted = " or ".join(" and ".join(columns) for columns in known)
                 raise ValueError(f"{name} must have the columns {wanted}; got {sorted(dataset.column_names)}")
             data_checks.check_kinds(dataset, columns, name, KINDS.get(columns[0], ["text"]))
+            if training.assistant_only_loss and columns == ["messages"]:
+                for row, messages in enumerate(dataset["messages"]):
+                    if all(message["role"] != "assistant" for message in messages):
+                        raise ValueError(f"{name}, row {row}: messages must have an assistant turn to learn from")
             return run.select_columns(dataset, columns)
 
         train, held_out = run.load_train_and_eval(arguments, training, select)

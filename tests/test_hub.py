@@ -162,6 +162,12 @@ def test_the_installed_package_comes_first(saved, trained_tokenizer, trust):
         assert type(tokenizer) is GrinMoeTokenizer
 
 
+def test_a_config_saved_alone_names_no_code(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(GrinMoeConfig, "_auto_class", None)
+    GrinMoeConfig.from_pretrained(saved[2] / "first").save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
 @pytest.mark.parametrize("file", TRAVELLING, ids=lambda file: file.name)
 def test_imports(file):
     """The standard library, and what transformers needs anyway. The clean process imports the siblings."""

@@ -380,6 +380,9 @@ LONG = {"messages": [SAID[0], {"role": "assistant", "content": "a b " * 900}]}
         ("sft_debug", [CHAT] * 9, ["--train_split", "train_sft"], "splits and configurations are of datas"),
 
         ("sft_debug", [CHAT] * 9, ["--lora_alpha", "64"], "lora_alpha=64 needs LoRA: set lora_r"),
+        ("sft_debug", [CHAT] * 9, ["--resume_from_checkpoint", "data"], "data is not a complete checkpoint: "),
+        ("sft_debug", [CHAT] * 9, ["--resume_from_checkpoint", "true"], "no complete checkpoint to resume from"),
+        ("sft_debug", [CHAT, {"messages": SAID[:1]}] * 5, [], "row 1: messages must have an assistant turn"),
         ("sft_debug", [{"messages": [{"from": "a", "value": "b"}]}] * 9, [], "row 0: messages must be a list of"),
         ("sft_debug", [CHAT, {"messages": []}] * 5, [], r"row 1: messages must be .*; got \[\]"),
         ("dpo_debug", [{"prompt": "a", "chosen": SAID, "rejected": SAID}] * 9, [], "got text in prompt, messages in"),
@@ -394,6 +397,8 @@ LONG = {"messages": [SAID[0], {"role": "assistant", "content": "a b " * 900}]}
         ("dpo_debug", [{**PAIR, "chosen": "a b " * 900}] * 9, ["--max_length", "none"], "tokens are more than"),
         ("sft_debug", [CHAT, LONG] * 9, ["--max_length", "none", "--packing", "0"], "tokens are more than the mod"),
         ("pretrain_debug", [{"text": "a"}] * 20, [], "block_size=64 tokens, is empty"),
+        ("pretrain_debug", [{"text": "a b c d e f g"}] * 40, ["--eval_fraction", "0.01"], "evaluation data, cut into"),
+        ("pretrain_debug", [{"text": "a"}] * 20, ["--dtype", "float33"], "dtype must be float32, .*; got float33"),
         ("pretrain_debug", [{"text": "a"}], ["--tokenizer_name_or_path", "x"], "one of tokenizer_vocab_size and"),
         ("pretrain_debug", [{"text": "a"}] * 20, ["--model_config", '{"vocab_size": 99}'], "vocab_size is 99"),
     ],

@@ -65,6 +65,8 @@ class RecipeArguments:
         known = set(GrinMoeConfig.__dataclass_fields__) | set(GrinMoeConfig.attribute_map)
         if unknown := sorted(set(self.config_overrides) - known):
             raise ValueError(f"model_config: GrinMoeConfig has no field {', '.join(unknown)}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16; got {self.dtype}")
         if self.pipeline_schedule != DEFAULT_SCHEDULE and self.pipeline_parallel_size == 1:
             raise ValueError(
                 f"pipeline_schedule={self.pipeline_schedule} needs a pipeline: set pipeline_parallel_size"

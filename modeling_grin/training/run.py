@@ -29,7 +29,7 @@ from ..data import find_files, load_data
 from ..lora import add_lora
 from ..modeling_grinmoe import GrinMoeForCausalLM
 from .arguments import FineTuningArguments, RecipeArguments
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import find_problems, last_complete_checkpoint
 from .pipeline import pipeline_model
 
 CHAT_SETTINGS = ("tools", "chat_template_kwargs")  # TRL reads these columns beside conversations
@@ -66,7 +66,15 @@ def load_train_and_eval(
 
     Args:
         select: checks the rows of a dataset, which errors call by the second argument, and returns the columns to use.
+
+    Raises:
+        ValueError: the data are wrong, or there is no checkpoint to resume from.
     """
+    resumed = checkpoint_to_resume(training)
+    if isinstance(resumed, str) and (problems := find_problems(resumed)):
+        raise ValueError(f"{resumed} is not a complete checkpoint: {', '.join(problems)}")
+    if resumed is True and last_complete_checkpoint(training.output_dir)[0] is None:
+        raise ValueError(f"{training.output_dir} has no complete checkpoint to resume from")
     config = arguments.dataset_config
     train = load_data(arguments.train_data, split=arguments.train_split, config=config)
     train = select(train, f"train_data={arguments.train_data}")
