@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
     from modeling_grin.modeling_grinmoe import GrinMoeForCausalLM
 
-MODELS, COUNTING, REPORT = "Models", "Counting", "Report"
-"""Panels of the options."""
-
+models_option, counting_option, report_option = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Models", "Counting", "Report")
+)
 VIEWED_TOKENS = 200  # of each set, in the report's token-level view
 SEQUENCE = 1024  # where the model has positions for it
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
@@ -78,52 +79,36 @@ def routing(
     model: Annotated[str, typer.Argument(help="folder or Hub name of a GRIN-MoE or Phimoe checkpoint")],
     data: Annotated[
         list[str],
-        typer.Option(
+        counting_option(
             help="NAME=PATH, a set of texts; may be repeated. PATH is a file, folder or glob (text, or jsonl, json or "
-            "parquet with `text` or `messages`), or a Hub dataset: DATASET or DATASET:CONFIG:SPLIT",
-            rich_help_panel=COUNTING,
+            "parquet with `text` or `messages`), or a Hub dataset: DATASET or DATASET:CONFIG:SPLIT"
         ),
     ],
     against: Annotated[
-        str | None,
-        typer.Option(help="another checkpoint to compare with, such as a fine-tuned one", rich_help_panel=MODELS),
+        str | None, models_option(help="another checkpoint to compare with, such as a fine-tuned one")
     ] = None,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="auto: the checkpoint's own", rich_help_panel=MODELS),
+        Literal["auto", "float32", "bfloat16", "float16"], models_option(help="auto: the checkpoint's own")
     ] = "auto",
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="tokens to count per set", rich_help_panel=COUNTING)
-    ] = 100_000,
+    max_tokens: Annotated[int, counting_option(min=1, help="tokens to count per set")] = 100_000,
     sequence: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help=f"most tokens in a row; default: {SEQUENCE}, or the model's context if shorter",
-            rich_help_panel=COUNTING,
-        ),
+        counting_option(min=1, help=f"most tokens in a row; default: {SEQUENCE}, or the model's context if shorter"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass", rich_help_panel=COUNTING)] = 8,
+    batch_size: Annotated[int, counting_option(min=1, help="rows per forward pass")] = 8,
     regret: Annotated[
         int,
-        typer.Option(
+        counting_option(
             min=0,
             help="tokens of each set and layer for which to try other experts: how much loss would these have saved?",
-            rich_help_panel=COUNTING,
         ),
     ] = 0,
-    alternatives: Annotated[
-        int,
-        typer.Option(min=1, help="experts that --regret tries for a token's last", rich_help_panel=COUNTING),
-    ] = 3,
-    output_dir: Annotated[
-        Path, typer.Option(help="folder for report.html, tables and pictures", rich_help_panel=REPORT)
-    ] = Path("routing"),
+    alternatives: Annotated[int, counting_option(min=1, help="experts that --regret tries for a token's last")] = 3,
+    output_dir: Annotated[Path, report_option(help="folder for report.html, tables and pictures")] = Path("routing"),
     order: Annotated[
-        Literal["clustered", "given"],
-        typer.Option(help="order of sets in the similarity figure", rich_help_panel=REPORT),
+        Literal["clustered", "given"], report_option(help="order of sets in the similarity figure")
     ] = "clustered",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON", rich_help_panel=REPORT)] = False,
+    as_json: Annotated[bool, report_option("--json", help="print JSON")] = False,
 ) -> None:
     """Study routing: expert load, similarity of texts, specialised experts, and each token's experts.
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -109,64 +110,43 @@ def print_rows(title: str, columns: list[str], rows: list[dict]) -> None:
     Console(width=max(console.width, 150)).print(table)  # no column is cut off
 
 
-MODEL, DEVICES, STEP, OUTPUT = "Model", "Devices", "Training step", "Output"
-"""Panels of `plan`'s options."""
+model_option, devices_option, step_option, output_option = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Devices", "Training step", "Output")
+)
 
 
 def plan(
-    config: Annotated[
-        Path | None, typer.Option(help="folder or config.json; default: the released sizes", rich_help_panel=MODEL)
-    ] = None,
-    num_local_experts: Annotated[
-        int | None, typer.Option(help="overrides the config, like the sizes below", rich_help_panel=MODEL)
-    ] = None,
-    num_experts_per_tok: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
-    hidden_size: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
-    intermediate_size: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
-    num_hidden_layers: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
-    num_attention_heads: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
-    num_key_value_heads: Annotated[int | None, typer.Option(rich_help_panel=MODEL)] = None,
-    devices: Annotated[int, typer.Option(help="number of devices", rich_help_panel=DEVICES)] = 64,
-    devices_per_machine: Annotated[int, typer.Option(help="devices per node", rich_help_panel=DEVICES)] = 8,
-    memory: Annotated[float, typer.Option(help="memory per device in GB", rich_help_panel=DEVICES)] = 80,
+    config: Annotated[Path | None, model_option(help="folder or config.json; default: the released sizes")] = None,
+    num_local_experts: Annotated[int | None, model_option(help="overrides the config, like the sizes below")] = None,
+    num_experts_per_tok: Annotated[int | None, model_option()] = None,
+    hidden_size: Annotated[int | None, model_option()] = None,
+    intermediate_size: Annotated[int | None, model_option()] = None,
+    num_hidden_layers: Annotated[int | None, model_option()] = None,
+    num_attention_heads: Annotated[int | None, model_option()] = None,
+    num_key_value_heads: Annotated[int | None, model_option()] = None,
+    devices: Annotated[int, devices_option(help="number of devices")] = 64,
+    devices_per_machine: Annotated[int, devices_option(help="devices per node")] = 8,
+    memory: Annotated[float, devices_option(help="memory per device in GB")] = 80,
     assume: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=NUMBER, another assumption; may be repeated", rich_help_panel=DEVICES),
+        list[str] | None, devices_option(help="NAME=NUMBER, another assumption; may be repeated")
     ] = None,
-    micro_batch: Annotated[int, typer.Option(help="sequences per forward pass", rich_help_panel=STEP)] = 1,
-    global_batch: Annotated[
-        int, typer.Option(help="sequences per optimizer step, over all devices", rich_help_panel=STEP)
-    ] = 1024,
-    sequence: Annotated[int, typer.Option(help="tokens per sequence", rich_help_panel=STEP)] = 4096,
+    micro_batch: Annotated[int, step_option(help="sequences per forward pass")] = 1,
+    global_batch: Annotated[int, step_option(help="sequences per optimizer step, over all devices")] = 1024,
+    sequence: Annotated[int, step_option(help="tokens per sequence")] = 4096,
     precision: Annotated[
         str,
-        typer.Option(
-            help="mixed (float32 weights, bfloat16 compute: the recipes' `bf16: true`), float32 or bfloat16",
-            rich_help_panel=STEP,
-        ),
+        step_option(help="mixed (float32 weights, bfloat16 compute: the recipes' `bf16: true`), float32 or bfloat16"),
     ] = "mixed",
-    optimizer: Annotated[str, typer.Option(help="adamw, sgd_momentum or sgd", rich_help_panel=STEP)] = "adamw",
-    checkpointing: Annotated[
-        bool, typer.Option(help="recompute layers in the backward pass", rich_help_panel=STEP)
-    ] = True,
-    lora_r: Annotated[
-        int,
-        typer.Option(help="ranks of LoRA on attention and experts; 0: all weights are trained", rich_help_panel=STEP),
-    ] = 0,
-    load_in_4bit: Annotated[
-        bool, typer.Option("--load-in-4bit", help="hold LoRA's frozen weights in 4 bits", rich_help_panel=STEP)
-    ] = False,
+    optimizer: Annotated[str, step_option(help="adamw, sgd_momentum or sgd")] = "adamw",
+    checkpointing: Annotated[bool, step_option(help="recompute layers in the backward pass")] = True,
+    lora_r: Annotated[int, step_option(help="ranks of LoRA on attention and experts; 0: all weights are trained")] = 0,
+    load_in_4bit: Annotated[bool, step_option("--load-in-4bit", help="hold LoRA's frozen weights in 4 bits")] = False,
     balance_loss: Annotated[
         bool | None,
-        typer.Option(
-            help="train with the load-balance loss; default: if the config's router_aux_loss_coef is above 0",
-            rich_help_panel=STEP,
-        ),
+        step_option(help="train with the load-balance loss; default: if the config's router_aux_loss_coef is above 0"),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="layouts in the table", rich_help_panel=OUTPUT)] = 12,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print JSON: every layout with all figures", rich_help_panel=OUTPUT)
-    ] = False,
+    rows: Annotated[int, output_option(min=1, help="layouts in the table")] = 12,
+    as_json: Annotated[bool, output_option("--json", help="print JSON: every layout with all figures")] = False,
 ) -> None:
     """Estimate memory, communication and speed of every layout of many devices. Nothing is run.
 
