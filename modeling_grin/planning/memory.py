@@ -124,12 +124,6 @@ def saved_by_layer(config: PreTrainedConfig, layout: Layout, training: Training)
     return saved
 
 
-def saved_by_checkpoint(config: PreTrainedConfig, layout: Layout, training: Training) -> float:
-    """Bytes that a recomputed layer keeps: its input, its noise keys and its choice of experts."""
-    residual = precision_of(layout, training).residual
-    return training.tokens * (config.hidden_size * residual + INT64 + INT64 * config.num_experts_per_tok)
-
-
 def activations(config: PreTrainedConfig, layout: Layout, training: Training, stage: Stage) -> float:
     """Bytes of activations at the worst moment, the largest of:
 
@@ -145,8 +139,9 @@ def activations(config: PreTrainedConfig, layout: Layout, training: Training, st
     precision, tokens = precision_of(layout, training), training.tokens
     dense_copies, expert_copies = copied_by_autocast(config, layout, training)
     layer = saved_by_layer(config, layout, training) + dense_copies + expert_copies
-    kept = saved_by_checkpoint(config, layout, training) if training.checkpointing else layer
     hidden, slots = tokens * config.hidden_size, tokens * config.num_experts_per_tok
+    # A layer that is computed again keeps its input, its noise keys and its choice of experts.
+    kept = hidden * precision.residual + INT64 * (tokens + slots) if training.checkpointing else layer
     is_trained = not training.lora_r
     weight = head_tensors(config)[2].local(layout) * precision.compute * is_trained
     head = hidden * (precision.residual + precision.compute) + 2 * tokens * INT64 + weight * precision.autocast
