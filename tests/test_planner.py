@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoints import released_config
+from checkpoints import released_config, released_tensors, write_checkpoint
 from peak_memory import peak_of_a_step
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from benchmarks import scaling
 from grin_moe_cli import app
 from modeling_grin import GrinMoeConfig, GrinMoeForCausalLM, masks_grinmoe
+from modeling_grin.lora import add_lora
 from modeling_grin.planning.memory import Stage, memory, stages
 from modeling_grin.planning.parameters import count_parameters, head_tensors
 from modeling_grin.planning.plan import estimate, plan
@@ -59,37 +61,72 @@ def in_order(model):
     return [parameter for _, parameter in sorted(named, key=key)]
 
 
-def measure_peak(config: GrinMoeConfig, training: Training) -> dict[str, int]:
+def measure_peak(config: GrinMoeConfig, training: Training, folder: Path) -> dict[str, int]:
     """Bytes at the worst moment of a step's last micro-batch, and of the optimizer, when all state is there."""
     torch.manual_seed(0)
-    mixed = training.precision == "mixed"
-    config._experts_implementation = "grouped_mm"  # of accelerators
-    model = GrinMoeForCausalLM(config).to(torch.float32 if mixed else getattr(torch, training.precision)).train()
-    return peak_of_a_step(model, training)
+    mixed = torch.bfloat16 if training.lora_r else torch.float32
+    dtype = mixed if training.precision == "mixed" else getattr(torch, training.precision)
+    if training.load_in_4bit:
+        pytest.importorskip("bitsandbytes")
+        values = config.to_dict() | {"torch_dtype": "bfloat16"}
+        write_checkpoint(folder, values, released_tensors(values))
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                          bnb_4bit_compute_dtype=dtype)  # fmt: skip
+        model = GrinMoeForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype)
+    else:
+        config._experts_implementation = "grouped_mm"  # of accelerators
+        model = GrinMoeForCausalLM(config).to(dtype)
+    return peak_of_a_step((add_lora(model, r=training.lora_r) if training.lora_r else model).train(), training)
 
 
-MEASURED = [  # sizes, sequences, tokens of each, precision, activation checkpointing
-    ({}, 2, 64, "float32", False),
-    ({}, 2, 64, "float32", True),
-    ({"num_local_experts": 32}, 2, 128, "float32", False),
-    ({"num_experts_per_tok": 1}, 4, 64, "float32", False),
-    ({}, 4, 128, "bfloat16", True),
-    ({}, 2, 64, "mixed", False),
-    ({"num_local_experts": 32}, 2, 128, "mixed", True),
-    ({"num_hidden_layers": 8}, 4, 128, "mixed", True),
-    ({"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}, 4, 64, "mixed", True),
-    ({"vocab_size": 4096, "num_hidden_layers": 1}, 1, 64, "mixed", True),
-    ({"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 8, "num_local_experts": 2}, 1, 16, "mixed", True),
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
+DEEP = {"num_hidden_layers": 8}
+LORA = {"lora_r": 8}
+QLORA = {"lora_r": 8, "load_in_4bit": True}
+MEASURED = [  # sizes, sequences, tokens of each, precision, activation checkpointing, LoRA
+    ({}, 2, 64, "float32", False, {}),
+    ({}, 2, 64, "float32", True, {}),
+    ({"num_local_experts": 32}, 2, 128, "float32", False, {}),
+    ({"num_experts_per_tok": 1}, 4, 64, "float32", False, {}),
+    ({}, 4, 128, "bfloat16", True, {}),
+    ({}, 2, 64, "mixed", False, {}),
+    ({"num_local_experts": 32}, 2, 128, "mixed", True, {}),
+    (DEEP, 4, 128, "mixed", True, {}),
+    (WIDE, 4, 64, "mixed", True, {}),
+    ({"vocab_size": 4096, "num_hidden_layers": 1}, 1, 64, "mixed", True, {}),
+    (
+        {"vocab_size": 4096, "hidden_size": 128, "num_hidden_layers": 8, "num_local_experts": 2},
+        1,
+        16,
+        "mixed",
+        True,
+        {},
+    ),
+    ({}, 4, 128, "float32", False, LORA),
+    (DEEP, 4, 256, "float32", True, LORA),
+    (WIDE, 4, 64, "float32", False, LORA),
+    ({}, 4, 128, "bfloat16", True, LORA),
+    (WIDE, 4, 64, "bfloat16", True, LORA),
+    ({}, 4, 128, "mixed", False, LORA),
+    (WIDE, 4, 64, "mixed", True, LORA),
+    (DEEP, 4, 128, "mixed", True, LORA),
+    ({}, 4, 128, "mixed", False, QLORA),
+    (WIDE, 4, 64, "mixed", False, QLORA),
+    (WIDE, 4, 128, "mixed", True, QLORA),
+    (DEEP, 4, 128, "mixed", True, QLORA),
 ]
 
 
-@pytest.mark.parametrize(("sizes", "micro_batch", "sequence", "precision", "checkpointing"), MEASURED)
-def test_memory_is_within_a_tenth_of_a_real_step(sizes, micro_batch, sequence, precision, checkpointing):
+@pytest.mark.parametrize(("sizes", "micro_batch", "sequence", "precision", "checkpointing", "lora"), MEASURED)
+def test_memory_is_within_a_tenth_of_a_real_step(
+    tmp_path, sizes, micro_batch, sequence, precision, checkpointing, lora
+):
     base = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4}
     config = GrinMoeConfig(**released_config(**{**base, **sizes}, eos_token_id=2, pad_token_id=2))
-    training = Training(micro_batch, 2 * micro_batch, sequence, precision, checkpointing=checkpointing)
-    expected, peak = memory(config, Layout(), training), measure_peak(config, training)
-    assert expected.weights == peak["PARAM"]
+    training = Training(micro_batch, 2 * micro_batch, sequence, precision, checkpointing=checkpointing, **lora)
+    expected, peak = memory(config, Layout(), training), measure_peak(config, training, tmp_path)
+    # The tracker does not see the scales of 4-bit weights, which are no parameters.
+    assert expected.weights == pytest.approx(peak["PARAM"], rel=0.02 if lora == QLORA else 1e-12)
     assert expected.gradients == peak["GRAD"]
     assert expected.optimizer == pytest.approx(peak["OPT"], rel=0.001)  # and a step number for each parameter
     assert expected.total() == pytest.approx(peak["Total"], rel=0.1)
@@ -318,3 +355,36 @@ def test_command_reads_a_config_and_prints_json(tmp_path):
         assert sum(one["seconds"].values()) == pytest.approx(one["step_time"])
         parts = {"weights", "gradients", "optimizer", "activations", "communication", "buffers"}
         assert sum(one["memory"][part] for part in parts) == pytest.approx(one["memory"]["total"])
+
+
+def test_layouts_divide_loras_base_and_repeat_the_adapters():
+    config = GrinMoeConfig()
+    one, eight = (memory(config, layout, Training(lora_r=16)) for layout in (Layout(), Layout(fsdp=8)))
+    adapters = one.gradients
+    assert one.optimizer == 2 * adapters and adapters == eight.gradients
+    assert eight.weights - adapters == pytest.approx((one.weights - adapters) / 8)
+    assert one.weights - adapters == pytest.approx(2 * 41.87e9, rel=1e-3)
+    quantised = memory(config, Layout(), Training(lora_r=16, load_in_4bit=True))
+    assert quantised.weights < 0.3 * one.weights
+    halved = memory(config, Layout(fsdp=2), Training(lora_r=16, load_in_4bit=True))
+    number = 32 * 4096 * (2 * (4096 + 1024) + 3 * 16 * 6400)  # of the matrices; embedding and head are bfloat16
+    packed, scales, learnt, ends = 0.5 * number, 0.016 * number, quantised.gradients, 2 * 2 * 32064 * 4096
+    assert quantised.weights == pytest.approx(learnt + packed + scales + ends, rel=1e-3)
+    assert halved.weights == pytest.approx(learnt + packed / 2 + scales + ends / 2, rel=1e-3)
+    assert halved.communication == pytest.approx(2 * packed / 32 + ends / 2, rel=0.01)  # two layers, and the head
+    times = [
+        estimate(config, Layout(), training, Assumptions()).seconds["compute"]
+        for training in (Training(precision="bfloat16", lora_r=16), Training(precision="bfloat16"))
+    ]
+    assert 0.7 < times[0] / times[1] < 0.9  # 3 of 4 passes over the weights: none for their gradients
+
+
+def test_what_fits_one_gpu():
+    quantised = plan(GrinMoeConfig(), 1, Training(lora_r=16, load_in_4bit=True), Assumptions(memory=48 * GB))
+    assert quantised.estimates[0].fits
+    assert not plan(GrinMoeConfig(), 1, Training(lora_r=16), Assumptions(memory=80 * GB)).estimates[0].fits
+    two = plan(GrinMoeConfig(), 2, Training(lora_r=16, load_in_4bit=True), Assumptions(memory=48 * GB))
+    assert {str(e.layout) for e in two.estimates} == {"DDP=2", "FSDP2=2", "PP=2", "PP=2 x2"}
+    assert "load_in_4bit cannot divide a matrix" in two.left_out["TP=2"]
+    with pytest.raises(ValueError, match="lora_r must be at least 1; got 0"):
+        Training(load_in_4bit=True)
