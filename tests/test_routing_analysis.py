@@ -74,6 +74,17 @@ def route_by_loop(logits):
     return chosen, near_tie
 
 
+def logits_of(model, rows):
+    """[layer][token] -> router logits in float64, one text at a time: no padding."""
+    logits = [[] for _ in range(LAYERS)]
+    with torch.no_grad():
+        for row in rows:
+            outputs = model.eval()(torch.tensor([row]), output_router_logits=True)
+            for layer, z in zip(logits, outputs.router_logits, strict=True):
+                layer += z.double().tolist()
+    return logits
+
+
 @pytest.fixture(scope="module")
 def oracle(release, rows, tmp_path_factory):
     """Per layer and token, in float64: stock Phimoe's router logits, and what a plain loop makes of them."""
@@ -83,13 +94,7 @@ def oracle(release, rows, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "phimoe", "architectures": None}))
     settings = PhimoeConfig.from_pretrained(folder)
     stock = PhimoeForCausalLM.from_pretrained(folder, config=settings, dtype=torch.float32).eval()
-    logits = [[] for _ in range(LAYERS)]
-    with torch.no_grad():
-        for row in rows:  # one at a time: no padding
-            outputs = stock(torch.tensor([row]), output_router_logits=True)
-            for layer, layer_logits in enumerate(outputs.router_logits):
-                logits[layer] += layer_logits.double().tolist()
-    return [[(z, *route_by_loop(z)) for z in layer] for layer in logits]
+    return [[(z, *route_by_loop(z)) for z in layer] for layer in logits_of(stock, rows)]
 
 
 def batches_of(rows, batch_size):
@@ -335,21 +340,12 @@ def changed(release, tmp_path_factory):
     return folder
 
 
-def chosen_sets(model, rows):
-    """[layer][token] -> set of experts, one text at a time."""
-    found = [[] for _ in range(LAYERS)]
-    with torch.no_grad():
-        for row in rows:
-            outputs = model.eval().model(torch.tensor([row]), output_router_logits=True)
-            for layer, logits in enumerate(outputs.router_logits):
-                found[layer] += [set(route_by_loop(z)[0]) for z in logits.double().tolist()]
-    return found
-
-
 def test_comparison(model, changed, rows):
     other = GrinMoeForCausalLM.from_pretrained(changed)
     comparison = compare_routing(model, other, batches_of(rows, 4))
-    before, after = chosen_sets(model, rows), chosen_sets(other, rows)
+    before, after = (
+        [[set(route_by_loop(z)[0]) for z in layer] for layer in logits_of(one, rows)] for one in (model, other)
+    )
     for layer in range(LAYERS):
         pairs = list(zip(before[layer], after[layer], strict=True))
         assert comparison.agreement()[layer].item() == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
@@ -447,14 +443,13 @@ def test_pieces_of_tokens(model, trained_tokenizer):
     assert [token for token, special in zip(view.tokens, view.special, strict=True) if special] == ["<|end|>"]
     assert [i for i, start in enumerate(view.starts) if start] == [len(rows[0])]
     routings = [token_routing(model, torch.tensor(row)) for row in rows]
-    with torch.no_grad():
-        logits = model.eval().model(torch.tensor(rows[:1]), output_router_logits=True).router_logits
+    logits = logits_of(model, rows[:1])
     for layer in range(LAYERS):
-        chosen = [route_by_loop(z)[0] for z in logits[layer].double().tolist()]
+        chosen = [route_by_loop(z)[0] for z in logits[layer]]
         assert routings[0][layer].experts.tolist() == chosen
         assert view.experts[layer] == chosen + routings[1][layer].experts.tolist()
         # The weight of the first choice: softmax over the keep set, by hand.
-        for z, weights in zip(logits[layer].double().tolist(), view.weights[layer], strict=False):
+        for z, weights in zip(logits[layer], view.weights[layer], strict=False):
             kept = [value for value in z if (max(z) - value) / max(abs(value), max(z)) <= 2 * EPS]
             assert weights[0] == pytest.approx(1 / sum(math.exp(value - max(z)) for value in kept), abs=6e-4)
 
@@ -526,11 +521,9 @@ def test_single_set_of_a_phimoe_checkpoint(reported, release, tmp_path, monkeypa
     assert "routing/report.html" in result.stdout and "chats" in result.stdout
     assert str(tmp_path) not in Path("routing/report.html").read_text(encoding="utf-8")
     assert not Path("routing/similarity.csv").exists() and Path("routing/pairs.png").is_file()
-    for arguments, message in (
-        (["--sequence", "5000"], "--sequence must be at most 4096, the model's context; got 5000"),
-    ):
-        result = CliRunner().invoke(app, ["routing", "phimoe", "--data", "chats=chats.jsonl", *arguments])
-        assert isinstance(result.exception, ValueError) and message in str(result.exception)
+    result = CliRunner().invoke(app, ["routing", "phimoe", "--data", "chats=chats.jsonl", "--sequence", "5000"])
+    assert isinstance(result.exception, ValueError)
+    assert "--sequence must be at most 4096, the model's context; got 5000" in str(result.exception)
 
 
 def test_memory_does_not_grow_with_the_tokens():

@@ -18,20 +18,14 @@ SIGNIFICANT = 0.05  # share of false discoveries among the experts called specia
 MIN_EXPECTED = 5  # tokens of a pair; fewer tell nothing
 NAMED_LINES = 10  # as many colours can be told apart
 MEAN_PARTS = 50  # a running mean is over this part of a curve
+SHARE = "share of the layer's choices"
 BY_CHANCE = "by chance, all sets"  # a line to compare the others with
 
 
 def draw_expert_load(load: torch.Tensor, title: str = "Expert load") -> Figure:
     """Draw `expert_load`'s `[L, E]` as a heatmap, white at 1 / E, red above, blue below."""
-    num_layers, num_experts = load.shape
-    balanced = 1 / num_experts
-    figure, axes = expert_axes(num_layers, num_experts)
-    norm = load_norm(load)
-    image = axes.imshow(load.numpy(), cmap="RdBu_r", norm=norm, aspect="auto")
-    axes.set_title(f"{title} (balanced: {100 * balanced:.3g} %)")
-    write_cells(axes, load, norm, lambda share: f"{100 * share:.0f}")
-    bar = figure.colorbar(image, format=lambda share, _: f"{100 * share:.0f} %")
-    bar.set_label("share of the layer's choices")
+    figure, axes = heatmap(load, load_norm(load), "RdBu_r", SHARE, lambda share: f"{100 * share:.0f}", percent)
+    axes.set_title(f"{title} (balanced: {100 / load.shape[1]:.3g} %)")
     return figure
 
 
@@ -72,8 +66,8 @@ def draw_loads(loads: Mapping[str, torch.Tensor]) -> Figure:
     for axes, (name, load) in zip(panels, loads.items(), strict=True):
         image = axes.imshow(load.numpy(), cmap="RdBu_r", norm=norm, aspect="auto")
         axes.set_title(name)
-    bar = figure.colorbar(image, ax=panels, format=lambda share, _: f"{100 * share:.0f} %", aspect=30, shrink=0.9)
-    bar.set_label("share of the layer's choices")
+    bar = figure.colorbar(image, ax=panels, format=percent, aspect=30, shrink=0.9)
+    bar.set_label(SHARE)
     figure.suptitle(f"Expert load by set (white: balanced, {100 * norm.vcenter:.3g} %)")
     return figure
 
@@ -96,23 +90,19 @@ def draw_similarity(names: list[str], similarity: torch.Tensor, tree: torch.Tens
     image = axes.imshow(similarity.numpy(), cmap="viridis", norm=norm, aspect="auto")
     axes.set_xticks(range(num_sets), names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(num_sets), names)
-    if similarity.numel() <= ANNOTATED:
-        for (row, column), cosine in cells(similarity):
-            color = "black" if norm(cosine) > 0.6 else "white"
-            axes.text(column, row, f"{cosine:.3f}", ha="center", va="center", fontsize=8, color=color)
+    write_cells(axes, similarity, lambda cosine: f"{cosine:.3f}", lambda cosine: norm(cosine) <= 0.6)
     figure.colorbar(image, ax=axes, label="cosine (darker: less alike)")
     return figure
 
 
 def draw_specialization(score: torch.Tensor, false_discovery: torch.Tensor) -> Figure:
     """Draw the score of each expert `[L, E]`; a cross marks scores that shuffled texts explain."""
-    figure, axes = expert_axes(*score.shape)
     norm = Normalize(0, max(score.max().item(), 0.01))
-    image = axes.imshow(score.clamp(min=0).numpy(), cmap="magma_r", norm=norm, aspect="auto")
+    label = "score (0: all sets alike, 1: one set)"
+    figure, axes = heatmap(score.clamp(min=0), norm, "magma_r", label)
     layers, experts = (false_discovery >= SIGNIFICANT).nonzero(as_tuple=True)
     axes.scatter(experts, layers, c="0.4", marker="x", s=20, lw=1)
     axes.set_title("Specialisation (cross: chance would do)")
-    figure.colorbar(image, ax=axes, label="score (0: all sets alike, 1: one set)")
     return figure
 
 
@@ -158,15 +148,17 @@ def draw_pairs(pairs: torch.Tensor, expected: torch.Tensor) -> Figure:
 
 def draw_load_difference(difference: torch.Tensor) -> Figure:
     """Draw the change of loads `[L, E]` between two models, in percentage points: red is more after."""
-    figure, axes = expert_axes(*difference.shape)
     points = 100 * difference
     largest = max(points.abs().max().item(), 0.1)
-    norm = TwoSlopeNorm(0, -largest, largest)
-    image = axes.imshow(points.numpy(), cmap="RdBu_r", norm=norm, aspect="auto")
-    write_cells(axes, points, norm, lambda value: f"{value:+.1f}")
+    label, norm = "percentage points (red: more after)", TwoSlopeNorm(0, -largest, largest)
+    figure, axes = heatmap(points, norm, "RdBu_r", label, lambda value: f"{value:+.1f}")
     axes.set_title("Change of the expert load (share of the layer's choices)")
-    figure.colorbar(image, ax=axes, label="percentage points (red: more after)")
     return figure
+
+
+def percent(share: float, position: int) -> str:
+    """A label of a colour bar."""
+    return f"{100 * share:.0f} %"
 
 
 def load_norm(load: torch.Tensor) -> TwoSlopeNorm:
@@ -175,25 +167,29 @@ def load_norm(load: torch.Tensor) -> TwoSlopeNorm:
     return TwoSlopeNorm(balanced, vmin=0, vmax=max(2 * balanced, load.max().item()))
 
 
-def cells(values: torch.Tensor) -> list[tuple[tuple[int, int], float]]:
-    """The cells of a matrix: ((row, column), value)."""
-    return [((row, column), value) for row, line in enumerate(values.tolist()) for column, value in enumerate(line)]
-
-
-def write_cells(axes: Axes, values: torch.Tensor, norm: Normalize, form: Callable[[float], str]) -> None:
-    """Write the numbers into a diverging heatmap, unless it has too many cells."""
+def write_cells(
+    axes: Axes, values: torch.Tensor, form: Callable[[float], str], is_dark: Callable[[float], bool]
+) -> None:
+    """Write the numbers into a heatmap, unless it has too many cells."""
     if values.numel() <= ANNOTATED:
-        for (row, column), value in cells(values):
-            color = "white" if abs(norm(value) - 0.5) > 0.35 else "black"
+        for (row, column), value in np.ndenumerate(values.numpy()):
+            color = "white" if is_dark(value) else "black"
             axes.text(column, row, form(value), ha="center", va="center", fontsize=8, color=color)
 
 
-def expert_axes(num_layers: int, num_experts: int) -> tuple[Figure, Axes]:
-    """Make axes for one heatmap of layers and experts, legible at the released 32 x 16."""
-    width, height = (0.55, 0.4) if num_layers * num_experts <= ANNOTATED else (0.36, 0.25)
+def heatmap(
+    values: torch.Tensor, norm: Normalize, cmap: str, label: str, form: Callable | None = None, ticks: Any = None
+) -> tuple[Figure, Axes]:
+    """Draw `[L, E]`, legible at the released 32 x 16; `form` writes the cells of diverging colours."""
+    num_layers, num_experts = values.shape
+    width, height = (0.55, 0.4) if values.numel() <= ANNOTATED else (0.36, 0.25)
     figure = Figure(figsize=(2.5 + width * num_experts, 2 + height * num_layers), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="expert", ylabel="layer", xticks=range(num_experts), yticks=range(num_layers))
+    image = axes.imshow(values.numpy(), cmap=cmap, norm=norm, aspect="auto")
+    if form:
+        write_cells(axes, values, form, lambda value: abs(norm(value) - 0.5) > 0.35)
+    figure.colorbar(image, ax=axes, label=label, format=ticks)
     return figure, axes
 
 

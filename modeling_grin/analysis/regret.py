@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..balance_grinmoe import counted_tokens
 from ..routing_grinmoe import keep_set
-from .routing import inference
+from .routing import inference, model_inputs
 
 
 class RoutingRegret(NamedTuple):
@@ -105,9 +104,7 @@ def routing_regret(
         for batch in batches:
             if found >= num_tokens:
                 break
-            inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask") if key in batch}
-            size, length = inputs["input_ids"].shape
-            counted = counted_tokens(inputs.get("attention_mask"), size, length, model.device)
+            inputs, counted = model_inputs(model, batch)
             # Of tokens with a next one to predict; rows of fewer are left out.
             chances = (counted[:, :-1] & counted[:, 1:]).float().cpu()
             rows = chances.any(dim=-1).nonzero().flatten()[: num_tokens - found]
@@ -118,7 +115,7 @@ def routing_regret(
             for layer in layers:
                 gate = layer.block_sparse_moe.gate
                 chosen = torch.multinomial(chances[rows], 1, generator=generator).flatten()
-                tokens = (rows * length + chosen).to(model.device)
+                tokens = (rows * counted.shape[1] + chosen).to(model.device)
                 changed = []
                 for number in range(1, alternatives + 1):
                     with without_experts(gate, tokens, top_k, number):

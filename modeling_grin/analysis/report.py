@@ -3,7 +3,7 @@
 import base64
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
@@ -19,7 +19,7 @@ from ..files import write_whole
 from . import figures
 from .figures import MIN_EXPECTED, SIGNIFICANT
 from .regret import RoutingRegret
-from .routing import RoutingComparison, RoutingCounts, token_routing
+from .routing import RoutingComparison, RoutingCounts, RoutingSums, token_routing
 from .specialization import Specialization, cluster, routing_similarity, specialization
 
 DPI = 120
@@ -30,6 +30,26 @@ TEMPLATE = "report.html"  # beside this file
 PICTURES = ("expert_load", "expert_load_by_set", "similarity", "specialization", "layers", "pairs", "agreement",
             "load_difference", "regret")  # fmt: skip
 TABLES = ("load", "layers", "pairs", "similarity", "specialization", "comparison", "load_difference", "regret")
+
+Metrics = Mapping[str, Callable[[Any], torch.Tensor]]
+"""Quantities `[L]` of what was counted for a set, by their titles."""
+LAYER_CURVES: Metrics = {
+    "share of tokens with a near-tie": RoutingSums.near_tie_rate,
+    "router entropy (1: undecided)": RoutingSums.router_entropy,
+    "balance loss (1: balanced)": RoutingSums.balance_loss,
+    "busiest expert (1: fair share)": RoutingSums.load_max,
+}
+COMPARISON_CURVES: Metrics = {
+    "share of tokens that go to the same experts": RoutingComparison.agreement,
+    "share of choices that both models make": RoutingComparison.overlap,
+    "cosine similarity of the loads": RoutingComparison.load_similarity,
+}
+REGRET_CURVES: Metrics = {
+    "loss that the runner-up would add (0.001 nats)": lambda regret: 1e3 * regret.runner_up(),
+    "loss that the best would save (0.001 nats)": lambda regret: 1e3 * regret.regret(),
+    "share of tokens with a better expert": RoutingRegret.better,
+    "share of tokens with a near-tie": RoutingRegret.near_tie_rate,
+}
 
 
 @dataclass
@@ -78,13 +98,11 @@ def view_tokens(
         tokens=tokenizer.convert_ids_to_tokens(ids),
         special=[token_id in marked for token_id in ids],
         experts=[torch.cat([routing[layer].experts for routing in routings]).tolist() for layer in layers],
-        weights=[rounded(torch.cat([routing[layer].weights for routing in routings])) for layer in layers],
+        weights=[
+            torch.cat([routing[layer].weights for routing in routings]).double().round(decimals=3).tolist()
+            for layer in layers
+        ],
     )
-
-
-def rounded(weights: torch.Tensor) -> list[list[float]]:
-    """Round to three digits, which the report shows."""
-    return weights.double().round(decimals=3).tolist()
 
 
 def split_by_token(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]) -> list[str]:
@@ -145,7 +163,7 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
 
     write_count_tables(folder, everything)
     draw("expert_load", figures.draw_expert_load(total.load()))
-    draw("layers", figures.draw_layers(layer_curves(study.sets)))
+    draw("layers", figures.draw_layers(curves_of(LAYER_CURVES, {name: c.sums for name, c in study.sets.items()})))
     if total.sums.choices[0].sum() > total.num_tokens:  # more than one expert to a token
         draw("pairs", figures.draw_pairs(total.pairs.double(), total.expected_pairs()))
         context["pairs"] = notable_pairs(total)
@@ -162,7 +180,9 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
     if study.comparisons:
         changed = reduce(add, study.comparisons.values())
         draw("load_difference", figures.draw_load_difference(changed.load_difference()))
-        draw("agreement", figures.draw_layers(comparison_curves(study.comparisons, changed)))
+        curves = curves_of(COMPARISON_CURVES, study.comparisons)
+        curves["share of choices that both models make"][figures.BY_CHANCE] = changed.overlap_by_chance()
+        draw("agreement", figures.draw_layers(curves))
         write_comparison_tables(folder, study.comparisons, changed)
         summary["against"] = study.against
         summary["agreement"] = {name: c.agreement().tolist() for name, c in study.comparisons.items()}
@@ -170,8 +190,9 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
     if study.regrets:
         summary["regret"] = {name: regret.regret().tolist() for name, regret in study.regrets.items()}
         context["regrets"] = {name: describe_regret(regret) for name, regret in study.regrets.items()}
-        draw("regret", figures.draw_layers(regret_curves(study.regrets)))
-        write_regret(folder, study.regrets)
+        draw("regret", figures.draw_layers(curves_of(REGRET_CURVES, study.regrets)))
+        columns = "runner_up", "regret", "better", "near_tie_rate", "regret_of_near_ties"
+        write_layers(folder / "regret.csv", study.regrets, lambda regret: regret.saved.shape[1], columns)
     context["routing"] = [
         {"tokens": view.tokens, "experts": view.experts, "weights": view.weights} for view in study.views
     ]
@@ -181,15 +202,21 @@ def write_report(study: RoutingStudy, folder: str | Path) -> dict[str, Any]:
     return summary
 
 
-def write_regret(folder: Path, regrets: Mapping[str, RoutingRegret]) -> None:
-    """Write regret.csv: a row for each set and layer, in nats."""
-    rows = []
-    for name, regret in regrets.items():
-        values = regret.runner_up(), regret.regret(), regret.better(), regret.near_tie_rate()
-        num_tokens = regret.saved.shape[1]
-        rows += [(name, layer, num_tokens, *row) for layer, *row in by_layer(*values, regret.regret_of_near_ties())]
-    columns = ["runner_up", "regret", "better", "near_tie_rate", "regret_of_near_ties"]
-    write_table(folder / "regret.csv", ["set", "layer", "tokens", *columns], rows)
+def curves_of(metrics: Metrics, measured: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """The curves of a picture: for each metric, a line per set."""
+    return {title: {name: metric(one) for name, one in measured.items()} for title, metric in metrics.items()}
+
+
+def write_layers(
+    path: Path, measured: Mapping[str, Any], tokens: Callable[[Any], int], columns: Sequence[str]
+) -> None:
+    """Write a row for each set and layer: the tokens, and what the methods `columns` return."""
+    rows = [
+        (name, layer, tokens(one), *row)
+        for name, one in measured.items()
+        for layer, *row in by_layer(*(getattr(one, column)() for column in columns))
+    ]
+    write_table(path, ["set", "layer", "tokens", *columns], rows)
 
 
 REGRET_COLUMNS = ("runner-up adds", "best saves", "worst layer", "some better", "near-ties", "best saves there")
@@ -204,16 +231,6 @@ def describe_regret(regret: RoutingRegret) -> list[str]:
     return [*before, *(f"{share:.1%}" for share in shares), last]
 
 
-def regret_curves(regrets: Mapping[str, RoutingRegret]) -> dict[str, dict[str, torch.Tensor]]:
-    """The curves of `regret.png`, by layer."""
-    return {
-        "loss that the runner-up would add (0.001 nats)": {name: 1e3 * r.runner_up() for name, r in regrets.items()},
-        "loss that the best would save (0.001 nats)": {name: 1e3 * r.regret() for name, r in regrets.items()},
-        "share of tokens with a better expert": {name: r.better() for name, r in regrets.items()},
-        "share of tokens with a near-tie": {name: r.near_tie_rate() for name, r in regrets.items()},
-    }
-
-
 def describe_set(counts: RoutingCounts) -> dict[str, float]:
     """The figures of a set: means over the layers, and the largest load of any layer."""
     sums = counts.sums
@@ -224,29 +241,6 @@ def describe_set(counts: RoutingCounts) -> dict[str, float]:
         "balance_loss": sums.balance_loss().mean().item(),
         "load_max_worst": sums.load_max().max().item(),
         "unused_experts": (sums.choices == 0).sum().item(),
-    }
-
-
-def layer_curves(sets: Mapping[str, RoutingCounts]) -> dict[str, dict[str, torch.Tensor]]:
-    """The curves of `layers.png`, by layer."""
-    sums = {name: counts.sums for name, counts in sets.items()}
-    return {
-        "share of tokens with a near-tie": {name: s.near_tie_rate() for name, s in sums.items()},
-        "router entropy (1: undecided)": {name: s.router_entropy() for name, s in sums.items()},
-        "balance loss (1: balanced)": {name: s.balance_loss() for name, s in sums.items()},
-        "busiest expert (1: fair share)": {name: s.load_max() for name, s in sums.items()},
-    }
-
-
-def comparison_curves(
-    comparisons: Mapping[str, RoutingComparison], changed: RoutingComparison
-) -> dict[str, dict[str, torch.Tensor]]:
-    """The curves of `agreement.png`, by layer."""
-    overlaps = {name: comparison.overlap() for name, comparison in comparisons.items()}
-    return {
-        "share of tokens that go to the same experts": {name: c.agreement() for name, c in comparisons.items()},
-        "share of choices that both models make": {**overlaps, figures.BY_CHANCE: changed.overlap_by_chance()},
-        "cosine similarity of the loads": {name: c.load_similarity() for name, c in comparisons.items()},
     }
 
 
@@ -279,19 +273,18 @@ def by_expert(*tables: torch.Tensor) -> Iterator[tuple[Any, ...]]:
 
 def write_count_tables(folder: Path, sets: Mapping[str, RoutingCounts]) -> None:
     """Write load.csv, layers.csv and pairs.csv: a row for each set and expert, layer, or pair."""
-    loads, layers, pairs = [], [], []
+    loads, pairs = [], []
     for name, counts in sets.items():
         s, choices = counts.sums, counts.pairs.diagonal(dim1=1, dim2=2)
         loads += [(name, *row) for row in by_expert(choices, counts.load(), s.probs / counts.num_tokens)]
-        values = s.near_tie_rate(), s.router_entropy(), s.balance_loss(), s.load_max(), s.load_entropy()
-        layers += [(name, layer, counts.num_tokens, *row) for layer, *row in by_layer(*values)]
         first, second = torch.ones_like(counts.pairs[0]).triu(1).nonzero(as_tuple=True)
         both, expected = (table[:, first, second] for table in (counts.pairs, counts.expected_pairs()))
         names = list(zip(first.tolist(), second.tolist(), strict=True))
         pairs += [(name, layer, *names[number], *row) for layer, number, *row in by_expert(both, expected)]
     write_table(folder / "load.csv", ["set", "layer", "expert", "tokens", "load", "mean_prob"], loads)
-    columns = ["near_tie_rate", "router_entropy", "balance_loss", "load_max", "load_entropy"]
-    write_table(folder / "layers.csv", ["set", "layer", "tokens", *columns], layers)
+    columns = "near_tie_rate", "router_entropy", "balance_loss", "load_max", "load_entropy"
+    sums = {name: counts.sums for name, counts in sets.items()}
+    write_layers(folder / "layers.csv", sums, lambda s: int(s.tokens[0]), columns)
     write_table(folder / "pairs.csv", ["set", "layer", "expert_a", "expert_b", "tokens", "expected_tokens"], pairs)
 
 
@@ -340,12 +333,12 @@ def write_comparison_tables(
 ) -> None:
     """Write comparison.csv by set and layer, and load_difference.csv by set, layer and expert."""
     everything = {**comparisons, ALL_SETS: changed} if len(comparisons) > 1 else comparisons
-    layers, experts = [], []
-    for name, c in everything.items():
-        values = c.agreement(), c.overlap(), c.overlap_by_chance(), c.load_similarity()
-        layers += [(name, layer, c.before.num_tokens, *row) for layer, *row in by_layer(*values)]
-        experts += [(name, *row) for row in by_expert(c.before.load(), c.after.load(), c.load_difference())]
-    columns = ["agreement", "overlap", "overlap_by_chance", "load_similarity"]
-    write_table(folder / "comparison.csv", ["set", "layer", "tokens", *columns], layers)
+    experts = [
+        (name, *row)
+        for name, c in everything.items()
+        for row in by_expert(c.before.load(), c.after.load(), c.load_difference())
+    ]
+    methods = "agreement", "overlap", "overlap_by_chance", "load_similarity"
+    write_layers(folder / "comparison.csv", everything, lambda c: c.before.num_tokens, methods)
     columns = ["load_before", "load_after", "difference"]
     write_table(folder / "load_difference.csv", ["set", "layer", "expert", *columns], experts)

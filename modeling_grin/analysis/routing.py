@@ -6,6 +6,7 @@ Memory does not grow with the tokens: `RoutingCounts` holds about 2 C L E intege
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -118,7 +119,9 @@ class RoutingCounts:
 
     def __init__(self, num_layers: int, num_experts: int):
         self._columns = torch.zeros(num_layers, 2 * num_experts + 4, dtype=torch.float64)
-        self._num_tokens = self._text_start = 0
+        self.num_tokens = 0
+        """All tokens except padding."""
+        self._text_start = 0
         self._chunks = torch.zeros(MAX_CHUNKS, num_layers, num_experts, dtype=torch.int64)
         self.chunk_tokens = 1
         """Tokens between the starts of two chunks; a power of two that grows with the texts."""
@@ -129,11 +132,6 @@ class RoutingCounts:
     def sums(self) -> RoutingSums:
         """Sums over all tokens, float64, in which the counts are exact."""
         return RoutingSums.from_columns(self._columns)
-
-    @property
-    def num_tokens(self) -> int:
-        """All tokens except padding."""
-        return self._num_tokens
 
     def add(
         self,
@@ -164,12 +162,12 @@ class RoutingCounts:
 
     def _add_to_chunk(self, row: torch.Tensor, num_tokens: int, starts_text: bool) -> None:
         if starts_text:
-            self._text_start = self._num_tokens
+            self._text_start = self.num_tokens
         while self._text_start // self.chunk_tokens >= MAX_CHUNKS:
             self._chunks = torch.cat([in_pairs(self._chunks), torch.zeros_like(self._chunks[::2])])
             self.chunk_tokens *= 2
         self._chunks[self._text_start // self.chunk_tokens] += row
-        self._num_tokens += num_tokens
+        self.num_tokens += num_tokens
 
     def chunks(self, chunk_tokens: int | None = None) -> torch.Tensor:
         """Choices of each expert in chunks of consecutive texts, int64 `[C, L, E]`, C at most MAX_CHUNKS.
@@ -216,7 +214,7 @@ class RoutingCounts:
         total = RoutingCounts(*self.pairs.shape[:2])
         total._chunks = total._chunks[:0]
         total._columns, total.pairs = self._columns + other._columns, self.pairs + other.pairs
-        total._num_tokens = self._num_tokens + other._num_tokens
+        total.num_tokens = self.num_tokens + other.num_tokens
         return total
 
 
@@ -239,17 +237,24 @@ def inference(*models: PreTrainedModel) -> Iterator[None]:
             model.train(was_training)
 
 
+def model_inputs(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The batch on the model's device, and which of its tokens count, bool `[batch, sequence]`."""
+    inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask") if key in batch}
+    batch_size, length = inputs["input_ids"].shape
+    return inputs, counted_tokens(inputs.get("attention_mask"), batch_size, length, model.device)
+
+
 def run_routers(
     model: PreTrainedModel, batch: Mapping[str, torch.Tensor]
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor, float, torch.Tensor | None]:
     """Run a batch, without the head, for the arguments of `RoutingCounts.add`."""
-    inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask") if key in batch}
+    inputs, counted = model_inputs(model, batch)
     decoder = model.get_decoder()  # also of a PEFT model
-    batch_size, length = inputs["input_ids"].shape
     outputs = decoder(**inputs, use_cache=False, output_router_logits=True, output_selected_experts=True)
-    counted = counted_tokens(inputs.get("attention_mask"), batch_size, length, model.device)
-    logits, experts, eps = outputs.router_logits, outputs.selected_experts, model.config.router_jitter_noise
-    return logits, experts, counted, eps, batch.get("starts")
+    eps = model.config.router_jitter_noise
+    return outputs.router_logits, outputs.selected_experts, counted, eps, batch.get("starts")
 
 
 def empty_counts(model: PreTrainedModel) -> RoutingCounts:
@@ -327,12 +332,7 @@ class RoutingComparison(NamedTuple):
         return torch.cosine_similarity(self.before.load(), self.after.load(), dim=-1)
 
     def __add__(self, other: "RoutingComparison") -> "RoutingComparison":  # type: ignore[override]
-        return RoutingComparison(
-            self.before + other.before,
-            self.after + other.after,
-            self.same_sets + other.same_sets,
-            self.shared_choices + other.shared_choices,
-        )
+        return RoutingComparison(*map(add, self, other))
 
 
 def compare_routing(
@@ -368,14 +368,5 @@ def token_routing(model: PreTrainedModel, input_ids: torch.Tensor) -> list[Routi
     """Route the tokens of one text, int64 `[T]`, in inference: each layer's `experts` and `weights` `[T, K]`."""
     with inference(model):
         router_logits, _, _, jitter_eps, _ = run_routers(model, {"input_ids": input_ids.unsqueeze(0)})
-        config = model.config
-        return [
-            route(
-                logits.cpu(),
-                config.num_experts_per_tok,
-                jitter_eps,
-                estimator=config.router_estimator,
-                training=False,
-            )
-            for logits in router_logits
-        ]
+        top_k, estimator = model.config.num_experts_per_tok, model.config.router_estimator
+        return [route(z.cpu(), top_k, jitter_eps, estimator=estimator, training=False) for z in router_logits]
