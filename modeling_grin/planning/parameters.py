@@ -66,14 +66,10 @@ def matrices_of_layer(config: PreTrainedConfig) -> int:
     return config.hidden_size * (2 * (query + keys) + 3 * config.num_local_experts * config.intermediate_size)
 
 
-def active_parameters(total: int, experts: int, top_k: int, num_experts: int) -> int:
-    """The parameters that a token uses: all but the experts that it is not routed to."""
-    return total - experts * (num_experts - top_k) // num_experts
-
-
 def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
-    """Total and active parameter counts of a language model."""
+    """Total parameters of a language model, and those that a token uses: without the experts it is not routed to."""
     layer = sum_counts(layer_tensors(config))
     ends = sum_counts([*embedding_tensors(config), *head_tensors(config)])
-    total, experts = (sum(ends) + config.num_hidden_layers * sum(layer), config.num_hidden_layers * layer.experts)
-    return total, active_parameters(total, experts, config.num_experts_per_tok, config.num_local_experts)
+    total, experts = sum(ends) + config.num_hidden_layers * sum(layer), config.num_hidden_layers * layer.experts
+    unused = config.num_local_experts - config.num_experts_per_tok
+    return total, total - experts * unused // config.num_local_experts
