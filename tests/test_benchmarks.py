@@ -23,6 +23,8 @@ from benchmarks import (
 )
 
 SMALL = "--hidden-size 64 --intermediate-size 16 --experts 4 --layers 1"
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1,
+        "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 16}  # fmt: skip
 STEP = f"{SMALL} --vocab-size 96 --tokens 64"
 CASES = {  # arguments, and rows of the table
     "accumulation": ("--experts 4 --repeats 1", 9),
@@ -85,9 +87,7 @@ def one_process(monkeypatch):
 
 def test_estimators_chooses_rates_resumes_and_reports(monkeypatch, trained_tokenizer, tmp_path, one_process):
     ids = torch.randint(32, (24, 16), generator=torch.Generator().manual_seed(0))
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1,
-             "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 16}  # fmt: skip
-    small = estimators.Scale(sizes, batch=2, tokens=32 * 7, choosing_tokens=32 * 6, rates=(1e-3, 1e-2), seeds=2)
+    small = estimators.Scale(TINY, batch=2, tokens=32 * 7, choosing_tokens=32 * 6, rates=(1e-3, 1e-2), seeds=2)
     monkeypatch.setattr(estimators, "SCALES", {"small": small})
     config = estimators.tiny_config(trained_tokenizer)
     monkeypatch.setattr(estimators, "prepare", lambda name: estimators.Data(config, ids[:16], ids[16:]))
@@ -102,7 +102,7 @@ def test_estimators_chooses_rates_resumes_and_reports(monkeypatch, trained_token
     for plan in runs:
         if plan.seed != estimators.CHOOSING_SEED:
             assert plan.rate == rates[plan.arm]
-    weights = [estimators.build(estimators.Data(config, ids, ids), sizes, estimators.ARMS[arm], 5, "cpu") for arm in
+    weights = [estimators.build(estimators.Data(config, ids, ids), TINY, estimators.ARMS[arm], 5, "cpu") for arm in
                ("gshard", "sparsemixer_v2")]  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(weights[0].parameters(), weights[1].parameters(), strict=True))
     report = CliRunner().invoke(estimators.app, ["report", "--output-dir", str(tmp_path), "--record"])
@@ -182,9 +182,7 @@ def test_global_balance_trains_resumes_and_reports(monkeypatch, trained_tokenize
     generator = torch.Generator().manual_seed(0)
     rows = {name: (torch.randint(32, (12, 16), generator=generator), torch.randint(32, (8, 16), generator=generator))
             for name in ("python", "prose")}  # fmt: skip
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1,
-             "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 16}  # fmt: skip
-    monkeypatch.setattr(global_balance, "SIZES", sizes)
+    monkeypatch.setattr(global_balance, "SIZES", TINY)
     monkeypatch.setattr(global_balance, "ROW", 16)
     data = estimators.Data(estimators.tiny_config(trained_tokenizer), None, None)
     monkeypatch.setattr(global_balance, "prepare", lambda: (data, rows))

@@ -6,9 +6,10 @@ from textwrap import dedent
 
 import pytest
 import torch
+from models import tiny_model
 from transformers import AutoModelForCausalLM
 
-from modeling_grin import ROUTER_ESTIMATORS, GrinMoeConfig, GrinMoeForCausalLM, Routing, router_estimator
+from modeling_grin import ROUTER_ESTIMATORS, GrinMoeConfig, Routing, router_estimator
 from modeling_grin.carried_estimator_grinmoe import ESTIMATOR_FILE
 from modeling_grin.routing_grinmoe import RouterEstimator
 
@@ -42,15 +43,6 @@ def run_file(folder, travels=False):
     exec(compile(path.read_text(), str(path), "exec"), {"__name__": "mine"})
 
 
-def make_model(**settings):
-    torch.manual_seed(0)
-    config = GrinMoeConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4, eos_token_id=2, pad_token_id=2, **settings,
-    )  # fmt: skip
-    return GrinMoeForCausalLM(config).eval()
-
-
 def test_the_decorator_keeps_the_function_and_records_the_facts():
     @router_estimator("switch", sampled=False, equation=7, max_top_k=1)
     def switch(router_logits, top_k, jitter_eps, noise):
@@ -59,13 +51,13 @@ def test_the_decorator_keeps_the_function_and_records_the_facts():
     assert ROUTER_ESTIMATORS["switch"] == RouterEstimator(switch, sampled=False, equation=7, max_top_k=1)
     with pytest.raises(ValueError, match="must be at most 1: router_estimator='switch'"):
         GrinMoeConfig(router_estimator="switch")
-    weights = make_model(router_estimator="switch", num_experts_per_tok=1).train()(IDS, labels=IDS).loss
+    weights = tiny_model(router_estimator="switch", num_experts_per_tok=1).train()(IDS, labels=IDS).loss
     assert torch.isfinite(weights)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_an_unknown_name_fails_at_the_first_routing(training):
-    model = make_model(router_estimator="switch").train(training)
+    model = tiny_model(router_estimator="switch").train(training)
     with pytest.raises(ValueError, match=r"'switch' is unknown; use one of .*'gshard'.*run the code that registers"):
         model(IDS)
 
@@ -73,7 +65,7 @@ def test_an_unknown_name_fails_at_the_first_routing(training):
 def test_another_estimator_rescues_a_checkpoint(tmp_path, forget_switch, caplog):
     """Saved in a process that knows the estimator, loaded in one that does not."""
     run_file(tmp_path)
-    model = make_model(router_estimator="switch")
+    model = tiny_model(router_estimator="switch")
     logging.getLogger("transformers").propagate = True
     with caplog.at_level("WARNING", "transformers"):
         model.save_pretrained(tmp_path / "model")
@@ -93,7 +85,7 @@ def test_another_estimator_rescues_a_checkpoint(tmp_path, forget_switch, caplog)
 
 def test_a_checkpoint_carries_the_function_and_runs_it_if_trusted(tmp_path, forget_switch):
     run_file(tmp_path, travels=True)
-    model, folder = make_model(router_estimator="switch"), tmp_path / "model"
+    model, folder = tiny_model(router_estimator="switch"), tmp_path / "model"
     expected = model(IDS).logits
     model.save_pretrained(folder)
     assert (folder / ESTIMATOR_FILE).read_text() == (tmp_path / "mine.py").read_text()
@@ -111,7 +103,7 @@ def test_a_checkpoint_carries_the_function_and_runs_it_if_trusted(tmp_path, forg
 def test_a_function_without_a_file_cannot_travel(tmp_path):
     exec(OWN_FILE.format(travels=True), {"__name__": "__main__"})
     with pytest.raises(ValueError, match="travels=True and must be defined in a file; got <string>"):
-        make_model(router_estimator="switch").save_pretrained(tmp_path)
+        tiny_model(router_estimator="switch").save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ROUTER_ESTIMATORS)
