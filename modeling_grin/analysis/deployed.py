@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..routing_grinmoe import ROUTER_ESTIMATORS, Noise, RouterEstimator, RoutingNoise, TokenKeys, mix_outputs
-from .gradients import mixture_of
+from .gradients import mixture_of, normal_draws
 
 HIDDEN = (4, 8, 16)  # widths of the populations
 STEP = 0.1  # of the differences, relative to the router's weights; shorter ones are noisier
@@ -69,11 +69,7 @@ class Population:
 
 def make_population(num_experts: int, top_k: int, num_tokens: int, hidden: int, seed: int) -> Population:
     """Draw a population; experts are tanh layers."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
+    normal = normal_draws(seed)
     tokens, experts = normal(num_tokens, hidden), normal(hidden, num_experts * hidden) / math.sqrt(hidden)
     outputs = torch.tanh(tokens @ experts).reshape(num_tokens, num_experts, hidden)
     chosen = (tokens @ normal(num_experts, hidden).T).topk(top_k).indices

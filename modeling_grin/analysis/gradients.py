@@ -73,15 +73,17 @@ class Layer:
         return outputs, by_parameters, by_input
 
 
+def normal_draws(seed: int) -> Callable[..., torch.Tensor]:
+    """A function of a shape that draws standard normal numbers, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
 def random_layer(
     num_experts: int, *, hidden_size: int = 4, intermediate_size: int = 4, logit_scale: float = 1.0, seed: int = 0
 ) -> Layer:
     """A layer with normal weights whose router logits are `logit_scale` times a standard normal draw."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
+    normal = normal_draws(seed)
     x, z = normal(hidden_size), logit_scale * normal(num_experts)
     router = normal(num_experts, hidden_size)
     router += torch.outer(z - router @ x, x) / (x @ x)  # so that router x = z
@@ -90,7 +92,7 @@ def random_layer(
 
 def direction(hidden_size: int, seed: int) -> torch.Tensor:
     """A random unit vector `[H]`."""
-    a = torch.randn(hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    a = normal_draws(seed)(hidden_size)
     return a / a.norm()
 
 
