@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch.func import jacrev, vmap
 
@@ -467,7 +468,7 @@ def plot_sweep(rows: list[dict], variable: str, path: str | Path, quantity: str 
                 axes.plot(
                     *zip(*points, strict=True),
                     "o-" if equation == 4 else "s--",
-                    color=f"C{number % 10}",
+                    color=colormaps["tab20"](number % 20),
                     markersize=3,
                     linewidth=5 if name == "sparsemixer_v2" else 1.5,  # it hides under its paper form
                     alpha=0.4 if name == "sparsemixer_v2" else 1,
