@@ -133,7 +133,7 @@ class Students:
 
 
 class Defaults:
-    """Default MoE (arXiv 2504.12463): a running mean of each expert's outputs stands for those of other experts.
+    """Default MoE (arXiv 2504.12463): the running mean of an expert's outputs stands in where it was not chosen.
 
     The router learns as if every expert had been mixed in, `dense`'s gradient at the cost of the chosen ones. With
     `forward`, which is how the paper has it, the means are in the layer's output, weighted by softmax(z); otherwise

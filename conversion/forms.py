@@ -76,7 +76,7 @@ def remove_prefix(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def check_fit(found: Mapping[str, StoredTensor], shapes: Mapping[str, Shape], where: str, what: str) -> None:
-    """Raise ConversionError unless the tensors found at `where` are those of `what`, with these shapes."""
+    """Raise ConversionError unless the tensors found at `where` have the names and shapes of `what`."""
     problems = [f"{name} is missing" for name in shapes if name not in found]
     for name, tensor in found.items():
         if name not in shapes:

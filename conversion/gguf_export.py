@@ -80,8 +80,8 @@ class GgufReport:
     Args:
         context_length: positions up to which the file computes what the model computes.
         router_shifts: k, per layer.
-        quantization_error: by kind of tensor (`ffn_down_exps`, ...): the Frobenius norm of the error over that of the
-            weights.
+        quantization_error: by kind of tensor (`ffn_down_exps`, ...): the Frobenius norm of the error, relative to the
+            weights' norm.
     """
 
     file_type: str

@@ -79,7 +79,7 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.float32, *, router_shift: i
 
 
 def compare_gguf(checkpoint: Checkpoint, path: Path, input_ids: torch.Tensor, *, is_exact: bool) -> float:
-    """Return the relative difference of the logits that llama.cpp computes from those of the model without near-ties.
+    """Compare llama.cpp's logits with the model's, both without near-ties; return the relative difference.
 
     `is_exact` says whether the file is F32. If not, an F32 file is made beside it and compared, because rounded
     weights would hide an error of the folds.

@@ -42,7 +42,7 @@ def save_estimator(name: str, folder: str | os.PathLike) -> None:
 
 def load_estimator(name: str, source: str | os.PathLike, **kwargs) -> None:
     """Run the file of an estimator that a checkpoint carries, unless `name` is registered already; the caller trusts
-    `source`, a folder or Hub name. `kwargs` are those of `from_pretrained`."""
+    `source`, a folder or Hub name. `kwargs` go to `from_pretrained`."""
     if name in ROUTER_ESTIMATORS:
         return
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}

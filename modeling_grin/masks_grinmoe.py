@@ -1,4 +1,4 @@
-"""What a query sees: masks with the released sliding window, and torch's flash kernel for rows beyond it.
+"""Masks with the released sliding window, and torch's flash kernel for rows beyond it.
 
 SDPA knows no window and would need a mask of the full square. On CUDA, in 16 bits, without padding, packing or cached
 keys, `attn_implementation="sdpa"` calls torch's flash kernel, which takes the window. The environment variable

@@ -122,7 +122,7 @@ class Gradient:
 
 
 def mixture_of(routing: Routing) -> Mixture:
-    """What the layer computes."""
+    """Return the sum over experts that a layer computes for `routing`."""
     return routing.mixture or Mixture(routing.weights, routing.experts, routing.weights.detach())
 
 
